@@ -1,0 +1,527 @@
+"""Turn a transformer into an RNN: take the attention out, put RWKV-7 time mixing in, and teach it what attention did.
+
+    python distill.py                                          the whole job; makes data and teacher where they are missing
+    python distill.py --teacher out/teacher --out out/rwkv     three stages on a teacher of your own
+    torchrun --nproc_per_node=8 distill.py
+
+    stage    what trains        teacher                                   loss
+    align    student's mixers   its attention, inside the shared trunk    per layer ||t - s||^2 / ||t||^2
+    distil   everything         the whole model                           kl_weight KL(teacher || student) + ce_weight CE
+    finish   everything         none                                      SFT: CE on responses; or DPO on preferences
+
+In `align` the *teacher's* output flows on, so that every layer learns at once and from clean inputs. The student starts
+as the teacher: embedding, norms, feed-forward layers and head are copied, q becomes receptance (with the scale 1/sqrt(N)
+folded in), k key, v value, o output, and everything RWKV-7 has besides starts with no effect.
+
+What it is not: another trainer. Each stage is a call of train.fit with a loss function and a list of what trains.
+
+References: RADLADS (arXiv 2505.03005), ARWKV (arXiv 2501.15570) and its trainer RWKVInside, whose options have a switch here.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tyro.conf import OmitArgPrefixes
+
+from config import cli, run
+from data.loader import Batch, Loader
+from data.prepare import ensure_prepared
+from evaluate import as_markdown, check_vocabulary, compare, make_report, mean_loss, write_report
+from model import LM, CausalSelfAttention, ChannelMix, ModelConfig, TimeMixer, load_model
+from train import FitConfig, TrainConfig, claim, cross_entropy_loss, fit, main_first, publish, setup, train
+
+STAGES = ("align", "distil", "finish")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# v_first across processes, and the wrapper that holds teacher and student mixer
+
+class AllGather(torch.autograd.Function):
+    """x of every process, stacked: (...) -> (world_size, ...). Backward: each process gets the sum of all gradients of its x."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group)], None
+
+
+class VFirstHolder:
+    """RWKVInside's distributed state: v_first of every process, (world_size, B, T, C), the same everywhere.
+
+    The process writes its slice, an explicit all-gather fills in the others', later layers read their slice. The
+    gather stays in the autograd graph, so the first layer's value projection learns from every later layer. It has a
+    process group of its own, so that its collectives cannot be confused with DDP's.
+    """
+
+    def __init__(self):
+        self.group = dist.new_group() if dist.is_initialized() else None
+        self.state: Tensor | None = None
+
+    def write(self, v: Tensor) -> None:
+        """v (B, T, C): the value of this process's first RWKV layer."""
+        self.state = v[None] if self.group is None else AllGather.apply(v, self.group)
+
+    def read(self) -> Tensor:
+        """This process's slice, (B, T, C)."""
+        return self.state[0 if self.group is None else dist.get_rank(self.group)]
+
+
+class AttentionWrapper(nn.Module):
+    """A mixer that holds the student's TimeMixer and, while aligning, the teacher's attention.
+
+    With a teacher, both read the same x, `pair` keeps (teacher's output, student's output) for the loss, and the
+    teacher's output flows on. Without one it is the student's mixer with v_first gathered over the processes.
+    """
+
+    def __init__(self, student: TimeMixer, teacher: CausalSelfAttention | None, holder: VFirstHolder):
+        super().__init__()
+        self.student, self.teacher, self.holder = student, teacher, holder
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x, v_first, state):
+        s, v_first, state = self.student(x, v_first, state)
+        if self.student.first:
+            self.holder.write(v_first)
+            v_first = self.holder.read()
+        if self.teacher is None:
+            return s, v_first, state
+        with torch.no_grad():
+            t, _, _ = self.teacher(x, None, None)
+        self.pair = t, s
+        return t, v_first, state
+
+
+def wrap(student: LM, teacher: LM | None) -> LM:
+    """The student, the very same parameters, with each RWKV mixer in an AttentionWrapper; `teacher` for stage 1 only."""
+    holder = VFirstHolder()
+    with torch.device("meta"):
+        view = LM(student.cfg)
+    for name, module in student.named_children():
+        if name != "blocks":
+            setattr(view, name, module)
+    for i, block in enumerate(student.blocks):
+        for name, module in block.named_children():
+            if name == "att" and isinstance(module, TimeMixer):
+                module = AttentionWrapper(module, teacher and teacher.blocks[i].att, holder)
+            setattr(view.blocks[i], name, module)
+    return view
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The student, as its teacher left it
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What the student is, beside what it takes over from its teacher."""
+
+    mixer: str = "r"               # r = RWKV-7, a = the teacher's attention stays; repeated over the layers
+    ffn: str | None = None         # None: channelmix where the teacher has relu2, else the teacher's
+    gate: bool = True
+    group_norm: bool = True
+    token_shift: bool = True
+    bonus: bool = True
+    rwkv_rope: bool = False
+    untie_head: bool = False       # give the student a head of its own where the teacher's is the embedding
+    transfer: bool = True          # start from the teacher's weights; without: mixers start as official RWKV-7
+    decay: str = "spread"          # initial decay: spread (half-lives from 2 to block_size tokens in each head), official
+
+
+def make_student(teacher: LM, cfg: StudentConfig) -> LM:
+    """A copy of the teacher with RWKV-7 mixers that start near what its attention does with q, k, v and o.
+
+    Everything else that RWKV-7 has starts with no effect: token-shift mixes and bonus at 0, gate exactly 1, in-context
+    learning rate and value residual near 0. Raises ValueError for a student that the teacher's shapes do not allow.
+    """
+    t = teacher.cfg
+    if cfg.decay not in ("spread", "official"):
+        raise ValueError(f"decay = {cfg.decay!r}: choose spread or official")
+    N = t.att_head_size
+    ffn = cfg.ffn or ("channelmix" if t.ffn == "relu2" else t.ffn)
+    if ffn != t.ffn and (ffn, t.ffn) != ("channelmix", "relu2"):
+        raise ValueError(f"a student with ffn {ffn} cannot take over the teacher's {t.ffn}: leave --ffn away")
+    student = LM(replace(t, mixer=cfg.mixer, ffn=ffn, gate=cfg.gate, group_norm=cfg.group_norm, token_shift=cfg.token_shift, bonus=cfg.bonus,
+                         rwkv_rope=cfg.rwkv_rope, tied=t.tied and not cfg.untie_head, rwkv_head_size=N, rwkv_size=t.n_head * N))
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    with torch.no_grad():
+        for name in theirs.keys() & ours.keys():
+            ours[name].copy_(theirs[name])
+        for block, source in zip(student.blocks, teacher.blocks):
+            if isinstance(block.ffn, ChannelMix) and ffn != t.ffn:
+                block.ffn.x_k.zero_()
+            if isinstance(block.att, TimeMixer):
+                if not isinstance(source.att, CausalSelfAttention):
+                    raise ValueError("the teacher has RWKV layers already: only attention can be replaced")
+                if cfg.transfer:
+                    transfer(block.att, source.att)
+                if cfg.decay == "spread":
+                    block.att.w0.copy_(spread_decay(block.att, t.block_size))
+    return student
+
+
+@torch.no_grad()
+def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
+    """Give the mixer the attention's projections, and let everything else start without effect."""
+    per_kv = m.H // t.n_kv  # grouped heads: each key and value head serves this many queries
+    for ours, theirs, repeat, scale in ((m.receptance, t.q_proj, 1, m.N**-0.5), (m.key, t.k_proj, per_kv, 1.0),
+                                        (m.value, t.v_proj, per_kv, 1.0), (m.output, t.o_proj, None, 1.0)):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            rows = q.unflatten(0, (-1, m.N)).repeat_interleave(repeat, 0).flatten(0, 1) if repeat else q
+            p.copy_(rows * scale)
+    for name, p in m.named_parameters():
+        if name.startswith("x_") or name in ("r_k", "k_a"):
+            p.zero_()              # no token shift, no bonus, write key = k
+    m.k_k.fill_(1.0)
+    m.a0.fill_(-2.0)               # erase a little: sigmoid(-2) = 0.12
+    if not m.first:
+        m.v0.fill_(-4.0)           # value residual: 2 %
+    if m.cfg.gate:
+        # g = sigmoid(x g1) g2 = 1: with g1 = 0 every sigmoid is 1/2, so the rows of g2 must sum to 2. Equal rows would
+        # get equal gradients for ever; what is added to tell them apart sums to 0.
+        noise = nn.init.orthogonal_(torch.empty_like(m.g2))
+        m.g1.zero_()
+        m.g2.copy_(2 / len(m.g2) + 0.1 * (noise - noise.mean(0)))
+    if m.cfg.group_norm:
+        m.ln_x.weight.fill_(1.0)
+
+
+def spread_decay(m: TimeMixer, longest: int) -> Tensor:
+    """w0 (1, 1, A) for which a head's channels remember 2 ... `longest` tokens: e^w = 1 - 1/n, evenly in log n."""
+    n = 2 * (longest / 2) ** torch.linspace(0, 1, m.N, device=m.w0.device)
+    share = -torch.log1p(-1 / n) * math.exp(0.5)   # = sigmoid(w0), as w = -e^-0.5 sigmoid(w0)
+    return torch.logit(share.clamp(max=0.99)).repeat(m.H).view(1, 1, -1)
+
+
+def set_training(model: LM, names: Callable[[str], bool]) -> None:
+    """Only the parameters whose name satisfies `names` require gradients."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(names(name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: sums over targets
+
+def align_loss(model: LM, batch: Batch, kind: str = "relative") -> dict[str, Tensor]:
+    """Stage 1, mean over layers: relative ||t - s||^2 / ||t||^2 per token, or RWKVInside's l2norm ||t - s||_2 / sqrt(C)."""
+    model.hidden(batch.x)
+    pairs = [block.att.pair for block in model.blocks if isinstance(block.att, AttentionWrapper)]
+    total = 0.0
+    for t, s in pairs:
+        error = (t - s).float().square().sum(-1)                                     # (B, T)
+        if kind == "relative":
+            error = error / t.float().square().sum(-1).clamp(min=1e-6)
+        else:
+            error = error.clamp(min=1e-12).sqrt() / t.shape[-1] ** 0.5
+        total = total + (error * batch.mask).sum() / len(pairs)
+    return {"loss": total}
+
+
+def divergence(t: Tensor, s: Tensor, kind: str) -> Tensor:
+    """Per position, from logits t and s (..., V): forward KL(t || s), reverse KL(s || t), or their adaptive mixture.
+
+    Adaptive (arXiv 2404.02657): the teacher's most likely tokens, up to half of its mass, are its head. The larger the
+    student's error on the head, compared with that on the tail, the more forward KL weighs.
+    """
+    log_p, log_q = t.float().log_softmax(-1), s.float().log_softmax(-1)
+    p = log_p.exp()
+    forward = (p * (log_p - log_q)).sum(-1)
+    if kind == "forward":
+        return forward
+    q = log_q.exp()
+    reverse = (q * (log_q - log_p)).sum(-1)
+    if kind == "reverse":
+        return reverse
+    with torch.no_grad():
+        mass, order = p.sort(-1, descending=True)
+        error = (p - q).abs().gather(-1, order)
+        in_head = mass.cumsum(-1) - mass < 0.5                                       # the token that crosses 1/2 belongs to it
+        weight = (error * in_head).sum(-1) / error.sum(-1).clamp(min=1e-9)
+    return weight * forward + (1 - weight) * reverse
+
+
+def distil_loss(student: LM, batch: Batch, teacher: LM, kind: str = "forward", kl_weight: float = 1.0, ce_weight: float = 0.0,
+                chunk: int | None = None) -> dict[str, Tensor]:
+    """Stage 2: kl_weight KL + ce_weight CE over the masked targets, and the teacher's own CE to look at.
+
+    The heads run on `chunk` tokens at a time and again in the backward pass, so that (B, T, V) float32 logits of both
+    models never exist together; None chooses chunks of about 2^24 logits. A teacher with more tokens than the student is
+    cut to the student's.
+    """
+    V = student.cfg.vocab_size
+    with torch.no_grad():
+        ht = teacher.hidden(batch.x)[0].flatten(0, 1)                                # (BT, C)
+    hs = student.hidden(batch.x)[0].flatten(0, 1)
+    y, mask = batch.y.flatten(), batch.mask.flatten()
+
+    def piece(hs, ht, y, mask):
+        with torch.no_grad():
+            t = teacher.head(ht)[:, :V]
+        s = student.head(hs)
+        kl = (divergence(t, s, kind) * mask).sum()
+        ce = (F.cross_entropy(s.float(), y, reduction="none") * mask).sum()
+        with torch.no_grad():
+            teacher_ce = (F.cross_entropy(t.float(), y, reduction="none") * mask).sum()
+        return kl, ce, teacher_ce
+
+    n = chunk or max(256, 2**24 // V)
+    pieces = list(zip(*(x.split(n) for x in (hs, ht, y, mask))))
+    sums = [piece(*p) if len(pieces) == 1 else checkpoint(piece, *p, use_reentrant=False) for p in pieces]
+    kl, ce, teacher_ce = (sum(column) for column in zip(*sums))
+    return {"loss": kl_weight * kl + ce_weight * ce, "kl": kl, "ce": ce, "teacher_ce": teacher_ce}
+
+
+def sequence_logp(model: LM, batch: Batch) -> Tensor:
+    """Per row, the sum over its targets of log p(target): (B,)."""
+    logp = model(batch.x)[0].float().log_softmax(-1).gather(-1, batch.y[..., None])[..., 0]
+    return (logp * batch.mask).sum(1)
+
+
+def dpo_loss(policy: LM, batch: Batch, reference: LM, beta: float = 0.1, kind: str = "sigmoid", smoothing: float = 0.0) -> dict[str, Tensor]:
+    """Stage 3 on preferences (arXiv 2305.18290); the first half of the rows is chosen, the second rejected.
+
+    With d = beta (log-ratio of chosen - log-ratio of rejected), ratios of policy to reference: sigmoid -log s(d), with label
+    smoothing e -(1-e) log s(d) - e log s(-d); or hinge max(0, 1 - d).
+    """
+    with torch.no_grad():
+        before = sequence_logp(reference, batch)
+    after = sequence_logp(policy, batch)
+    chosen, rejected = (after - before).chunk(2)
+    d = beta * (chosen - rejected)
+    if kind == "sigmoid":
+        loss = -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
+    else:
+        loss = (1 - smoothing) * F.relu(1 - d) + smoothing * F.relu(1 + d)
+    real = batch.mask.sum(1).chunk(2)[0] > 0                                          # padding rows teach nothing
+    return {"loss": (loss * real).sum(), "accuracy": ((d > 0) & real).sum(), "margin": (d * real).sum()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job
+
+@dataclass(frozen=True)
+class DistillConfig:
+    teacher: str = "out/teacher"           # model folder; trained first where it is missing
+    data: str = "data/pydoc"               # text, for stages 1 and 2
+    finish_data: str = "data/pydoc-sft"    # supervised data: SFT; preference data: DPO
+    out: str = "out/rwkv"
+    stages: str = "align,distil,finish"
+    student: Annotated[StudentConfig, OmitArgPrefixes] = field(default_factory=StudentConfig)
+    # losses
+    align_kind: str = "relative"           # relative, l2norm
+    kl_kind: str = "forward"               # forward, reverse, adaptive
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    kl_chunk: int | None = None            # tokens whose logits exist at once; None = about 2^24 logits
+    logit_teacher: str | None = None       # another, larger model with the same tokens for stage 2
+    freeze: str = ""                       # in stage 2, parts of names that do not train: "ffn", "emb,head", ...
+    dpo_kind: str = "sigmoid"              # sigmoid, hinge
+    dpo_beta: float = 0.1
+    dpo_smoothing: float = 0.0
+    # loops
+    align: FitConfig = FitConfig(max_steps=300, batch_size=4, learning_rate=4e-3, eval_every=None)
+    distil: FitConfig = FitConfig(max_steps=1000, batch_size=4, learning_rate=2e-3)
+    finish: FitConfig = FitConfig(max_steps=100, batch_size=8, learning_rate=2e-4, eval_every=None)
+    finish_block_size: int | None = None   # None = the teacher's
+    # the teacher, where it has to be trained
+    teacher_model: ModelConfig = ModelConfig()
+    teacher_fit: FitConfig = FitConfig(max_steps=1200, batch_size=4, learning_rate=2e-3)
+    controls: bool = False                 # afterwards, what the same tokens give without each idea
+    eval_tokens: int | None = 65536        # of the held-out half; None = all
+    resume: bool = False
+    overwrite: bool = False
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, choices in (("align_kind", ("relative", "l2norm")), ("kl_kind", ("forward", "reverse", "adaptive")), ("dpo_kind", ("sigmoid", "hinge"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        for name in ("kl_weight", "ce_weight", "dpo_beta"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be a number of at least 0")
+        if not 0 <= self.dpo_smoothing < 0.5:
+            raise ValueError(f"dpo_smoothing = {self.dpo_smoothing}: it must be in [0, 0.5)")
+        if self.kl_weight == self.ce_weight == 0:
+            raise ValueError("kl_weight and ce_weight are both 0: stage 2 would learn nothing")
+        if not self.stages or list(filter(self.stages.split(",").__contains__, STAGES)) != self.stages.split(","):
+            raise ValueError(f"stages = {self.stages!r}: name some of {','.join(STAGES)}, in this order")
+
+
+def train_teacher(cfg: DistillConfig) -> None:
+    """Train the missing teacher next to its place and move it there when it is done, so that half a teacher never teaches."""
+    unfinished = Path(cfg.teacher + ".partial")
+    train(TrainConfig(data=cfg.data, out=str(unfinished), resume=cfg.resume and unfinished.exists(), overwrite=not cfg.resume, device=cfg.device,
+                      seed=cfg.seed, model=cfg.teacher_model, fit=cfg.teacher_fit))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        unfinished.rename(cfg.teacher)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> list[dict]:
+    """Take the student through the stages named in cfg, one folder each; a stage that is done is read back, not run again."""
+    main_rank = loaders["val"].rank == 0
+    rows = []
+
+    def measure(name: str, tokens: int, minutes: float) -> dict:
+        row = {"name": name, "tokens": tokens, "minutes": minutes, **compare(teacher, student.eval(), loaders["val"], cfg.eval_tokens)}
+        row = {k: v for k, v in row.items() if k not in ("by_position", "teacher_loss")}
+        if main_rank:
+            print("after {name}: loss {val_loss:.4f}, gap to the teacher {gap:.4f}, KL {kl:.4f}, top-1 {top1:.1%}".format(**row), flush=True)
+        return row
+
+    def finished(stage: str, row: dict) -> None:
+        rows.append(row)
+        if main_rank:
+            (out / stage / "stage.tmp").write_text(json.dumps(row))
+            (out / stage / "stage.tmp").replace(out / stage / "stage.json")
+            publish(out / stage, out)
+
+    def validate() -> dict:
+        return {k: v for k, v in compare(teacher, student, loaders["val"], min(cfg.eval_tokens or 16384, 16384)).items() if isinstance(v, float)}
+
+    for stage in cfg.stages.split(","):
+        folder = out / stage
+        if (folder / "stage.json").exists():
+            rows.append(json.loads((folder / "stage.json").read_text()))
+            student.load_state_dict(load_model(folder).state_dict())
+            continue
+        if not rows:
+            rows.append(measure("start", 0, 0.0))
+        folder.mkdir(parents=True, exist_ok=True)
+
+        if stage == "align":
+            model = wrap(student, teacher)
+            set_training(model, lambda name: ".att.student." in name)
+            result = fit(model, partial(align_loss, kind=cfg.align_kind), loaders["align"], cfg.align, folder, student, meta, None, stage)
+            finished(stage, measure(stage, result["tokens"], result["minutes"]))
+
+        elif stage == "distil":
+            model = wrap(student, None)
+            frozen = [part for part in cfg.freeze.split(",") if part]
+            set_training(model, lambda name: not any(part in name for part in frozen))
+            loss = partial(distil_loss, teacher=logit_teacher, kind=cfg.kl_kind, kl_weight=cfg.kl_weight, ce_weight=cfg.ce_weight, chunk=cfg.kl_chunk)
+            result = fit(model, loss, loaders["distil"], cfg.distil, folder, student, meta, validate, stage)
+            finished(stage, measure(stage, result["tokens"], result["minutes"]))
+
+        else:
+            model = wrap(student, None)
+            set_training(model, lambda name: True)
+            if loaders["finish"].kind == "preference":
+                loss = partial(dpo_loss, reference=copy.deepcopy(student).requires_grad_(False), beta=cfg.dpo_beta, kind=cfg.dpo_kind, smoothing=cfg.dpo_smoothing)
+            else:
+                loss = cross_entropy_loss
+            before = mean_loss(student.eval(), loaders["finish_val"], cfg.eval_tokens)
+            result = fit(model, loss, loaders["finish"], cfg.finish, folder, student, meta, None, stage)
+            row = measure(stage, result["tokens"], result["minutes"])
+            row["response_loss"] = {"before": before, "after": mean_loss(student.eval(), loaders["finish_val"], cfg.eval_tokens)}
+            if main_rank:
+                print("responses: loss {before:.4f} before, {after:.4f} after".format(**row["response_loss"]))
+            finished(stage, row)
+    return rows
+
+
+def distill(cfg: DistillConfig) -> dict:
+    """Teacher in, RNN out: run the stages into `cfg.out` and return the report."""
+    rank, world, device = setup(cfg.device)
+    stages = cfg.stages.split(",")
+    with main_first(rank):
+        ensure_prepared(cfg.data)
+        if "finish" in stages:
+            ensure_prepared(cfg.finish_data)
+    with main_first(rank):
+        out = claim(cfg.out, cfg.resume, cfg.overwrite and rank == 0, also=(*STAGES, "controls", "report.json", "report.md", "report.png"))
+    if not Path(cfg.teacher).exists():
+        if rank == 0:
+            print(f"{cfg.teacher} is missing: training a teacher first", flush=True)
+        train_teacher(cfg)
+
+    teacher = load_model(cfg.teacher, device).eval().requires_grad_(False)
+    logit_teacher = load_model(cfg.logit_teacher, device).eval().requires_grad_(False) if cfg.logit_teacher else teacher
+    torch.manual_seed(cfg.seed)
+    student = make_student(teacher, cfg.student).to(device)
+    T = teacher.cfg.block_size
+    loaders = {stage: Loader(data, half, loop.batch_size, T if data == cfg.data else cfg.finish_block_size or T, cfg.seed + i, rank, world, loop.accum)
+               for i, (stage, data, half, loop) in enumerate((("align", cfg.data, "train", cfg.align), ("distil", cfg.data, "train", cfg.distil),
+                                                              ("val", cfg.data, "val", replace(cfg.distil, batch_size=16)),
+                                                              ("finish", cfg.finish_data, "train", cfg.finish), ("finish_val", cfg.finish_data, "val", cfg.finish)))
+               if stage in (*stages, "val") or "finish" in stages}
+    for loader in loaders.values():
+        check_vocabulary(logit_teacher, student, loader)
+        if loader.meta["tokenizer"] != loaders["val"].meta["tokenizer"]:
+            raise ValueError(f"{loader.folder} and {cfg.data} were prepared with different tokenizers: prepare one of them again")
+    if rank == 0:
+        print(json.dumps(asdict(cfg)))
+        print(f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}, layers {student.cfg.mixers}", flush=True)
+    meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
+    rows = run_stages(cfg, student, teacher, logit_teacher, loaders, out, meta)
+
+    # the report: the distilled student in full, and a row per stage
+    last = "distil" if (out / "distil" / "stage.json").exists() else stages[-1]
+    report = make_report(teacher, load_model(out / last, device).eval(), Loader(cfg.data, "train", 1, T, 0, rank, world), loaders["val"], cfg.eval_tokens)
+    report["student"]["stage"] = last
+    report["stages"] = rows
+    if cfg.controls:
+        report["controls"] = run_controls(cfg, teacher, logit_teacher, loaders, out, meta)
+    if rank == 0:
+        write_report(out, report, {name: Path(folder) / "metrics.jsonl" for name, folder in (("teacher", cfg.teacher), *((s, out / s) for s in stages))})
+        print(as_markdown(report))
+        print(f"{out}: model, report.json, report.md, report.png. Now: python sample.py --ckpt {out} --prompt \"The \"")
+    return report
+
+
+def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> dict:
+    """What the same student tokens give without each idea: a row each, compared with the same teacher."""
+    steps = cfg.align.max_steps + cfg.distil.max_steps
+    rows = {}
+    for name, change in {
+        "no stage 1": {"stages": "distil", "distil": replace(cfg.distil, max_steps=steps)},
+        "no weight transfer": {"student": replace(cfg.student, transfer=False)},
+        "cross-entropy only": {"kl_weight": 0.0, "ce_weight": 1.0},
+    }.items():
+        control = replace(cfg, **({"stages": "align,distil"} | change))
+        torch.manual_seed(cfg.seed)
+        student = make_student(teacher, control.student).to(next(teacher.parameters()).device)
+        folder = out / "controls" / name.replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        rows[name] = run_stages(control, student, teacher, logit_teacher, loaders, folder, meta)[-1]
+    t = teacher.cfg
+    loop = replace(cfg.distil, max_steps=steps)
+    scratch = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=t.att_head_size)
+    for name, how in {"RWKV-7 from scratch": {"model": scratch}, "teacher trained on": {"model": t, "init": cfg.teacher}}.items():
+        folder = out / "controls" / name.replace(" ", "-")
+        result = train(TrainConfig(data=cfg.data, out=str(folder), resume=folder.exists(), seed=cfg.seed, device=cfg.device, fit=loop, **how))
+        row = compare(teacher, load_model(folder, next(teacher.parameters()).device), loaders["val"], cfg.eval_tokens)
+        rows[name] = {"name": name, "tokens": result["tokens"], "minutes": result["minutes"], **{k: v for k, v in row.items() if k not in ("by_position", "teacher_loss")}}
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        distill(cli(DistillConfig, argv))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,466 @@
+"""The language model: one class for the GPT teacher, its RWKV-7 student, hybrids of both, and RWKV-7 from scratch.
+
+What it is: token embedding, a stack of blocks, a head. A block mixes over time and then over channels:
+
+    x = x + att(ln1(x))        att: CausalSelfAttention (remembers every key and value) or TimeMixer (a state of fixed size)
+    x = x + ffn(ln2(x))        ffn: MLP (gelu, swiglu, relu2) or ChannelMix (RWKV's)
+
+What it is not: a trainer (train.py), a converter (distill.py), a kernel (wkv.py).
+
+One contract, `mixer(x, v_first, state) -> (y, v_first, state)`, makes the two mixers interchangeable, and
+`LM(tokens, state) -> (logits, state)` gives the same logits for a whole sequence, for pieces, and for single tokens.
+Parameters bear the official RWKV-7 names, so that a pure RWKV-7 model's state_dict is the official .pth dict.
+
+    B batch   T time   C channels (n_embd)   H heads   N head size   V vocabulary
+    v_first   the value of the first RWKV layer; later RWKV layers mix it into their own (value residual)
+
+References: nanoGPT (the GPT), RWKV-LM RWKV-v7/train_temp/src/model.py (RWKV-7 and its initial values), arXiv 2503.14456.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wkv import wkv7
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. GPT-2, Llama and RWKV-7 are settings of it; a student is its teacher's with other mixers."""
+
+    vocab_size: int = 257        # the byte tokenizer's: 256 bytes and <|endoftext|>
+    block_size: int = 256        # tokens per training sequence; a hard limit only for learned positions
+    n_layer: int = 4
+    n_embd: int = 128
+    mixer: str = "a"             # a = attention, r = RWKV-7, repeated over the layers: "a", "r", "ar", "rrra", ...
+    # attention
+    n_head: int = 2
+    n_kv_head: int | None = None  # grouped heads: fewer keys and values than queries; None = n_head
+    head_size: int | None = None  # None = n_embd / n_head
+    positions: str = "rope"      # rope, learned, none
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    # RWKV-7; the switches are what recipes for converting transformers change, all on is the official layer
+    rwkv_head_size: int = 64
+    rwkv_size: int | None = None  # width of all heads together; None = n_embd
+    rank_w: int | None = None    # ranks of the low-rank maps for decay, learning rate, value residual and gate;
+    rank_a: int | None = None    # None = the official rule
+    rank_v: int | None = None
+    rank_g: int | None = None
+    gate: bool = True
+    group_norm: bool = True
+    token_shift: bool = True
+    bonus: bool = True
+    rwkv_rope: bool = False      # rotate r and k as attention does
+    # the rest of a block
+    ffn: str = "relu2"           # gelu, swiglu, relu2, channelmix
+    ffn_size: int | None = None  # None = 4 n_embd; for swiglu two thirds of that
+    norm: str = "layernorm"      # layernorm, rmsnorm
+    norm_eps: float = 1e-5
+    norm_bias: bool = True       # of layernorm
+    bias: bool = False           # of the linear maps behind attention and in the MLP
+    ln0: bool = True             # a norm behind the embedding, as RWKV has it
+    tied: bool = False           # the head is the embedding's weight
+
+    def __post_init__(self):
+        for name, choices in (("positions", ("rope", "learned", "none")), ("norm", ("layernorm", "rmsnorm")),
+                              ("ffn", ("gelu", "swiglu", "relu2", "channelmix"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if "int" in str(f.type) and value is not None and value < 1:
+                raise ValueError(f"{f.name} = {value}: it must be at least 1")
+        if not self.mixer or set(self.mixer) - set("ar") or len(self.mixer) > self.n_layer:
+            raise ValueError(f"mixer = {self.mixer!r}: write a (attention) or r (RWKV-7) for each layer, up to n_layer = {self.n_layer}")
+        if "a" in self.mixers and self.head_size is None and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: change one, or set head_size")
+        if "a" in self.mixers and self.n_head % self.kv_heads:
+            raise ValueError(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}: change one")
+        if "a" in self.mixers and self.positions == "rope" and self.att_head_size % 2:
+            raise ValueError(f"rope turns pairs of channels: head size {self.att_head_size} must be even")
+        if "r" in self.mixers and (self.rwkv_size or self.n_embd) % self.rwkv_head_size:
+            raise ValueError(f"RWKV's width {self.rwkv_size or self.n_embd} is not divisible by rwkv_head_size = {self.rwkv_head_size}: change one")
+
+    @property
+    def mixers(self) -> str:
+        """One letter per layer."""
+        return (self.mixer * self.n_layer)[: self.n_layer]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def att_head_size(self) -> int:
+        return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def hidden(self) -> int:
+        """Width of the feed-forward layer."""
+        return self.ffn_size or (-(-8 * self.n_embd // 3 // 32) * 32 if self.ffn == "swiglu" else 4 * self.n_embd)
+
+    def rank(self, kind: str) -> int:
+        """Rank of the low-rank map `kind` in w, a, v, g: as set, or the official max(32, 32 round(m sqrt(C) / 32))."""
+        m = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}[kind]
+        return getattr(self, f"rank_{kind}") or max(32, 32 * round(m * self.n_embd**0.5 / 32))
+
+
+@dataclass(frozen=True)
+class State:
+    """What a model remembers: a plain value that no call changes. Per layer: (mixer's, ffn's)."""
+
+    position: int    # tokens read so far
+    layers: tuple
+
+    def nbytes(self) -> int:
+        """Bytes of all its tensors: constant for RWKV-7, growing with the text for attention."""
+        def count(s):
+            return s.nbytes if isinstance(s, Tensor) else sum(map(count, s)) if isinstance(s, tuple) else 0
+        return count(self.layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+def rotate(x: Tensor, start: int, theta: float) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): turn channel pairs (i, i + N/2) of x (B, H, T, N) by the position."""
+    T, N = x.shape[-2:]
+    freq = theta ** (-torch.arange(0, N, 2, device=x.device, dtype=torch.float32) / N)
+    angle = torch.arange(start, start + T, device=x.device, dtype=torch.float32)[:, None] * freq  # (T, N/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+
+
+class CausalSelfAttention(nn.Module):
+    """Softmax attention with grouped heads. Its state is the cache of all keys and values: (k, v), each (B, Hkv, T, N)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg, self.n_head, self.n_kv, self.N = cfg, cfg.n_head, cfg.kv_heads, cfg.att_head_size
+        self.q_proj = nn.Linear(cfg.n_embd, self.n_head * self.N, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.n_embd, self.n_kv * self.N, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.n_embd, self.n_kv * self.N, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(self.n_head * self.N, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x, v_first, state):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.N).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        past = 0 if state is None else state[0].shape[2]
+        if self.cfg.positions == "rope":
+            q, k = rotate(q, past, self.cfg.rope_theta), rotate(k, past, self.cfg.rope_theta)
+        if past:
+            k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
+        see = None if past == 0 else torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, see, is_causal=past == 0, enable_gqa=self.n_kv < self.n_head)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), v_first, (k, v)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RWKV-7
+
+def shift(x: Tensor, last: Tensor | None) -> Tensor:
+    """Each token's predecessor: x (B, T, C) moved one step on, with `last` (B, C), or zero, in front."""
+    return torch.cat((torch.zeros_like(x[:, :1]) if last is None else last[:, None], x[:, :-1]), 1)
+
+
+class TimeMixer(nn.Module):
+    """RWKV-7 time mixing. Its state is (last x (B, C), S (B, H, N, N) float32, position): of constant size.
+
+    `layer` is the block's index; the first RWKV layer of a model gives v_first, the others take it.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        C, A, N = cfg.n_embd, cfg.rwkv_size or cfg.n_embd, cfg.rwkv_head_size
+        self.cfg, self.H, self.N = cfg, A // N, N
+        self.first = layer == cfg.mixers.index("r")
+        new = lambda *shape: nn.Parameter(torch.empty(*shape))  # noqa: E731   init_rwkv gives the values
+        if cfg.token_shift:
+            for name in ("x_r", "x_w", "x_k", "x_v", "x_a") + (("x_g",) if cfg.gate else ()):
+                setattr(self, name, new(1, 1, C))
+        for kind in "wa" if self.first else "wav":
+            setattr(self, kind + "0", new(1, 1, A))
+            setattr(self, kind + "1", new(C, cfg.rank(kind)))
+            setattr(self, kind + "2", new(cfg.rank(kind), A))
+        if cfg.gate:
+            self.g1, self.g2 = new(C, cfg.rank("g")), new(cfg.rank("g"), A)
+        self.k_k, self.k_a = new(1, 1, A), new(1, 1, A)
+        if cfg.bonus:
+            self.r_k = new(self.H, N)
+        self.receptance = nn.Linear(C, A, bias=cfg.qkv_bias)
+        self.key = nn.Linear(C, A, bias=cfg.qkv_bias)
+        self.value = nn.Linear(C, A, bias=cfg.qkv_bias)
+        self.output = nn.Linear(A, C, bias=cfg.bias)
+        if cfg.group_norm:
+            self.ln_x = nn.GroupNorm(self.H, A, eps=64e-5)
+        init_time_mixer(self, layer, cfg)
+
+    def forward(self, x, v_first, state):
+        B, T, _ = x.shape
+        last, S, start = state or (None, None, 0)
+        heads = lambda z: z.view(B, T, self.H, self.N)  # noqa: E731
+        xx = shift(x, last) - x if self.cfg.token_shift else None
+        mix = lambda name: torch.addcmul(x, xx, getattr(self, name)) if self.cfg.token_shift else x  # noqa: E731
+
+        r, k, v = self.receptance(mix("x_r")), self.key(mix("x_k")), self.value(x_v := mix("x_v"))     # (B, T, A)
+        # log decay w = -e^-0.5 sigmoid(w0 + tanh(x_w w1) w2), in (-0.607, 0)
+        w = -math.exp(-0.5) * torch.sigmoid((self.w0 + torch.tanh(mix("x_w") @ self.w1) @ self.w2).float())
+        # value residual: v += (v_first - v) sigmoid(v0 + x_v v1 v2)
+        if self.first:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first.to(v.dtype), torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2).to(v.dtype))
+        # in-context learning rate a = sigmoid(a0 + x_a a1 a2)
+        a = torch.sigmoid(self.a0 + (mix("x_a") @ self.a1) @ self.a2)
+        # removal key: the direction of k * k_k; write key: k scaled by 1 + (a - 1) k_a
+        kk = F.normalize(heads(k * self.k_k).float(), dim=-1, eps=1e-12)
+        k = k * (1 + (a - 1) * self.k_a)
+
+        r, w, k, v, a = map(heads, (r, w, k, v, a))
+        if self.cfg.rwkv_rope:
+            r, k, kk = (rotate(z.transpose(1, 2), start, self.cfg.rope_theta).transpose(1, 2) for z in (r, k, kk))
+        y, S = wkv7(r, w, k, v, kk, a, S)                                                              # (B, T, H, N)
+        if self.cfg.group_norm:
+            y = self.ln_x(y.reshape(B * T, -1)).view_as(y)
+        if self.cfg.bonus:  # the present token once more, past the state and the norm
+            y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
+        y = y.reshape(B, T, -1)
+        if self.cfg.gate:
+            y = y * (torch.sigmoid(mix("x_g") @ self.g1) @ self.g2)
+        return self.output(y), v_first, (x[:, -1], S, start + T)
+
+
+class ChannelMix(nn.Module):
+    """RWKV-7's feed-forward layer, W_value relu(W_key x_k)^2. Its state is the last x (B, C)."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.x_k = nn.Parameter(1 - channel(cfg.n_embd) ** ((1 - layer / cfg.n_layer) ** 4))
+        self.key = nn.Linear(cfg.n_embd, cfg.hidden, bias=cfg.bias)
+        self.value = nn.Linear(cfg.hidden, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x, state):
+        x_k = torch.addcmul(x, shift(x, state) - x, self.x_k)
+        return self.value(torch.relu(self.key(x_k)).square()), x[:, -1]
+
+
+class MLP(nn.Module):
+    """The transformer's feed-forward layer: W_value f(W_key x), for swiglu W_value (silu(W_gate x) * W_key x). No state."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.kind = cfg.ffn
+        self.key = nn.Linear(cfg.n_embd, cfg.hidden, bias=cfg.bias)
+        if cfg.ffn == "swiglu":
+            self.gate = nn.Linear(cfg.n_embd, cfg.hidden, bias=cfg.bias)
+        self.value = nn.Linear(cfg.hidden, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x, state):
+        k = self.key(x)
+        if self.kind == "swiglu":
+            k = F.silu(self.gate(x)) * k
+        elif self.kind == "gelu":
+            k = F.gelu(k, approximate="tanh")
+        else:
+            k = torch.relu(k).square()
+        return self.value(k), None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+def make_norm(cfg: ModelConfig) -> nn.Module:
+    if cfg.norm == "rmsnorm":
+        return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
+    return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.norm_bias)
+
+
+class Block(nn.Module):
+    """Mix over time, then over channels, each as a correction to the residual stream x (B, T, C)."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        if layer == 0 and cfg.ln0:
+            self.ln0 = make_norm(cfg)
+        self.ln1, self.ln2 = make_norm(cfg), make_norm(cfg)
+        self.att = CausalSelfAttention(cfg) if cfg.mixers[layer] == "a" else TimeMixer(cfg, layer)
+        self.ffn = ChannelMix(cfg, layer) if cfg.ffn == "channelmix" else MLP(cfg)
+
+    def forward(self, x, v_first, state):
+        att_state, ffn_state = state or (None, None)
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        y, v_first, att_state = self.att(self.ln1(x), v_first, att_state)
+        x = x + y
+        y, ffn_state = self.ffn(self.ln2(x), ffn_state)
+        return x + y, v_first, (att_state, ffn_state)
+
+
+class LM(nn.Module):
+    """A causal language model over tokens (B, T)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.emb = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        if cfg.positions == "learned":
+            self.pos = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
+        self.ln_out = make_norm(cfg)
+        self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        init_model(self)
+        if cfg.tied:
+            self.head.weight = self.emb.weight
+
+    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """All but the head: tokens (B, T) -> (B, T, C), for losses that want the logits piece by piece."""
+        if tokens.device.type == "cpu" and tokens.numel() and (tokens.max() >= self.cfg.vocab_size or tokens.min() < 0):
+            raise ValueError(f"token {tokens.max() if tokens.min() >= 0 else tokens.min()} is outside the vocabulary of {self.cfg.vocab_size}: "
+                             "the text was prepared with another tokenizer than the model's")
+        start, layers = (0, [None] * len(self.blocks)) if state is None else (state.position, state.layers)
+        x = self.emb(tokens)
+        if self.cfg.positions == "learned":
+            x = x + self.pos(self.position_ids(start, tokens.shape[1]))
+        v_first, after = None, []
+        for block, layer in zip(self.blocks, layers):
+            x, v_first, layer = block(x, v_first, layer)
+            after.append(layer)
+        return self.ln_out(x), State(start + tokens.shape[1], tuple(after))
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64, continuing from `state` -> logits (B, T, V) and the state behind the last token.
+
+        Raises ValueError for a token outside the vocabulary, and for text longer than an attention model's learned positions.
+        """
+        x, state = self.hidden(tokens, state)
+        return self.head(x), state
+
+    def position_ids(self, start: int, T: int) -> Tensor:
+        """Learned positions end at block_size. A pure RNN goes on at the last one; attention there was never trained."""
+        if start + T > self.cfg.block_size and "a" in self.cfg.mixers:
+            raise ValueError(f"position {start + T} is beyond the {self.cfg.block_size} learned positions: shorten the text")
+        return torch.arange(start, start + T, device=self.pos.weight.device).clamp(max=self.cfg.block_size - 1)
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Initial values
+
+def init_model(model: LM) -> None:
+    """GPT: normal with deviation 0.02, the maps into the residual stream by sqrt(2 layers) smaller, as GPT-2 and nanoGPT.
+
+    RWKV-7 without any attention: the official trainer's values. TimeMixers have set their own already.
+    """
+    cfg = model.cfg
+    for name, p in model.named_parameters():
+        if ".att.q_proj" in name or ".att.k_proj" in name or ".att.v_proj" in name or ".att.o_proj" in name or \
+                ".ffn." in name and "x_k" not in name or name in ("emb.weight", "pos.weight", "head.weight"):
+            to_stream = name.endswith(("o_proj.weight", "ffn.value.weight"))
+            nn.init.zeros_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if to_stream else 0.02)
+    if cfg.ffn == "channelmix" and "a" not in cfg.mixers:
+        for block in model.blocks:
+            orthogonal(block.ffn.key.weight, 1.0)
+            nn.init.zeros_(block.ffn.value.weight)
+        if cfg.ln0:
+            nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)
+        orthogonal(model.head.weight, 0.5)
+
+
+def channel(C: int) -> Tensor:
+    """c / C for each channel, shaped (1, 1, C)."""
+    return torch.arange(C).view(1, 1, C) / C
+
+
+def orthogonal(p: Tensor, gain: float) -> None:
+    """Orthogonal in place, the gain larger by sqrt(rows / columns) for tall matrices, as the official trainer has it."""
+    nn.init.orthogonal_(p, gain * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+@torch.no_grad()
+def init_time_mixer(m: TimeMixer, layer: int, cfg: ModelConfig) -> None:
+    """The official initial values of RWKV-7 time mixing for block `layer` of L (the code's, not its README's table)."""
+    L, C, A, N = cfg.n_layer, cfg.n_embd, m.key.out_features, m.N
+    rho01, rho1 = layer / max(1, L - 1), 1 - layer / L
+    n = torch.arange(A).view(1, 1, A)
+    lin = n / max(1, A - 1) - 0.5                           # -1/2 ... 1/2 over all channels
+    zig = (n % N - (N - 1) / 2) / max(0.5, (N - 1) / 2)
+    zig = zig * zig.abs()                                   # -1 ... 1 within each head
+    if cfg.token_shift:
+        power = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
+        for name in power:
+            if hasattr(m, name):
+                getattr(m, name).copy_(1 - channel(C) ** (power[name] * rho1))
+    m.w0.copy_(-6 + 6 * (n / max(1, A - 1)) ** (1 + rho01**0.3) + 0.5 + 2.5 * zig)
+    m.a0.copy_(-0.19 + 0.3 * zig + 0.4 * lin)
+    if not m.first:
+        m.v0.copy_(0.73 - 0.4 * lin)
+    for kind in "wavg":
+        if hasattr(m, kind + "1"):
+            nn.init.zeros_(getattr(m, kind + "1"))
+            orthogonal(getattr(m, kind + "2"), 0.1)
+    m.k_k.copy_(0.71 - 0.1 * lin)
+    m.k_a.fill_(1.02)
+    if cfg.bonus:
+        m.r_k.fill_(-0.04)
+    orthogonal(m.receptance.weight, 1.0)
+    orthogonal(m.key.weight, 0.1)
+    orthogonal(m.value.weight, 1.0)
+    nn.init.zeros_(m.output.weight)
+    for linear in (m.receptance, m.key, m.value, m.output):
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    if cfg.group_norm:
+        m.ln_x.weight.fill_(((1 + layer) / L) ** 0.7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model folders: config.json, model.safetensors, meta.json (the tokenizer). Loading one runs no pickled code.
+
+def save_model(model: LM, folder: str | Path, meta: dict) -> None:
+    """Write a model folder; `meta` names the tokenizer. Each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items() if not (model.cfg.tied and name == "head.weight")}
+    for name, write in (("config.json", lambda f: f.write_text(json.dumps(asdict(model.cfg), indent=1) + "\n")),
+                        ("meta.json", lambda f: f.write_text(json.dumps(meta, indent=1) + "\n")),
+                        ("model.safetensors", lambda f: save_file(tensors, f))):
+        write(folder / (name + ".tmp"))
+        os.replace(folder / (name + ".tmp"), folder / name)
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:
+    """Read a model folder. Raises ValueError, in one line, for one that is missing, damaged or of another shape."""
+    folder = Path(folder)
+    try:
+        cfg = json.loads((folder / "config.json").read_text())
+        unknown = set(cfg) - {f.name for f in fields(ModelConfig)}
+        if unknown:
+            raise ValueError(f"{folder}/config.json has unknown keys: {', '.join(sorted(unknown))}")
+        model = LM(ModelConfig(**cfg))
+        tensors = load_file(folder / "model.safetensors")
+    except FileNotFoundError as e:
+        raise ValueError(f"no model at {folder}: {Path(e.filename or 'model.safetensors').name} is missing; train one first, or check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, TypeError) as e:
+        raise ValueError(f"the model at {folder} is damaged ({e}): restore it from a checkpoint") from None
+    if model.cfg.tied:
+        tensors["head.weight"] = tensors.get("emb.weight")
+    want = {name: p.shape for name, p in model.state_dict().items()}
+    for name in sorted(want.keys() | tensors.keys()):
+        if name not in tensors or name not in want or tensors[name].shape != want[name]:
+            raise ValueError(f"the model at {folder} does not fit its config.json: {name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, "
+                             f"expected {tuple(want[name]) if name in want else 'none'}")
+    model.load_state_dict(tensors)
+    return model.to(device)

@@ -1,0 +1,457 @@
+"""The training loop, and as a script: train a GPT or an RWKV-7 from scratch, on one process or many.
+
+    python train.py                                        a small GPT on Python's own manual, any CPU
+    python train.py config/shakespeare-cpu.toml            nanoGPT's CPU setting
+    torchrun --nproc_per_node=8 train.py config/gpt2-124m.toml
+    python train.py --mixer r --ffn channelmix             RWKV-7 instead of attention
+
+What it is: `fit`, the one loop of this project. Distillation (distill.py) is three more calls of it: a stage is a loss
+function and the parameters that train. What it is not: a framework; whoever needs another loop changes this one.
+
+    loss_fn(model, batch) -> {"loss": ..., ...}    SUMS over the targets of this batch, as scalars
+
+`fit` divides by the number of targets in the whole step (all micro-batches of all ranks), which the loader knows. So
+accumulation, padding and data parallelism never change what is computed: two processes give one process's gradients.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from tyro.conf import OmitArgPrefixes
+
+from config import cli, run
+from data.loader import Batch, Loader
+from data.prepare import ensure_prepared
+from evaluate import cross_entropy, global_sum, mean_loss
+from model import LM, ModelConfig, TimeMixer, load_model, save_model
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long, how fast, how often. None means off."""
+
+    max_steps: int = 2000
+    batch_size: int = 8                       # sequences per process and micro-batch
+    accum: int = 1                            # micro-batches per step
+    learning_rate: float = 2e-3
+    learning_rate_end: float | None = None    # None = a twentieth
+    warmup_steps: int = 20
+    schedule: str = "cosine"                  # cosine, linear, constant; for learning rate and weight decay
+    weight_decay: float = 0.1
+    weight_decay_end: float | None = None     # None = constant
+    att_weight_decay: float | None = None     # of the mixers' matrices; None = weight_decay
+    ffn_weight_decay: float | None = None     # of the feed-forward matrices; None = weight_decay
+    rwkv_lr_multiplier: float = 1.0           # on the learning rate of everything in RWKV mixers
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    clip: float | None = 1.0                  # of the gradient's norm
+    # stop at whichever comes first; the schedules end there
+    max_tokens: int | None = None             # inputs seen, over all processes
+    max_minutes: float | None = None
+    terminate_at_loss: float | None = None    # training loss, averaged over log_every steps
+    # keep
+    save_every: int | None = 500              # steps; the end and Ctrl-C always save
+    save_minutes: float | None = None
+    keep_last: int = 2                        # checkpoints
+    eval_every: int | None = 500
+    log_every: int = 10
+    compile: bool = False
+    wandb: str | None = None                  # project name
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None or f.type in (str, bool) or f.name == "wandb":
+                continue
+            least = 1 if "int" in str(f.type) and f.name != "warmup_steps" and f.name != "max_steps" else 0
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{f.name} = {value}: it must be a number of at least {least}")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"schedule = {self.schedule!r}: choose cosine, linear or constant")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+def setup(device: str = "auto") -> tuple[int, int, torch.device]:
+    """(rank, world size, device) from torchrun's environment; alone it is (0, 1, device). NCCL on GPUs, gloo on CPUs."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+@contextlib.contextmanager
+def main_first(rank: int):
+    """Rank 0 runs the block before the others do: for preparing data once."""
+    if dist.is_initialized() and rank > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank == 0:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedules
+
+def param_groups(model: nn.Module, cfg: FitConfig) -> list[dict]:
+    """AdamW groups by the official RWKV-7 rule.
+
+    Decay only on the matrices of projections, embedding and head (names in .weight, two dimensions or more); `w0`, which
+    sets the decay of the state, learns twice as fast; everything in RWKV mixers by rwkv_lr_multiplier.
+    """
+    in_rwkv = {id(p) for m in model.modules() if isinstance(m, TimeMixer) for p in m.parameters()}
+    groups: dict[tuple, list] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        rate = (2.0 if name.endswith("att.w0") or name.endswith("student.w0") else 1.0) * (cfg.rwkv_lr_multiplier if id(p) in in_rwkv else 1.0)
+        own = cfg.att_weight_decay if ".att." in name else cfg.ffn_weight_decay if ".ffn." in name else None
+        decay = (cfg.weight_decay if own is None else own) if name.endswith(".weight") and p.ndim >= 2 else 0.0
+        groups.setdefault((rate, decay), []).append(p)
+    if not groups:
+        raise ValueError("nothing to train: every parameter is frozen")
+    return [{"params": ps, "rate": rate, "decay": decay} for (rate, decay), ps in groups.items()]
+
+
+def interpolate(start: float, end: float, progress: float, schedule: str) -> float:
+    """From start (progress 0) to end (progress 1), along half a cosine or a line; constant stays at start."""
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
+    return end + (start - end) * left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: OUT/checkpoints/step_N/ is a model folder with trainer.pt. A folder is written under another name and
+# then renamed, so whatever bears the name is whole. OUT itself is the newest checkpoint's model, for everybody else.
+
+def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int) -> None:
+    folder = out / "checkpoints" / f"step_{trainer['step']:07d}"
+    unfinished = folder.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        save_model(model, unfinished, meta)
+        torch.save(trainer, unfinished / "trainer.pt")
+        if folder.exists():  # an interrupted run saved this very step
+            shutil.rmtree(folder)
+        os.replace(unfinished, folder)
+        publish(folder, out)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        shutil.rmtree(unfinished, ignore_errors=True)
+        last = max((out / "checkpoints").glob("step_*"), default=None)
+        raise ValueError(f"could not save step {trainer['step']} ({e}): free some disk space and go on with --resume"
+                         + (f"; {last} is kept" if last else "")) from None
+    for old in sorted((out / "checkpoints").glob("step_*"))[:-keep_last]:
+        shutil.rmtree(old)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Make the model in `folder` the model of `out`, file by file, each by one rename."""
+    for name in ("config.json", "meta.json", "model.safetensors"):
+        shutil.copyfile(folder / name, out / f"{name}.tmp")
+        os.replace(out / f"{name}.tmp", out / name)
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    return max((out / "checkpoints").glob("step_???????"), default=None)
+
+
+def load_trainer(folder: Path) -> dict:
+    """trainer.pt, read without running pickled code. Raises ValueError for a damaged one."""
+    try:
+        return torch.load(folder / "trainer.pt", weights_only=True)
+    except Exception as e:  # torch raises many kinds here; each means the same to the user
+        raise ValueError(f"{folder}/trainer.pt is damaged ({type(e).__name__}): remove {folder} and --resume from the checkpoint before") from None
+
+
+def claim(out: str | Path, resume: bool, overwrite: bool, also: tuple[str, ...] = ()) -> Path:
+    """The folder of a run, empty or to be resumed; `also` names what a run writes beside a model and its checkpoints.
+
+    Raises ValueError where another run's work would be lost.
+    """
+    out = Path(out)
+    ours = ("checkpoints", "config.json", "meta.json", "model.safetensors", "metrics.jsonl", *also)
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite contradict each other: choose one")
+    if any((out / name).exists() for name in ours):
+        if overwrite:
+            for name in ours:
+                shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+        elif not resume:
+            raise ValueError(f"{out} holds another run: go on with --resume, replace it with --overwrite, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+class Step(nn.Module):
+    """Model and loss as one module, so that DDP and torch.compile see the whole step."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return self.loss_fn(self.model, batch)
+
+
+def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out: Path, save: LM, meta: dict,
+        validate: Callable[[], dict] | None = None, name: str = "train") -> dict:
+    """Train what requires gradients in `model`, from the newest checkpoint in `out` if there is one.
+
+    `save` is the LM that checkpoints hold: the model itself, or the student inside it. `validate` gives a dict of floats.
+    Returns {"step", "tokens", "minutes", "loss"} and the last validation. Raises ValueError when the loss is not finite,
+    and KeyboardInterrupt, after saving, for Ctrl-C; either way the last good checkpoint stays.
+    """
+    rank, world = loader.rank, loader.W
+    device = next(model.parameters()).device
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(param_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+    # where we are: at the start, or where the newest checkpoint ended
+    step, tokens, seconds = 0, 0, 0.0
+    checkpoint = last_checkpoint(out)
+    if checkpoint:
+        trainer = load_trainer(checkpoint)
+        save.load_state_dict(load_model(checkpoint).state_dict())
+        optimizer.load_state_dict(trainer["optimizer"])
+        torch.set_rng_state(trainer["rng"])
+        step, tokens, seconds = trainer["step"], trainer["tokens"], trainer["seconds"]
+    log = MetricsLog(out, step, cfg.wandb) if rank == 0 else None
+
+    module = Step(model, loss_fn)
+    if cfg.compile:
+        module = torch.compile(module)
+    if world > 1:
+        module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    if rank == 0:
+        n = sum(p.numel() for p in trained)
+        print(f"{name}: {n:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, {loader.accum * world * loader.B} x {loader.T} "
+              f"tokens a step, {world} x {device.type}" + (f", from step {step}" if step else ""), flush=True)
+
+    def progress() -> float:
+        """0 at the start, 1 at the end, by whichever limit is nearest."""
+        done = [step / max(1, cfg.max_steps)]
+        done += [tokens / cfg.max_tokens] if cfg.max_tokens else []
+        done += [seconds / 60 / cfg.max_minutes] if cfg.max_minutes else []
+        return min(1.0, max(done))
+
+    def checkpoint_now():
+        if rank == 0:
+            rng = torch.get_rng_state()
+            save_checkpoint(out, save, meta, {"step": step, "tokens": tokens, "seconds": seconds, "optimizer": optimizer.state_dict(), "rng": rng}, cfg.keep_last)
+
+    interrupted = Interrupt()
+    since, mark, last_save = [], (time.time(), tokens), time.time()  # losses and norms since the last log line
+    results: dict = {}
+    bar = tqdm(total=cfg.max_steps, initial=step, desc=name, disable=rank > 0, mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
+    model.train()
+    with interrupted:
+        while progress() < 1:
+            p = progress()
+            lr = interpolate(cfg.learning_rate, cfg.learning_rate / 20 if cfg.learning_rate_end is None else cfg.learning_rate_end, p, cfg.schedule)
+            lr *= min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+            fade = 1.0 if cfg.weight_decay_end is None or not cfg.weight_decay else interpolate(1.0, cfg.weight_decay_end / cfg.weight_decay, p, cfg.schedule)
+            for group in optimizer.param_groups:
+                group["lr"], group["weight_decay"] = lr * group["rate"], group["decay"] * fade
+
+            # forward and backward: sums over targets, divided by the targets of the whole step; DDP averages, hence world
+            batches, targets = loader.step(step)
+            sums: dict[str, torch.Tensor] = {}
+            for i, batch in enumerate(batches):
+                sync = module.no_sync() if world > 1 and i < len(batches) - 1 else contextlib.nullcontext()
+                with sync:
+                    with autocast:
+                        losses = module(batch.to(device))
+                    (losses["loss"] * (world / targets)).backward()
+                for key, value in losses.items():
+                    sums[key] = sums.get(key, 0) + value.detach().float() / targets
+                tokens += world * batch.x.numel()
+            norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            since.append(torch.stack([norm.float(), *sums.values()]))
+
+            saves = bool(cfg.save_every and step % cfg.save_every == 0)
+            if step % cfg.log_every and progress() < 1 and not saves and not (device.type == "cpu" and world == 1 and interrupted.seen):
+                continue
+            # look at the numbers: every log_every steps, and always before a checkpoint
+            window = torch.stack(since)                                           # (steps, 1 + losses)
+            window[:, 1:] = global_sum(window[:, 1:])
+            stop, now, save_due = agree([float(interrupted.seen), time.time(), float(bool(cfg.save_minutes) and time.time() - last_save > 60 * cfg.save_minutes)], device)
+            seconds += max(0.0, now - mark[0])
+            if not window.isfinite().all():
+                bad = step - len(window) + 1 + int((~window.isfinite()).any(1).nonzero()[0])
+                kept = last_checkpoint(out)
+                raise ValueError(f"{name}: the loss or its gradient is not finite at step {bad}: lower learning_rate; "
+                                 + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"))
+            means = dict(zip(sums, window[:, 1:].mean(0).tolist()))
+            speed = (tokens - mark[1]) / max(1e-9, now - mark[0])
+            row = {"step": step, "tokens": tokens, "minutes": seconds / 60, **means, "grad_norm": window[:, 0].mean().item(), "lr": lr, "tokens_per_s": speed}
+            bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {lr:.1e}, {speed / 1000:.1f}k tok/s", refresh=False)
+            bar.update(step - bar.n)
+            since = []
+            ends = progress() >= 1 or bool(cfg.terminate_at_loss) and means["loss"] <= cfg.terminate_at_loss
+            if validate and (ends or cfg.eval_every and step % cfg.eval_every < cfg.log_every and step >= cfg.eval_every and step // cfg.eval_every > (step - len(window)) // cfg.eval_every):
+                model.eval()
+                results = validate()
+                model.train()
+                row |= results
+            if rank == 0:
+                log.write(row)
+            results = {"step": step, "tokens": tokens, "minutes": seconds / 60, "loss": means["loss"]} | {k: v for k, v in results.items()}
+            if saves or save_due or ends or stop:
+                checkpoint_now()
+                last_save = time.time()
+            if stop:
+                bar.close()
+                if rank == 0:
+                    print(f"\nstopped after step {step}; everything is saved in {out}. Go on with: {resume_command()}", file=sys.stderr)
+                raise KeyboardInterrupt
+            mark = (time.time(), tokens)  # evaluation and saving are not training time
+            if ends:
+                break
+    bar.close()
+    return results
+
+
+def agree(values: list[float], device: torch.device) -> list[float]:
+    """The maximum over all ranks of each value, so that all of them decide alike."""
+    if not dist.is_initialized():
+        return values
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t, dist.ReduceOp.MAX)
+    return t.tolist()
+
+
+def resume_command() -> str:
+    args = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
+    return " ".join(["python", Path(sys.argv[0]).name, *args, "--resume"])
+
+
+class Interrupt:
+    """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step; a second one ends at once."""
+
+    def __init__(self):
+        self.seen = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, signum, frame):
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+class MetricsLog:
+    """metrics.jsonl, one line per log point; what an interrupted run wrote past its checkpoint is cut off."""
+
+    def __init__(self, out: Path, step: int, wandb_project: str | None):
+        self.path = out / "metrics.jsonl"
+        rows = self.path.read_text().splitlines() if self.path.exists() else []
+        self.path.write_text("".join(r + "\n" for r in rows if r.endswith("}") and json.loads(r)["step"] <= step))
+        self.wandb = None
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("--wandb needs the package wandb: pip install wandb, or leave the flag away") from None
+            self.wandb = wandb.init(project=wandb_project, name=out.name, resume="allow", id=out.name)
+
+    def write(self, row: dict) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a script
+
+def cross_entropy_loss(model: LM, batch: Batch) -> dict[str, torch.Tensor]:
+    """The language-modelling loss, summed over the targets."""
+    return {"loss": cross_entropy(model(batch.x)[0], batch)}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    data: str = "data/pydoc"      # a folder made by data/prepare.py; the embedded ones are prepared where missing
+    out: str = "out/teacher"
+    init: str | None = None       # start from this model folder instead of random weights
+    resume: bool = False          # go on from the newest checkpoint in `out`
+    overwrite: bool = False       # replace what is in `out`
+    device: str = "auto"
+    seed: int = 0
+    eval_tokens: int = 65536      # of the held-out half, while training; at the end all of it counts
+    model: Annotated[ModelConfig, OmitArgPrefixes] = field(default_factory=ModelConfig)
+    fit: Annotated[FitConfig, OmitArgPrefixes] = field(default_factory=FitConfig)
+
+
+def train(cfg: TrainConfig) -> dict:
+    """Train a language model on `cfg.data` into the model folder `cfg.out`; returns the last metrics."""
+    rank, world, device = setup(cfg.device)
+    with main_first(rank):
+        ensure_prepared(cfg.data)
+    loaders = [Loader(cfg.data, half, cfg.fit.batch_size, cfg.model.block_size, cfg.seed, rank, world, cfg.fit.accum) for half in ("train", "val")]
+    with main_first(rank):
+        out = claim(cfg.out, cfg.resume, cfg.overwrite and rank == 0)
+
+    torch.manual_seed(cfg.seed)
+    if cfg.init:
+        model = load_model(cfg.init)
+        if model.cfg.vocab_size < loaders[0].vocab_size:
+            raise ValueError(f"{cfg.init} knows {model.cfg.vocab_size} tokens, {cfg.data} has {loaders[0].vocab_size}: prepare the data with the model's tokenizer")
+    else:
+        model = LM(replace(cfg.model, vocab_size=loaders[0].vocab_size))
+    model.to(device)
+    meta = {"tokenizer": loaders[0].meta["tokenizer"], "data": cfg.data}
+    if rank == 0:
+        print(json.dumps(asdict(cfg)))
+    result = fit(model, cross_entropy_loss, loaders[0], cfg.fit, out, model, meta, lambda: {"val_loss": mean_loss(model, loaders[1], cfg.eval_tokens)})
+    result["val_loss"] = mean_loss(model.eval(), loaders[1])
+    if rank == 0:
+        print(f"{out}: held-out loss {result['val_loss']:.4f} nats per token after {result['tokens']:,} tokens and {result['minutes']:.1f} minutes")
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        train(cli(TrainConfig, argv))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
