@@ -190,6 +190,32 @@ def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None)
     plt.close(fig)
 
 
+def collect(folder: Path) -> str:
+    """A table over the reports of several seeds (*.json in `folder`): per stage and control the median, and the range."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not reports:
+        raise ValueError(f"no reports in {folder}: run make results first")
+    rows: dict[str, list[dict]] = {}
+    for report in reports:
+        for row in report["stages"]:
+            rows.setdefault(row["name"], []).append(row)
+    for report in reports:
+        for name, row in report.get("controls", {}).items():
+            rows.setdefault(f"control: {name}", []).append(row)
+
+    def cell(values: list[float], form: str) -> str:
+        low, middle, high = (format(f(values), form) for f in (min, np.median, max))
+        return middle if len(values) == 1 else f"{middle} ({low} ... {high})"
+
+    teacher = reports[0]["teacher"]["val_loss"]
+    lines = [f"Teacher: {teacher:.4f} nats per token. {len(reports)} seeds; median (least ... most).", "",
+             "| | tokens | val loss | gap | KL | top-1 |", "|---|---:|---:|---:|---:|---:|"]
+    for name, group in rows.items():
+        cells = [cell([row[key] for row in group], form) for key, form in (("val_loss", ".4f"), ("gap", ".4f"), ("kl", ".4f"), ("top1", ".1%"))]
+        lines.append(f"| {name} | {group[0]['tokens']:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     teacher: str = "out/teacher"
@@ -199,10 +225,14 @@ class EvaluateConfig:
     block_size: int | None = None     # None = the teacher's
     max_tokens: int | None = None     # of the held-out half; None = all
     out: str | None = None            # folder for report.json, .md and .png; None = print only
+    collect: str | None = None        # instead: a table over the report.json files of several seeds in this folder
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(EvaluateConfig, argv)
+    if cfg.collect:
+        print(collect(Path(cfg.collect)))
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher, student = load_model(cfg.teacher, device).eval(), load_model(cfg.student, device).eval()
     train, val = (Loader(cfg.data, half, cfg.batch_size, cfg.block_size or teacher.cfg.block_size) for half in ("train", "val"))

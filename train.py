@@ -159,10 +159,10 @@ def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: 
         publish(folder, out)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
-        last = max((out / "checkpoints").glob("step_*"), default=None)
+        last = last_checkpoint(out)
         raise ValueError(f"could not save step {trainer['step']} ({e}): free some disk space and go on with --resume"
                          + (f"; {last} is kept" if last else "")) from None
-    for old in sorted((out / "checkpoints").glob("step_*"))[:-keep_last]:
+    for old in checkpoints(out)[:-keep_last]:
         shutil.rmtree(old)
 
 
@@ -173,9 +173,13 @@ def publish(folder: Path, out: Path) -> None:
         os.replace(out / f"{name}.tmp", out / name)
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((out / "checkpoints").glob("step_???????"))
+
+
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    return max((out / "checkpoints").glob("step_???????"), default=None)
+    return next(reversed(checkpoints(out)), None)
 
 
 def load_trainer(folder: Path) -> dict:
@@ -236,8 +240,11 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
     step, tokens, seconds = 0, 0, 0.0
     checkpoint = last_checkpoint(out)
     if checkpoint:
-        trainer = load_trainer(checkpoint)
-        save.load_state_dict(load_model(checkpoint).state_dict())
+        trainer, saved = load_trainer(checkpoint), load_model(checkpoint)
+        if saved.cfg != save.cfg:
+            other = ", ".join(f.name for f in fields(saved.cfg) if getattr(saved.cfg, f.name) != getattr(save.cfg, f.name))
+            raise ValueError(f"the run in {out} has another model (other {other}): resume with the settings it was started with")
+        save.load_state_dict(saved.state_dict())
         optimizer.load_state_dict(trainer["optimizer"])
         torch.set_rng_state(trainer["rng"])
         step, tokens, seconds = trainer["step"], trainer["tokens"], trainer["seconds"]
@@ -268,7 +275,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
 
     interrupted = Interrupt()
     since, mark, last_save = [], (time.time(), tokens), time.time()  # losses and norms since the last log line
-    results: dict = {}
+    validation, loss = {}, math.nan
     bar = tqdm(total=cfg.max_steps, initial=step, desc=name, disable=rank > 0, mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
     model.train()
     with interrupted:
@@ -298,8 +305,9 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
             step += 1
             since.append(torch.stack([norm.float(), *sums.values()]))
 
-            saves = bool(cfg.save_every and step % cfg.save_every == 0)
-            if step % cfg.log_every and progress() < 1 and not saves and not (device.type == "cpu" and world == 1 and interrupted.seen):
+            saves = bool(cfg.save_every) and step % cfg.save_every == 0
+            alone = world == 1 and interrupted.seen  # others must hear of it first, at the next look
+            if step % cfg.log_every and progress() < 1 and not saves and not alone:
                 continue
             # look at the numbers: every log_every steps, and always before a checkpoint
             window = torch.stack(since)                                           # (steps, 1 + losses)
@@ -316,16 +324,15 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
             row = {"step": step, "tokens": tokens, "minutes": seconds / 60, **means, "grad_norm": window[:, 0].mean().item(), "lr": lr, "tokens_per_s": speed}
             bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {lr:.1e}, {speed / 1000:.1f}k tok/s", refresh=False)
             bar.update(step - bar.n)
-            since = []
+            since, loss = [], means["loss"]
             ends = progress() >= 1 or bool(cfg.terminate_at_loss) and means["loss"] <= cfg.terminate_at_loss
-            if validate and (ends or cfg.eval_every and step % cfg.eval_every < cfg.log_every and step >= cfg.eval_every and step // cfg.eval_every > (step - len(window)) // cfg.eval_every):
+            eval_due = bool(cfg.eval_every) and step // cfg.eval_every > (step - len(window)) // cfg.eval_every
+            if validate and (ends or eval_due):
                 model.eval()
-                results = validate()
+                validation = validate()
                 model.train()
-                row |= results
             if rank == 0:
-                log.write(row)
-            results = {"step": step, "tokens": tokens, "minutes": seconds / 60, "loss": means["loss"]} | {k: v for k, v in results.items()}
+                log.write(row | (validation if ends or eval_due else {}))
             if saves or save_due or ends or stop:
                 checkpoint_now()
                 last_save = time.time()
@@ -338,7 +345,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
             if ends:
                 break
     bar.close()
-    return results
+    return {"step": step, "tokens": tokens, "minutes": seconds / 60, "loss": loss, **validation}
 
 
 def agree(values: list[float], device: torch.device) -> list[float]:
