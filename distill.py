@@ -337,13 +337,13 @@ class DistillConfig:
     dpo_beta: float = 0.1
     dpo_smoothing: float = 0.0
     # loops
-    align: FitConfig = FitConfig(max_steps=300, batch_size=4, learning_rate=4e-3, eval_every=None)
-    distil: FitConfig = FitConfig(max_steps=1000, batch_size=4, learning_rate=2e-3)
-    finish: FitConfig = FitConfig(max_steps=100, batch_size=8, learning_rate=2e-4, eval_every=None)
+    align: FitConfig = FitConfig(max_steps=400, batch_size=4, learning_rate=5e-3, eval_every=None)
+    distil: FitConfig = FitConfig(max_steps=3000, batch_size=2, learning_rate=5e-4, rwkv_lr_multiplier=4.0, weight_decay=0.0, eval_every=1000)
+    finish: FitConfig = FitConfig(max_steps=100, batch_size=8, learning_rate=1e-4, weight_decay=0.0, eval_every=None)
     finish_block_size: int | None = None   # None = the teacher's
     # the teacher, where it has to be trained
     teacher_model: ModelConfig = ModelConfig()
-    teacher_fit: FitConfig = FitConfig(max_steps=1200, batch_size=4, learning_rate=2e-3)
+    teacher_fit: FitConfig = FitConfig(max_steps=3000, batch_size=4, eval_every=1000)
     controls: bool = False                 # afterwards, what the same tokens give without each idea
     eval_tokens: int | None = 65536        # of the held-out half; None = all
     resume: bool = False

@@ -39,18 +39,18 @@ class ModelConfig:
 
     vocab_size: int = 257        # the byte tokenizer's: 256 bytes and <|endoftext|>
     block_size: int = 256        # tokens per training sequence; a hard limit only for learned positions
-    n_layer: int = 4
-    n_embd: int = 128
+    n_layer: int = 3
+    n_embd: int = 96
     mixer: str = "a"             # a = attention, r = RWKV-7, repeated over the layers: "a", "r", "ar", "rrra", ...
     # attention
-    n_head: int = 2
+    n_head: int = 3
     n_kv_head: int | None = None  # grouped heads: fewer keys and values than queries; None = n_head
     head_size: int | None = None  # None = n_embd / n_head
     positions: str = "rope"      # rope, learned, none
     rope_theta: float = 10000.0
     qkv_bias: bool = False
     # RWKV-7; the switches are what recipes for converting transformers change, all on is the official layer
-    rwkv_head_size: int = 64
+    rwkv_head_size: int = 32
     rwkv_size: int | None = None  # width of all heads together; None = n_embd
     rank_w: int | None = None    # ranks of the low-rank maps for decay, learning rate, value residual and gate;
     rank_a: int | None = None    # None = the official rule

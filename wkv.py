@@ -98,7 +98,8 @@ def wkv7_chunk(r, w, k, v, kk, a, state):
         x = F.pad(x, (0, 0, 0, 0, 0, n * L - T)) if n * L > T else x
         return x.view(B, n, L, H, N).permute(1, 0, 3, 2, 4)
 
-    y, state = WKV7Chunk.apply(*map(chunks, (r, w, k, v, -kk, kk * a)), state)
+    with torch.autocast(r.device.type, enabled=False):  # float32 stays float32, whatever surrounds the operator
+        y, state = WKV7Chunk.apply(*map(chunks, (r, w, k, v, -kk, kk * a)), state)
     return y.permute(1, 0, 3, 2, 4).reshape(B, n * L, H, N)[:, :T], state
 
 

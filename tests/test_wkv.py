@@ -310,13 +310,15 @@ def repeated_token(decay, T=4096, N=64):
 
 
 @pytest.mark.parametrize("decay", [-0.1, BOUND])
-def test_one_token_repeated_4096_times_is_at_most_ten_times_less_exact_than_random_ones(decay):
+def test_one_token_repeated_4096_times_costs_at_most_thirty_times_the_error_of_random_tokens(decay):
+    """... and at most ten times the float32 loop's: most of the loss is the recurrence's own, not the chunks'."""
     x, ordinary = repeated_token(decay), random_inputs(B=1, T=4096, H=1, N=64)
     dy, dS = upstream(x)
     hard = errors(operator(x, dy, dS, dtype=torch.float32), equation(x, dy, dS))
     easy = errors(operator(ordinary, dy, dS, dtype=torch.float32), equation(ordinary, dy, dS))
-    assert max(easy.values()) < 3e-6
-    assert all(hard[n] <= 10 * max(easy.values()) for n in hard), (hard, easy)
+    loop = errors(operator(x, dy, dS, "loop", torch.float32), equation(x, dy, dS))
+    assert max(easy.values()) < 2e-6
+    assert all(e <= 30 * max(easy.values()) and e <= 10 * max(loop.values()) for e in hard.values()), (hard, easy, loop)
     assert_close(operator(x, dy, dS), equation(x, dy, dS), 1e-10)
 
 
@@ -458,13 +460,17 @@ def test_mixed_precision_as_the_model_has_it():
     assert_close({"S": S}, {"S": ref["S"]}, 3e-6)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["backward after autocast", "backward within autocast"])
 @pytest.mark.parametrize("T", [5, 50])
-def test_autocast_leaves_the_inside_in_float32(T):
+def test_autocast_leaves_the_inside_in_float32(T, inside):
     x = random_inputs(T=T)
     dy, dS = upstream(x)
+    leaves = [z.float().requires_grad_() for z in x]
     with torch.autocast("cpu", torch.bfloat16):
-        out = operator(x, dy, dS, "auto", torch.float32)
-    assert_close(out, equation(x, dy, dS), 3e-6)
+        out = wkv7(*leaves)
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        grads = torch.autograd.grad(out, leaves, (dy.float(), dS.float()))
+    assert_close(dict(zip(["y", "S"] + ["d" + n for n in NAMES], [z.detach() for z in (*out, *grads)])), equation(x, dy, dS), 3e-6)
 
 
 def test_float64_stays_float64():
@@ -477,11 +483,8 @@ def test_auto_on_a_cpu_is_the_loop_for_short_text_and_the_chunks_for_the_rest():
         assert all(map(torch.equal, wkv7(*x), wkv7(*x, backend=backend)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name, bad", [(n, bad) for n in NAMES for bad in (math.nan, math.inf) if (n, bad) != ("w", math.inf)])
 def test_nan_or_infinity_in_gives_nan_or_infinity_out_in_its_own_head_only(name, bad):
-    if name == "w" and bad > 0:
-        pytest.skip("refused: w > 0")
     x = random_inputs(B=2, T=70, H=2)
     i = NAMES.index(name)
     x[i][(0, 1) if name == "state" else (0, 40, 1)] = bad
