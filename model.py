@@ -88,6 +88,8 @@ class ModelConfig:
             raise ValueError(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}: change one")
         if "a" in self.mixers and self.positions == "rope" and self.att_head_size % 2:
             raise ValueError(f"rope turns pairs of channels: head size {self.att_head_size} must be even")
+        if "r" in self.mixers and self.rwkv_rope and self.rwkv_head_size % 2:
+            raise ValueError(f"rope turns pairs of channels: rwkv_head_size {self.rwkv_head_size} must be even")
         if "r" in self.mixers and (self.rwkv_size or self.n_embd) % self.rwkv_head_size:
             raise ValueError(f"RWKV's width {self.rwkv_size or self.n_embd} is not divisible by rwkv_head_size = {self.rwkv_head_size}: change one")
 
@@ -238,7 +240,7 @@ class TimeMixer(nn.Module):
         y = y.reshape(B, T, -1)
         if self.cfg.gate:
             y = y * (torch.sigmoid(mix("x_g") @ self.g1) @ self.g2)
-        return self.output(y), v_first, (x[:, -1], S, start + T)
+        return self.output(y), v_first, (x[:, -1].clone(), S, start + T)  # clone: a view would hold all of x
 
 
 class ChannelMix(nn.Module):
@@ -252,7 +254,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x, state):
         x_k = torch.addcmul(x, shift(x, state) - x, self.x_k)
-        return self.value(torch.relu(self.key(x_k)).square()), x[:, -1]
+        return self.value(torch.relu(self.key(x_k)).square()), x[:, -1].clone()
 
 
 class MLP(nn.Module):
@@ -453,6 +455,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:
         tensors = load_file(folder / "model.safetensors")
     except FileNotFoundError as e:
         raise ValueError(f"no model at {folder}: {Path(e.filename or 'model.safetensors').name} is missing; train one first, or check the path") from None
+    except NotADirectoryError:
+        raise ValueError(f"no model at {folder}: it is a file; give the folder that holds config.json and model.safetensors") from None
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, TypeError) as e:
         raise ValueError(f"the model at {folder} is damaged ({e}): restore it from a checkpoint") from None
     if model.cfg.tied:

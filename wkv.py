@@ -40,7 +40,7 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
     r, w, k, v, kk, a: (B, T, H, N), any T >= 1. `state`: (B, H, N, N), or None for an empty memory.
     Returns y (B, T, H, N) in r's dtype, and the state after the last token, float32 (float64 for float64 inputs).
     Any w <= 0 is right: where decays fall below RWKV-7's bound the chunks get shorter, and then the loop takes over.
-    Raises ValueError for shapes that do not match, an unknown backend, or a decay above 1.
+    Raises ValueError for shapes that do not match, an unknown backend, or w > 0 (not looked for at T = 1).
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
@@ -52,10 +52,13 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
     dtype = torch.promote_types(r.dtype, torch.float32)  # bfloat16 in, float32 inside; float64 stays
     inputs = [x.to(dtype) for x in (r, w, k, v, kk, a)]
     state = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
-    if backend == "loop" or (backend == "auto" and T < 16):  # below 16 tokens the products of a chunk do not pay
-        y, state = wkv7_loop(*inputs, state)
-    else:
-        y, state = wkv7_chunk(*inputs, state)
+    if backend == "auto":
+        backend = "loop" if T < 16 else "chunk"  # below 16 tokens the products of a chunk do not pay
+    if T > 1 or backend == "chunk":  # generation goes token by token and is spared the look
+        lowest, highest = (x.item() for x in torch.aminmax(w.detach()))
+        if highest > 0:
+            raise ValueError(f"log decay w reaches {highest:.3g}: it must be <= 0, or the memory grows without end")
+    y, state = wkv7_loop(*inputs, state) if backend == "loop" else wkv7_chunk(*inputs, state, lowest)
     return y.to(r.dtype), state
 
 
@@ -78,15 +81,12 @@ def wkv7_loop(r, w, k, v, kk, a, S):
 #     y    = r~ S0^T + tril(r~ b~^T) U + tril(r~ k~^T) v
 #     S_L  = (S0 + U^T b~ + v^T k~) diag(W_L)
 #
-# U depends on S0 linearly, U = P S0^T + G, so S_L = S0 M + K with M and K known for every chunk at once. Only
-# S <- S M + K walks through the chunks in order.
+# U depends on S0 linearly, U = P S0^T + G, with P and G known for every chunk at once. Only the two small products that
+# make U and S_L from them walk through the chunks in order.
 
-def wkv7_chunk(r, w, k, v, kk, a, state):
+def wkv7_chunk(r, w, k, v, kk, a, state, lowest: float):
     """Pad to whole chunks, put the chunks side by side, and run the chunked form with its own backward pass."""
     B, T, H, N = r.shape
-    lowest, highest = (x.item() for x in torch.aminmax(w.detach()))
-    if highest > 0:
-        raise ValueError(f"log decay w reaches {highest:.3g}: it must be <= 0, or the memory grows without end")
     L = min(CHUNK, -(-T // 16) * 16)
     while L >= 8 and not -lowest * L <= MAX_LOG:  # shorter chunks for faster decays ("not <=": NaN ends in the loop)
         L //= 2
@@ -137,6 +137,11 @@ class WKV7Chunk(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dS):
+        with torch.autocast(dy.device.type, enabled=False):  # the caller's backward may run inside autocast
+            return WKV7Chunk.chain_rule(ctx, dy, dS)
+
+    @staticmethod
+    def chain_rule(ctx, dy, dS):
         """The chain rule through the lines above, last to first; dQ is the gradient of Q."""
         decay, grow, zr, bk, A, X, P, UV, states = ctx.saved_tensors
         shape, dy, dS = dy.shape, dy.flatten(0, 2).contiguous(), dS.flatten(0, 1)

@@ -12,7 +12,8 @@ import torch
 import evaluate
 from common import T, padded, random_batch, tiny, tiny_model  # noqa: F401   (tiny is a fixture)
 from data.loader import Loader
-from evaluate import as_markdown, check_vocabulary, collect, compare, cross_entropy, layer_errors, make_report, mean_loss, state_bytes, unigram_loss, write_report
+from evaluate import (as_markdown, check_vocabulary, collect, compare, cross_entropy, layer_errors, make_report, mean_loss, state_bytes, unigram_loss,
+                      write_report)
 from model import CausalSelfAttention
 
 
