@@ -38,9 +38,9 @@ from tyro.conf import OmitArgPrefixes
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
-from evaluate import as_markdown, check_vocabulary, compare, make_report, mean_loss, write_report
+from evaluate import as_markdown, check_vocabulary, compare, global_sum, make_report, write_report
 from model import LM, CausalSelfAttention, ChannelMix, ModelConfig, TimeMixer, load_model
-from train import FitConfig, TrainConfig, claim, cross_entropy_loss, fit, main_first, publish, setup, train
+from train import FitConfig, TrainConfig, claim, cross_entropy_loss, fit, main_first, publish, restore, same_tokenizer, setup, train
 
 STAGES = ("align", "distil", "finish")
 
@@ -338,7 +338,7 @@ class DistillConfig:
     dpo_smoothing: float = 0.0
     # loops
     align: FitConfig = FitConfig(max_steps=400, batch_size=4, learning_rate=5e-3, eval_every=None)
-    distil: FitConfig = FitConfig(max_steps=3000, batch_size=2, learning_rate=5e-4, rwkv_lr_multiplier=4.0, weight_decay=0.0, eval_every=1000)
+    distil: FitConfig = FitConfig(max_steps=3000, batch_size=2, learning_rate=5e-4, rwkv_lr_multiplier=2.0, weight_decay=0.0, eval_every=1000)
     finish: FitConfig = FitConfig(max_steps=100, batch_size=8, learning_rate=1e-4, weight_decay=0.0, eval_every=None)
     finish_block_size: int | None = None   # None = the teacher's
     # the teacher, where it has to be trained
@@ -368,8 +368,8 @@ class DistillConfig:
 
 def train_teacher(cfg: DistillConfig) -> None:
     """Train the missing teacher next to its place and move it there when it is done, so that half a teacher never teaches."""
-    unfinished = Path(cfg.teacher + ".partial")
-    train(TrainConfig(data=cfg.data, out=str(unfinished), resume=cfg.resume and unfinished.exists(), overwrite=not cfg.resume, device=cfg.device,
+    unfinished = Path(cfg.teacher).with_name(Path(cfg.teacher).name + ".partial")
+    train(TrainConfig(data=cfg.data, out=str(unfinished), resume=unfinished.exists(), device=cfg.device,
                       seed=cfg.seed, model=cfg.teacher_model, fit=cfg.teacher_fit))
     if not dist.is_initialized() or dist.get_rank() == 0:
         unfinished.rename(cfg.teacher)
@@ -377,66 +377,80 @@ def train_teacher(cfg: DistillConfig) -> None:
         dist.barrier()
 
 
+def prepare_stage(stage: str, cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, kind: str) -> tuple[LM, Callable]:
+    """What a stage is: the model with only its parameters set to train, and its loss. `kind` of the data decides SFT or DPO."""
+    model = wrap(student, teacher if stage == "align" else None)
+    if stage == "align":
+        set_training(model, lambda name: ".att.student." in name)
+        return model, partial(align_loss, kind=cfg.align_kind)
+    if stage == "distil":
+        frozen = [part for part in cfg.freeze.split(",") if part]
+        for part in frozen:
+            if not any(part in name for name, _ in model.named_parameters()):
+                raise ValueError(f"freeze = {cfg.freeze!r}: no parameter has {part!r} in its name; try emb, att, ffn, ln or head")
+        set_training(model, lambda name: not any(part in name for part in frozen))
+        return model, partial(distil_loss, teacher=logit_teacher, kind=cfg.kl_kind, kl_weight=cfg.kl_weight, ce_weight=cfg.ce_weight, chunk=cfg.kl_chunk)
+    set_training(model, lambda name: True)
+    if kind == "preference":
+        reference = copy.deepcopy(student).eval().requires_grad_(False)
+        return model, partial(dpo_loss, reference=reference, beta=cfg.dpo_beta, kind=cfg.dpo_kind, smoothing=cfg.dpo_smoothing)
+    return model, cross_entropy_loss
+
+
+@torch.no_grad()
+def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | None) -> dict[str, float]:
+    """Every term of a loss, as its mean over the held-out targets (over the pairs, for preferences)."""
+    sums, count = {}, torch.zeros((), device=next(model.parameters()).device)
+    for batch in loader.windows(max_tokens):
+        batch = batch.to(count.device)
+        for name, value in loss_fn(model, batch).items():
+            sums[name] = sums.get(name, 0.0) + value.double()
+        count += (batch.mask.sum(1).chunk(2)[0] > 0).sum() if loader.kind == "preference" else batch.mask.sum()
+    return {name: (global_sum(value) / global_sum(count)).item() for name, value in sums.items()}
+
+
 def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> list[dict]:
     """Take the student through the stages named in cfg, one folder each; a stage that is done is read back, not run again."""
-    main_rank = loaders["val"].rank == 0
-    rows = []
+    val = loaders["val"]
+    say = print if val.rank == 0 else lambda *_: None
 
-    def measure(name: str, tokens: int, minutes: float) -> dict:
-        row = {"name": name, "tokens": tokens, "minutes": minutes, **compare(teacher, student.eval(), loaders["val"], cfg.eval_tokens)}
-        row = {k: v for k, v in row.items() if k not in ("by_position", "teacher_loss")}
-        if main_rank:
-            print("after {name}: loss {val_loss:.4f}, gap to the teacher {gap:.4f}, KL {kl:.4f}, top-1 {top1:.1%}".format(**row), flush=True)
+    def measure(max_tokens: int | None) -> dict[str, float]:
+        result = compare(teacher, student.eval(), val, max_tokens)
+        return {key: value for key, value in result.items() if isinstance(value, float) and key != "teacher_loss"}
+
+    def validate() -> dict[str, float]:  # in metrics.jsonl "kl" is the training loss's
+        return {key if key == "val_loss" else f"val_{key}": value for key, value in measure(min(cfg.eval_tokens or 16384, 16384)).items()}
+
+    def note(row: dict, path: Path) -> dict:
+        say("after {name}: loss {val_loss:.4f}, gap to the teacher {gap:.4f}, KL {kl:.4f}, top-1 {top1:.1%}".format(**row))
+        if val.rank == 0:
+            path.with_suffix(".tmp").write_text(json.dumps(row))
+            path.with_suffix(".tmp").replace(path)
         return row
 
-    def finished(stage: str, row: dict) -> None:
-        rows.append(row)
-        if main_rank:
-            (out / stage / "stage.tmp").write_text(json.dumps(row))
-            (out / stage / "stage.tmp").replace(out / stage / "stage.json")
-            publish(out / stage, out)
-
-    def validate() -> dict:
-        return {k: v for k, v in compare(teacher, student, loaders["val"], min(cfg.eval_tokens or 16384, 16384)).items() if isinstance(v, float)}
-
-    for stage in cfg.stages.split(","):
+    out.mkdir(parents=True, exist_ok=True)
+    start = out / "start.json"
+    rows = [json.loads(start.read_text()) if start.exists() else note({"name": "start", "tokens": 0, "minutes": 0.0, **measure(cfg.eval_tokens)}, start)]
+    for stage in STAGES:
         folder = out / stage
-        if (folder / "stage.json").exists():
+        if (folder / "stage.json").exists():  # done before, whether or not it was asked for again
             rows.append(json.loads((folder / "stage.json").read_text()))
-            student.load_state_dict(load_model(folder).state_dict())
+            restore(student, folder)
             continue
-        if not rows:
-            rows.append(measure("start", 0, 0.0))
+        if stage not in cfg.stages.split(","):
+            continue
         folder.mkdir(parents=True, exist_ok=True)
-
-        if stage == "align":
-            model = wrap(student, teacher)
-            set_training(model, lambda name: ".att.student." in name)
-            result = fit(model, partial(align_loss, kind=cfg.align_kind), loaders["align"], cfg.align, folder, student, meta, None, stage)
-            finished(stage, measure(stage, result["tokens"], result["minutes"]))
-
-        elif stage == "distil":
-            model = wrap(student, None)
-            frozen = [part for part in cfg.freeze.split(",") if part]
-            set_training(model, lambda name: not any(part in name for part in frozen))
-            loss = partial(distil_loss, teacher=logit_teacher, kind=cfg.kl_kind, kl_weight=cfg.kl_weight, ce_weight=cfg.ce_weight, chunk=cfg.kl_chunk)
-            result = fit(model, loss, loaders["distil"], cfg.distil, folder, student, meta, validate, stage)
-            finished(stage, measure(stage, result["tokens"], result["minutes"]))
-
-        else:
-            model = wrap(student, None)
-            set_training(model, lambda name: True)
-            if loaders["finish"].kind == "preference":
-                loss = partial(dpo_loss, reference=copy.deepcopy(student).requires_grad_(False), beta=cfg.dpo_beta, kind=cfg.dpo_kind, smoothing=cfg.dpo_smoothing)
-            else:
-                loss = cross_entropy_loss
-            before = mean_loss(student.eval(), loaders["finish_val"], cfg.eval_tokens)
-            result = fit(model, loss, loaders["finish"], cfg.finish, folder, student, meta, None, stage)
-            row = measure(stage, result["tokens"], result["minutes"])
-            row["response_loss"] = {"before": before, "after": mean_loss(student.eval(), loaders["finish_val"], cfg.eval_tokens)}
-            if main_rank:
-                print("responses: loss {before:.4f} before, {after:.4f} after".format(**row["response_loss"]))
-            finished(stage, row)
+        model, loss_fn = prepare_stage(stage, cfg, student, teacher, logit_teacher, loaders[stage].kind)
+        held_out = loaders["finish_val"] if stage == "finish" else None
+        before = held_out and mean_terms(loss_fn, model.eval(), held_out, cfg.eval_tokens)
+        done = fit(model, loss_fn, loaders[stage], getattr(cfg, stage), folder, student, meta, validate if stage == "distil" else None, stage)
+        row = {"name": stage, "tokens": done["tokens"], "minutes": done["minutes"], **measure(cfg.eval_tokens)}
+        if held_out:
+            row["finish"] = {"before": before, "after": mean_terms(loss_fn, model.eval(), held_out, cfg.eval_tokens)}
+            say("held-out loss of stage 3: {before[loss]:.4f} before, {after[loss]:.4f} after".format(**row["finish"]))
+        if val.rank == 0:
+            publish(folder, out)
+        rows.append(note(row, folder / "stage.json"))
     return rows
 
 
@@ -445,11 +459,11 @@ def distill(cfg: DistillConfig) -> dict:
     rank, world, device = setup(cfg.device)
     stages = cfg.stages.split(",")
     with main_first(rank):
-        ensure_prepared(cfg.data)
-        if "finish" in stages:
-            ensure_prepared(cfg.finish_data)
+        for data in {"align": cfg.data, "distil": cfg.data, "finish": cfg.finish_data}[stages[-1]], cfg.data:
+            ensure_prepared(data)
     with main_first(rank):
-        out = claim(cfg.out, cfg.resume, cfg.overwrite and rank == 0, also=(*STAGES, "controls", "report.json", "report.md", "report.png"))
+        also = (*STAGES, "controls", "start.json", "report.json", "report.md", "report.png")
+        out = claim(cfg.out, cfg.resume, cfg.overwrite, also) if rank == 0 else Path(cfg.out)
     if not Path(cfg.teacher).exists():
         if rank == 0:
             print(f"{cfg.teacher} is missing: training a teacher first", flush=True)
@@ -459,29 +473,35 @@ def distill(cfg: DistillConfig) -> dict:
     logit_teacher = load_model(cfg.logit_teacher, device).eval().requires_grad_(False) if cfg.logit_teacher else teacher
     torch.manual_seed(cfg.seed)
     student = make_student(teacher, cfg.student).to(device)
-    T = teacher.cfg.block_size
-    loaders = {stage: Loader(data, half, loop.batch_size, T if data == cfg.data else cfg.finish_block_size or T, cfg.seed + i, rank, world, loop.accum)
-               for i, (stage, data, half, loop) in enumerate((("align", cfg.data, "train", cfg.align), ("distil", cfg.data, "train", cfg.distil),
-                                                              ("val", cfg.data, "val", replace(cfg.distil, batch_size=16)),
-                                                              ("finish", cfg.finish_data, "train", cfg.finish), ("finish_val", cfg.finish_data, "val", cfg.finish)))
-               if stage in (*stages, "val") or "finish" in stages}
-    for loader in loaders.values():
+
+    def load(data: str, half: str, loop: FitConfig, T: int, seed: int) -> Loader:
+        loader = Loader(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
         check_vocabulary(logit_teacher, student, loader)
-        if loader.meta["tokenizer"] != loaders["val"].meta["tokenizer"]:
-            raise ValueError(f"{loader.folder} and {cfg.data} were prepared with different tokenizers: prepare one of them again")
+        for folder in filter(None, (cfg.teacher, cfg.logit_teacher)):
+            same_tokenizer(loader, folder)
+        return loader
+
+    T = teacher.cfg.block_size
+    loaders = {"val": load(cfg.data, "val", replace(cfg.distil, batch_size=16), T, 0)}
+    for i, stage in enumerate(stages):
+        if stage == "finish":
+            loaders["finish"], loaders["finish_val"] = (load(cfg.finish_data, half, cfg.finish, cfg.finish_block_size or T, cfg.seed + i) for half in ("train", "val"))
+        else:
+            loaders[stage] = load(cfg.data, "train", getattr(cfg, stage), T, cfg.seed + i)
     if rank == 0:
         print(json.dumps(asdict(cfg)))
         print(f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}, layers {student.cfg.mixers}", flush=True)
     meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
     rows = run_stages(cfg, student, teacher, logit_teacher, loaders, out, meta)
 
-    # the report: the distilled student in full, and a row per stage
-    last = "distil" if (out / "distil" / "stage.json").exists() else stages[-1]
-    report = make_report(teacher, load_model(out / last, device).eval(), Loader(cfg.data, "train", 1, T, 0, rank, world), loaders["val"], cfg.eval_tokens)
-    report["student"]["stage"] = last
+    # the report: the distilled student in full (the last stage may teach it something else), and a row per stage
+    described = "distil" if "distil" in stages else stages[-1]
+    train_half = Loader(cfg.data, "train", 1, T, 0, rank, world)
+    report = make_report(teacher, load_model(out / described, device).eval(), train_half, loaders["val"], cfg.eval_tokens)
+    report["student"]["stage"] = described
     report["stages"] = rows
     if cfg.controls:
-        report["controls"] = run_controls(cfg, teacher, logit_teacher, loaders, out, meta)
+        report["controls"] = run_controls(cfg, teacher, logit_teacher, loaders, out)
     if rank == 0:
         write_report(out, report, {name: Path(folder) / "metrics.jsonl" for name, folder in (("teacher", cfg.teacher), *((s, out / s) for s in stages))})
         print(as_markdown(report))
@@ -489,29 +509,29 @@ def distill(cfg: DistillConfig) -> dict:
     return report
 
 
-def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> dict:
+def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path) -> dict:
     """What the same student tokens give without each idea: a row each, compared with the same teacher."""
-    steps = cfg.align.max_steps + cfg.distil.max_steps
+    device, T = next(teacher.parameters()).device, teacher.cfg
+    meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
+    tokens = cfg.align.max_steps * cfg.align.batch_size * cfg.align.accum + cfg.distil.max_steps * cfg.distil.batch_size * cfg.distil.accum
+    alone = replace(cfg.distil, max_steps=tokens // (cfg.distil.batch_size * cfg.distil.accum))  # the tokens of both stages
+    cfg = replace(cfg, stages="align,distil")
     rows = {}
-    for name, change in {
-        "no stage 1": {"stages": "distil", "distil": replace(cfg.distil, max_steps=steps)},
-        "no weight transfer": {"student": replace(cfg.student, transfer=False)},
-        "cross-entropy only": {"kl_weight": 0.0, "ce_weight": 1.0},
-    }.items():
-        control = replace(cfg, **({"stages": "align,distil"} | change))
+    for name, change in {"no stage 1": {"stages": "distil", "distil": alone}, "no weight transfer": {"student": replace(cfg.student, transfer=False)},
+                         "cross-entropy only": {"kl_weight": 0.0, "ce_weight": 1.0}}.items():
+        control = replace(cfg, **change)
         torch.manual_seed(cfg.seed)
-        student = make_student(teacher, control.student).to(next(teacher.parameters()).device)
+        student = make_student(teacher, control.student).to(device)
+        done = run_stages(control, student, teacher, logit_teacher, loaders, out / "controls" / name.replace(" ", "-"), meta)
+        rows[name] = done[-1] | {key: sum(row[key] for row in done) for key in ("tokens", "minutes")}
+    scratch = replace(T, mixer="r", ffn="channelmix" if T.ffn == "relu2" else T.ffn, rwkv_head_size=T.att_head_size)
+    for name, how in {"RWKV-7 from scratch": {"model": scratch}, "teacher trained on": {"model": T, "init": cfg.teacher}}.items():
         folder = out / "controls" / name.replace(" ", "-")
-        folder.mkdir(parents=True, exist_ok=True)
-        rows[name] = run_stages(control, student, teacher, logit_teacher, loaders, folder, meta)[-1]
-    t = teacher.cfg
-    loop = replace(cfg.distil, max_steps=steps)
-    scratch = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=t.att_head_size)
-    for name, how in {"RWKV-7 from scratch": {"model": scratch}, "teacher trained on": {"model": t, "init": cfg.teacher}}.items():
-        folder = out / "controls" / name.replace(" ", "-")
-        result = train(TrainConfig(data=cfg.data, out=str(folder), resume=folder.exists(), seed=cfg.seed, device=cfg.device, fit=loop, **how))
-        row = compare(teacher, load_model(folder, next(teacher.parameters()).device), loaders["val"], cfg.eval_tokens)
-        rows[name] = {"name": name, "tokens": result["tokens"], "minutes": result["minutes"], **{k: v for k, v in row.items() if k not in ("by_position", "teacher_loss")}}
+        loop = replace(alone, learning_rate=cfg.teacher_fit.learning_rate, rwkv_lr_multiplier=1.0) if "scratch" in name else alone
+        done = train(TrainConfig(data=cfg.data, out=str(folder), resume=folder.exists(), seed=cfg.seed, device=cfg.device, fit=loop, **how))
+        row = compare(teacher, load_model(folder, device), loaders["val"], cfg.eval_tokens)
+        rows[name] = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"],
+                      **{key: value for key, value in row.items() if isinstance(value, float) and key != "teacher_loss"}}
     return rows
 
 

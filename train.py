@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -30,6 +31,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
@@ -37,6 +39,7 @@ from tyro.conf import OmitArgPrefixes
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
+from data.tokenizer import read_meta
 from evaluate import cross_entropy, global_sum, mean_loss
 from model import LM, ModelConfig, TimeMixer, load_model, save_model
 
@@ -157,7 +160,7 @@ def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: 
             shutil.rmtree(folder)
         os.replace(unfinished, folder)
         publish(folder, out)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk: torch.save's RuntimeError, safetensors' own
         shutil.rmtree(unfinished, ignore_errors=True)
         last = last_checkpoint(out)
         raise ValueError(f"could not save step {trainer['step']} ({e}): free some disk space and go on with --resume"
@@ -190,6 +193,15 @@ def load_trainer(folder: Path) -> dict:
         raise ValueError(f"{folder}/trainer.pt is damaged ({type(e).__name__}): remove {folder} and --resume from the checkpoint before") from None
 
 
+def restore(model: LM, folder: Path) -> None:
+    """Give the model the weights saved in `folder`. Raises ValueError where they are another model's."""
+    saved = load_model(folder)
+    if saved.cfg != model.cfg:
+        other = ", ".join(f.name for f in fields(saved.cfg) if getattr(saved.cfg, f.name) != getattr(model.cfg, f.name))
+        raise ValueError(f"{folder} holds another model (other {other}): resume with the settings it was started with")
+    model.load_state_dict(saved.state_dict())
+
+
 def claim(out: str | Path, resume: bool, overwrite: bool, also: tuple[str, ...] = ()) -> Path:
     """The folder of a run, empty or to be resumed; `also` names what a run writes beside a model and its checkpoints.
 
@@ -199,6 +211,8 @@ def claim(out: str | Path, resume: bool, overwrite: bool, also: tuple[str, ...] 
     ours = ("checkpoints", "config.json", "meta.json", "model.safetensors", "metrics.jsonl", *also)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite contradict each other: choose one")
+    if resume and (out / "model.safetensors").exists() and not any(out.glob("**/checkpoints")):
+        raise ValueError(f"{out} holds a model but no checkpoints: there is nothing to resume; choose another --out, or start from it with --init")
     if any((out / name).exists() for name in ours):
         if overwrite:
             for name in ours:
@@ -240,11 +254,10 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
     step, tokens, seconds = 0, 0, 0.0
     checkpoint = last_checkpoint(out)
     if checkpoint:
-        trainer, saved = load_trainer(checkpoint), load_model(checkpoint)
-        if saved.cfg != save.cfg:
-            other = ", ".join(f.name for f in fields(saved.cfg) if getattr(saved.cfg, f.name) != getattr(save.cfg, f.name))
-            raise ValueError(f"the run in {out} has another model (other {other}): resume with the settings it was started with")
-        save.load_state_dict(saved.state_dict())
+        trainer = load_trainer(checkpoint)
+        restore(save, checkpoint)
+        if [(g["rate"], g["decay"]) for g in optimizer.param_groups] != [(g["rate"], g["decay"]) for g in trainer["optimizer"]["param_groups"]]:
+            raise ValueError(f"the run in {out} has another weight decay, rwkv_lr_multiplier or freeze: resume with the settings it was started with")
         optimizer.load_state_dict(trainer["optimizer"])
         torch.set_rng_state(trainer["rng"])
         step, tokens, seconds = trainer["step"], trainer["tokens"], trainer["seconds"]
@@ -263,7 +276,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
 
     def progress() -> float:
         """0 at the start, 1 at the end, by whichever limit is nearest."""
-        done = [step / max(1, cfg.max_steps)]
+        done = [step / cfg.max_steps if cfg.max_steps else 1.0]
         done += [tokens / cfg.max_tokens] if cfg.max_tokens else []
         done += [seconds / 60 / cfg.max_minutes] if cfg.max_minutes else []
         return min(1.0, max(done))
@@ -273,6 +286,10 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
             rng = torch.get_rng_state()
             save_checkpoint(out, save, meta, {"step": step, "tokens": tokens, "seconds": seconds, "optimizer": optimizer.state_dict(), "rng": rng}, cfg.keep_last)
 
+    if checkpoint is None and progress() >= 1:
+        checkpoint_now()
+    elif progress() >= 1 and rank == 0:
+        publish(checkpoint, out)  # the run may have died between saving and this
     interrupted = Interrupt()
     since, mark, last_save = [], (time.time(), tokens), time.time()  # losses and norms since the last log line
     validation, loss = {}, math.nan
@@ -359,7 +376,9 @@ def agree(values: list[float], device: torch.device) -> list[float]:
 
 def resume_command() -> str:
     args = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
-    return " ".join(["python", Path(sys.argv[0]).name, *args, "--resume"])
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    start = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
+    return shlex.join([*start, Path(sys.argv[0]).name, *args, "--resume"])
 
 
 class Interrupt:
@@ -387,7 +406,9 @@ class MetricsLog:
     def __init__(self, out: Path, step: int, wandb_project: str | None):
         self.path = out / "metrics.jsonl"
         rows = self.path.read_text().splitlines() if self.path.exists() else []
-        self.path.write_text("".join(r + "\n" for r in rows if r.endswith("}") and json.loads(r)["step"] <= step))
+        kept = self.path.with_suffix(".tmp")
+        kept.write_text("".join(r + "\n" for r in rows if r.endswith("}") and json.loads(r)["step"] <= step))
+        kept.replace(self.path)
         self.wandb = None
         if wandb_project:
             try:
@@ -405,6 +426,13 @@ class MetricsLog:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # As a script
+
+def same_tokenizer(loader: Loader, folder: str | Path) -> None:
+    """Raises ValueError where the model in `folder` reads other tokens than the loader gives."""
+    theirs, ours = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
+    if theirs != ours:
+        raise ValueError(f"{folder} reads {theirs} tokens, {loader.folder} holds {ours}: prepare the data again with the model's tokenizer")
+
 
 def cross_entropy_loss(model: LM, batch: Batch) -> dict[str, torch.Tensor]:
     """The language-modelling loss, summed over the targets."""
@@ -432,13 +460,12 @@ def train(cfg: TrainConfig) -> dict:
         ensure_prepared(cfg.data)
     loaders = [Loader(cfg.data, half, cfg.fit.batch_size, cfg.model.block_size, cfg.seed, rank, world, cfg.fit.accum) for half in ("train", "val")]
     with main_first(rank):
-        out = claim(cfg.out, cfg.resume, cfg.overwrite and rank == 0)
+        out = claim(cfg.out, cfg.resume, cfg.overwrite) if rank == 0 else Path(cfg.out)
 
     torch.manual_seed(cfg.seed)
     if cfg.init:
         model = load_model(cfg.init)
-        if model.cfg.vocab_size < loaders[0].vocab_size:
-            raise ValueError(f"{cfg.init} knows {model.cfg.vocab_size} tokens, {cfg.data} has {loaders[0].vocab_size}: prepare the data with the model's tokenizer")
+        same_tokenizer(loaders[0], cfg.init)
     else:
         model = LM(replace(cfg.model, vocab_size=loaders[0].vocab_size))
     model.to(device)

@@ -94,6 +94,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert (Path(a) / "model.safetensors").read_bytes() == (Path(b) / "model.safetensors").read_bytes()
     ours, theirs = moments(newest(a)), moments(newest(b))
     assert len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
+    assert torch.equal(*(torch.load(newest(run) / "trainer.pt", weights_only=True)["rng"] for run in (a, b)))
     assert metrics(a) == metrics(b)
 
 

@@ -408,6 +408,8 @@ def test_a_stage_that_dies_and_resumes_equals_one_that_never_stopped_bit_for_bit
     for name in ("align", "distil", "finish"):
         assert_same_run(tmp_path / "broken" / name, tmp_path / "whole" / name)
     assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    rows = metrics(tmp_path / "broken" / "finish")  # DPO's reference is the student before this stage: ln 2, and then away from it
+    assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-6) and rows[0]["margin"] == 0 and abs(rows[-1]["margin"]) > 1e-4
     ours, theirs = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("broken", "whole"))
     for report in (ours, theirs):
         for row in report["stages"]:

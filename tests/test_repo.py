@@ -57,10 +57,10 @@ def test_imports_form_a_dag_and_leaves_are_leaves():
 BUDGETS = {  # lines; about the file's present length. Whoever needs more raises the number in the same commit
     "wkv.py": 190,
     "model.py": 470,         # beyond 400: official initial values and one-line refusals of bad folders are both long lists
-    "train.py": 470,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks and interrupts
+    "train.py": 480,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks and interrupts
     "distill.py": 570,       # beyond 330: three stages with RWKVInside's options, each a switch, and the controls
     "evaluate.py": 260,      # beyond 180: the table over seeds
-    "sample.py": 200,
+    "sample.py": 380,        # beyond 150: four samplers, penalties, streaming of bytes that are not yet characters
     "bench.py": 200,
     "data/loader.py": 210,   # the package beyond 300: three kinds of data, and line numbers in every complaint
     "data/prepare.py": 230,
