@@ -483,7 +483,9 @@ def distill(cfg: DistillConfig) -> dict:
 
     T = teacher.cfg.block_size
     loaders = {"val": load(cfg.data, "val", replace(cfg.distil, batch_size=16), T, 0)}
-    for i, stage in enumerate(stages):
+    for i, stage in enumerate(STAGES):
+        if stage not in stages:
+            continue
         if stage == "finish":
             loaders["finish"], loaders["finish_val"] = (load(cfg.finish_data, half, cfg.finish, cfg.finish_block_size or T, cfg.seed + i) for half in ("train", "val"))
         else:

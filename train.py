@@ -466,6 +466,8 @@ def train(cfg: TrainConfig) -> dict:
     if cfg.init:
         model = load_model(cfg.init)
         same_tokenizer(loaders[0], cfg.init)
+        if model.cfg.vocab_size < loaders[0].vocab_size:
+            raise ValueError(f"{cfg.init} knows {model.cfg.vocab_size} tokens, {cfg.data} has {loaders[0].vocab_size}: prepare the data with the model's tokenizer")
     else:
         model = LM(replace(cfg.model, vocab_size=loaders[0].vocab_size))
     model.to(device)

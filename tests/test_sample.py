@@ -1,0 +1,321 @@
+"""Generation: what is drawn is what the whole-sequence logits say, and the memory of an RNN stays as it is."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sample
+from bench import official, random_rwkv
+from common import REPO, one_line, tiny_model
+from data.tokenizer import get_tokenizer
+from model import LM, ModelConfig, State, save_model
+from sample import Characters, Decoder, choose, generate, kv_bytes, main
+
+BYTES = get_tokenizer("bytes")
+MODELS = {
+    "GPT": {}, "GPT, learned positions": {"positions": "learned", "block_size": 64}, "grouped heads": {"n_kv_head": 1, "ffn": "swiglu", "norm": "rmsnorm"},
+    "RWKV-7": {"mixer": "r", "ffn": "channelmix"}, "student": {"mixer": "r"}, "hybrid": {"mixer": "ra"}, "hybrid, attention first": {"mixer": "ar", "ffn": "channelmix"},
+}
+
+
+def tokens(B: int, T: int, vocab: int = 257, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, vocab, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(model, prompt, n, **options) -> torch.Tensor:
+    """(B, up to n) tokens."""
+    return torch.stack([t for t, _ in generate(model, prompt, n, **options)], 1)
+
+
+def tensors(state) -> list[torch.Tensor]:
+    if isinstance(state, State):
+        return tensors(state.layers)
+    return [state] if isinstance(state, torch.Tensor) else [x for s in state for x in tensors(s)] if isinstance(state, tuple) else []
+
+
+def constant_model(logits: list[float]) -> LM:
+    """A model whose logits are these after any text: the last norm puts out a constant."""
+    model = LM(ModelConfig(vocab_size=len(logits), n_layer=1, n_embd=4, n_head=1))
+    with torch.no_grad():
+        model.ln_out.weight.zero_()
+        model.ln_out.bias.copy_(torch.tensor([1.0, 0, 0, 0]))
+        model.head.weight.zero_()
+        model.head.weight[:, 0] = torch.tensor(logits)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation and the model
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_the_argmax_of_whole_sequence_logits(name):
+    model, prompt = tiny_model(std=0.5, **MODELS[name]).eval(), tokens(2, 9)
+    new = drawn(model, prompt, 20, temperature=0)
+    with torch.no_grad():
+        logits = model(torch.cat((prompt, new), 1))[0]
+    assert new.shape == (2, 20) and torch.equal(new, logits[:, 8:-1].argmax(-1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(name, monkeypatch):
+    model, prompt = tiny_model(std=0.5, **MODELS[name]).eval(), tokens(2, 23)
+    whole = next(generate(model, prompt, 1, temperature=0))
+    monkeypatch.setattr(sample, "PREFILL", 5)
+    pieces = next(generate(model, prompt, 1, temperature=0))
+    assert torch.equal(whole[0], pieces[0]) and pieces[1].position == 23
+    for a, b in zip(tensors(whole[1]), tensors(pieces[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_text_goes_on_from_its_state(name):
+    model, prompt = tiny_model(std=0.5, **MODELS[name]).eval(), tokens(2, 9)
+    new = drawn(model, prompt, 12, temperature=0)
+    *_, (last, state) = generate(model, prompt, 5, temperature=0)
+    assert torch.equal(drawn(model, last[:, None], 7, temperature=0, state=state), new[:, 5:])
+
+
+SWITCHES = {
+    "official": {"ffn": "channelmix"}, "three layers, wide heads": {"ffn": "channelmix", "n_layer": 3, "rwkv_size": 48},
+    "relu2": {}, "gelu, biases, tied": {"ffn": "gelu", "bias": True, "qkv_bias": True, "tied": True}, "swiglu, rmsnorm": {"ffn": "swiglu", "norm": "rmsnorm"},
+    "no gate": {"gate": False}, "no group norm": {"group_norm": False}, "no token shift": {"token_shift": False}, "no bonus": {"bonus": False},
+    "nothing": {"gate": False, "group_norm": False, "token_shift": False, "bonus": False, "ln0": False, "norm_bias": False},
+    "ranks": {"rank_w": 3, "rank_a": 5, "rank_v": 2, "rank_g": 9}, "learned positions": {"positions": "learned"}, "one layer": {"n_layer": 1},
+}
+
+
+@pytest.mark.parametrize("B", (1, 3))
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_decoder_is_the_model(name, B):
+    """In float64: logits and states of 20 single tokens, past the end of learned positions."""
+    model = tiny_model(**{"mixer": "r"} | SWITCHES[name]).double().eval()
+    decoder, text = Decoder(model), tokens(B, 30)
+    assert decoder.layers is not None
+    with torch.no_grad():
+        _, ours = _, theirs = model(text[:, :10])
+        for t in text[:, 10:].unbind(1):
+            a, ours = decoder(t, ours)
+            b, theirs = model(t[:, None], theirs)
+            torch.testing.assert_close(a, b[:, 0], rtol=1e-10, atol=1e-10)
+    assert ours.position == theirs.position == 30 and ours.nbytes() == theirs.nbytes()
+    for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_decoder_is_the_model_where_weights_are_read_by_rows():
+    model = random_rwkv(ModelConfig(n_layer=2, n_embd=256, mixer="r", ffn="channelmix", rwkv_head_size=64, vocab_size=1000))
+    decoder, text = Decoder(model), tokens(1, 40, 1000)
+    with torch.no_grad():
+        _, state = model(text[:, :20])
+        logits, _ = model(text[:, 20:], state)
+        for i in range(20):
+            ours, state = decoder(text[:, 20 + i], state)
+            torch.testing.assert_close(ours, logits[:, i], rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+
+
+def test_the_decoder_leaves_a_state_as_it_was_and_the_threads_too():
+    model = tiny_model(mixer="r", ffn="channelmix").eval()
+    with torch.no_grad():
+        _, state = model(tokens(1, 9))
+    decoder, before = Decoder(model), [x.clone() for x in tensors(state)]
+    first, after = decoder(torch.tensor([5]), state)
+    kept = [x.clone() for x in tensors(after)]
+    decoder(torch.tensor([6]), after)
+    again, _ = decoder(torch.tensor([5]), state)
+    assert torch.equal(first, again) and all(map(torch.equal, before, tensors(state))) and all(map(torch.equal, kept, tensors(after)))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        decoder(torch.tensor([6]), after)
+        with pytest.raises(IndexError):
+            decoder(torch.tensor([999]), after)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("N", (32, 64))
+def test_logits_are_the_official_packages_after_a_prompt_and_after_50_single_tokens(N, tmp_path):
+    pytest.importorskip("rwkv")
+    model = random_rwkv(ModelConfig(n_layer=3, n_embd=128, mixer="r", ffn="channelmix", rwkv_head_size=N))
+    forward, text = official(model, tmp_path), tokens(1, 40)
+    theirs, their_state = forward(text[0].tolist(), None)
+    (token, state), = generate(model, text, 1, temperature=0)
+    decoder = Decoder(model)
+    with torch.no_grad():
+        ours = model(text)[0][0, -1]
+    assert theirs.std() > 0.1
+    for i in range(51):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), f"after {i} tokens"
+        ours, state = decoder(token, state)
+        theirs, their_state = forward(token.tolist(), their_state)
+        ours, token = ours[0], ours.argmax(-1)
+
+
+def test_the_state_of_an_rnn_has_as_many_bytes_after_ten_thousand_tokens_as_after_ten():
+    model = tiny_model(mixer="r", ffn="channelmix").eval()
+    (_, ten), = generate(model, tokens(1, 10), 1)
+    (_, many), = generate(model, tokens(1, 10_000), 1)
+    *_, (_, later) = generate(model, tokens(1, 1), 20, state=many)
+    assert (ten.position, many.position, later.position) == (10, 10_000, 10_020)
+    # per layer: S of 2 heads x 16 x 16, and the last input of both halves of the block; 4 bytes each
+    assert ten.nbytes() == many.nbytes() == later.nbytes() == 4 * 2 * (2 * 16 * 16 + 32 + 32)
+
+
+def test_kv_bytes_is_what_attention_holds():
+    for shape in (MODELS["GPT"], MODELS["grouped heads"]):
+        model = tiny_model(**shape).eval()
+        for T in (10, 60):
+            (_, state), = generate(model, tokens(1, T), 1)
+            assert state.nbytes() == kv_bytes(model.cfg, T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing
+
+def test_one_seed_gives_one_text_and_another_seed_another():
+    model, prompt = tiny_model(mixer="r").eval(), tokens(3, 5)
+    texts = [drawn(model, prompt, 20, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    assert not torch.equal(texts[0][0], drawn(model, prompt, 20, generator=torch.Generator().manual_seed(1))[1])
+
+
+def test_top_k_of_one_is_greedy_however_hot():
+    model, prompt = tiny_model(mixer="r").eval(), tokens(2, 5)
+    assert torch.equal(drawn(model, prompt, 20, top_k=1, temperature=9.0), drawn(model, prompt, 20, temperature=0))
+    assert torch.equal(drawn(model, prompt, 20, temperature=1e-30), drawn(model, prompt, 20, temperature=0))
+
+
+HALVES = torch.tensor([0.125, 0.5, 0.0625, 0.25, 0.0625]).log()  # likeliest first: tokens 1, 3, 0, then 2 and 4
+
+
+@pytest.mark.parametrize("options, kept", [
+    ({"top_p": 0.01}, {1: 1}), ({"top_p": 0.5}, {1: 1}), ({"top_p": 0.51}, {1: 2 / 3, 3: 1 / 3}), ({"top_p": 0.75}, {1: 2 / 3, 3: 1 / 3}),
+    ({"top_p": 0.875}, {1: 4 / 7, 3: 2 / 7, 0: 1 / 7}), ({"top_p": 1.0}, {1: 0.5, 3: 0.25, 0: 0.125, 2: 0.0625, 4: 0.0625}),
+    ({"top_k": 2}, {1: 2 / 3, 3: 1 / 3}), ({"top_k": 99}, {1: 0.5, 3: 0.25, 0: 0.125, 2: 0.0625, 4: 0.0625}),
+    ({"top_k": 3, "top_p": 0.75}, {1: 2 / 3, 3: 1 / 3}), ({"top_k": 1, "top_p": 1.0}, {1: 1}),
+    ({"temperature": 0.5}, {1: 64 / 86, 3: 16 / 86, 0: 4 / 86, 2: 1 / 86, 4: 1 / 86}),  # probabilities squared
+    ({"temperature": 0.5, "top_p": 0.75}, {1: 64 / 80, 3: 16 / 80}),                    # top_p counts after the temperature
+])
+def test_only_the_kept_tokens_are_drawn_and_in_proportion(options, kept):
+    n = 40_000
+    draws = choose(HALVES.expand(n, 5), generator=torch.Generator().manual_seed(0), **options)
+    share = draws.bincount(minlength=5) / n
+    for token in range(5):
+        assert abs(share[token] - kept.get(token, 0)) < (0.012 if token in kept else 1e-9), (token, share)
+
+
+def test_penalties_by_hand():
+    model, prompt = constant_model([3.0, 2.5, 2.2, 0.0]), torch.tensor([[3, 3]])
+    assert drawn(model, prompt, 4, temperature=0).tolist() == [[0, 0, 0, 0]]
+    # presence, once: 3.0 -> 2.0, 2.5 -> 1.5, 2.2 -> 1.2, then 2.0 stays the largest; the prompt's 3 does not count
+    assert drawn(model, prompt, 6, temperature=0, presence=1.0).tolist() == [[0, 1, 2, 0, 0, 0]]
+    # frequency, each time: 3.0, 2.5, (2.4 | 1.9 | 2.2), (1.8 | 1.9 | 2.2), (1.8 | 1.9 | 1.6), (1.8 | 1.3 | 1.6)
+    assert drawn(model, prompt, 6, temperature=0, frequency=0.6).tolist() == [[0, 1, 0, 2, 1, 0]]
+    # both: 3.0, then 3.0 - 0.3 - 0.4 = 2.3 | 2.5, then 2.3 | 1.8 | 2.2, then 1.9 | 1.8 | 2.2
+    assert drawn(model, prompt, 4, temperature=0, presence=0.3, frequency=0.4).tolist() == [[0, 1, 0, 2]]
+
+
+def test_a_row_that_has_stopped_repeats_its_stop_and_the_end_is_when_all_have():
+    model, prompt = constant_model([1.0, 1.0, 1.0, 1.0]), torch.zeros(6, 1, dtype=torch.long)
+    rows = drawn(model, prompt, 500, stop=2, generator=torch.Generator().manual_seed(0)).tolist()
+    first = [row.index(2) for row in rows]
+    assert len(set(first)) > 1 and max(first) == len(rows[0]) - 1 < 400 and all(set(row[i:]) == {2} for row, i in zip(rows, first))
+    assert drawn(constant_model([1.0, 2.0]), prompt, 9, temperature=0, stop=1).shape == (6, 1)
+    assert drawn(constant_model([1.0, 2.0]), prompt, 9, temperature=0).shape == (6, 9)
+
+
+def test_bad_options_of_the_library_are_one_line():
+    model, prompt = tiny_model().eval(), tokens(1, 3)
+    for n, options in ((0, {}), (5, {"temperature": -0.1}), (5, {"temperature": float("nan")}), (5, {"temperature": float("inf")}), (5, {"top_k": 0}),
+                       (5, {"top_p": 0.0}), (5, {"top_p": 1.1}), (5, {"top_p": float("nan")}), (5, {"presence": float("nan")}), (5, {"frequency": float("inf")})):
+        with pytest.raises(ValueError) as e:
+            next(generate(model, prompt, n, **options))
+        assert (list(options) or ["max_tokens"])[0] in one_line(e.value)
+    for bad in (torch.zeros(1, 0, dtype=torch.long), torch.tensor([[1, 257]]), torch.tensor([[-1]])):
+        with pytest.raises(ValueError, match="vocabulary"):
+            next(generate(model, bad, 5))
+    with pytest.raises(ValueError, match="learned 16: shorten"):
+        next(generate(tiny_model(positions="learned").eval(), prompt, 15))
+    with pytest.raises(ValueError, match="not finite"):
+        next(generate(constant_model([float("nan"), 1.0]), torch.tensor([[0]]), 5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The terminal
+
+def test_characters_appear_when_their_last_byte_does_and_bad_bytes_never_crash():
+    stream, seen = Characters(BYTES), []
+    for byte in "aé漢🙂".encode():
+        seen.append(stream(byte))
+    assert seen == ["a", "", "é", "", "", "漢", "", "", "", "🙂"] and stream(None) == ""
+    stream = Characters(BYTES)
+    assert "".join(map(stream, b"\xff\xc3(\xe6\xbc")) == "\ufffd\ufffd(" and stream(None) == "\ufffd"  # nonsense, a false start, an unfinished one
+    assert [Characters(BYTES)(t) for t in (256, 300)] == ["<|endoftext|>", "\ufffd"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_model(tiny_model(mixer="r", ffn="channelmix"), path, {"tokenizer": "bytes"})
+    return path
+
+
+def test_the_script_prints_prompt_and_text_and_on_stderr_speed_and_memory(folder, capsys):
+    args = ["--ckpt", str(folder), "--prompt", "né", "--max_tokens", "12", "--no-stop"]
+    main(args)
+    out, err = capsys.readouterr()
+    assert out.startswith("né") and out.endswith("\n")
+    assert "prefill 4 tokens" in err and "decode 1 x 11 tokens" in err and "tokens/s" in err
+    # the state has read <|endoftext|>, three bytes, and all but the last of twelve; the cache would be 2 layers x (k, v) x 32 x 4 bytes
+    assert f"memory of 15 tokens: {4 * 2 * (2 * 16 * 16 + 64):,} bytes" in err and f"keeps {15 * 2 * 2 * 32 * 4:,}" in err
+    main(args)
+    assert capsys.readouterr().out == out
+    main([*args, "--seed", "2"])
+    assert capsys.readouterr().out != out
+    main([*args, "--num_samples", "3"])
+    texts = capsys.readouterr().out.split("\n---------------\n")
+    assert len(texts) == 3 and all(t.startswith("né") for t in texts) and len(set(texts)) == 3
+
+
+def test_a_prompt_is_what_training_saw_behind_the_end_of_a_document(folder, capsys, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "generate", lambda model, tokens, n, **options: seen.append((tokens.tolist(), options["stop"])) or iter(
+        [(torch.tensor([65] * len(tokens)), State(1, ())), (torch.tensor([256] * len(tokens)), State(2, ()))]))
+    (tmp_path / "p.txt").write_bytes("a<|endoftext|>\n".encode())
+    base = ["--ckpt", str(folder)]
+    main(base)
+    assert capsys.readouterr().out == "A\n"  # the end is not shown
+    main([*base, "--prompt", f"FILE:{tmp_path / 'p.txt'}", "--no-stop", "--num_samples", "2"])
+    text = "a<|endoftext|>\nA<|endoftext|>"
+    assert capsys.readouterr().out == f"{text}\n---------------\n{text}\n"
+    assert seen == [([[256]], 256), ([[256, *b"a<|endoftext|>\n"]] * 2, None)]  # what a user writes is text, not the special token
+
+
+def test_bad_input_is_one_line(folder, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    save_model(tiny_model(), tmp_path / "no-meta", {})
+    save_model(tiny_model(vocab_size=100), tmp_path / "small", {"tokenizer": "bytes"})
+    save_model(tiny_model(), tmp_path / "odd", {"tokenizer": "nonsense"})
+    (save_model(tiny_model(), tmp_path / "gone", {}), (tmp_path / "gone" / "meta.json").unlink())
+    for args, word in ((["--ckpt", str(tmp_path / "none")], "no model at"), (["--max_tokens", "0"], "max_tokens"), (["--max_tokens", "-3"], "max_tokens"),
+                       (["--temperature", "-1"], "temperature"), (["--temperature", "nan"], "temperature"), (["--top_p", "0"], "top_p"), (["--top_p", "1.01"], "top_p"),
+                       (["--top_k", "0"], "top_k"), (["--num_samples", "0"], "num_samples"), (["--seed", "-1"], "seed"), (["--device", "tpu"], "device"),
+                       (["--prompt", f"FILE:{tmp_path / 'latin.txt'}"], "not UTF-8"), (["--prompt", "FILE:nowhere.txt"], "can't be read"),
+                       (["--ckpt", str(tmp_path / "small")], "vocabulary"), (["--ckpt", str(tmp_path / "no-meta")], "tokenizer"),
+                       (["--ckpt", str(tmp_path / "odd")], "nonsense"), (["--ckpt", str(tmp_path / "gone")], "meta.json")):
+        with pytest.raises(ValueError) as e:
+            main(["--ckpt", str(folder), *args])
+        assert word in one_line(e.value), args
+
+
+def test_a_reader_who_has_seen_enough_ends_it_quietly(folder):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "sample.py", "--ckpt", folder, "--prompt", "a", "--max_tokens", "100000", "--no-stop"], cwd=REPO, env=env,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(1) == b"a"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 0
