@@ -487,7 +487,8 @@ def distill(cfg: DistillConfig) -> dict:
         if stage not in stages:
             continue
         if stage == "finish":
-            loaders["finish"], loaders["finish_val"] = (load(cfg.finish_data, half, cfg.finish, cfg.finish_block_size or T, cfg.seed + i) for half in ("train", "val"))
+            for name, half in (("finish", "train"), ("finish_val", "val")):
+                loaders[name] = load(cfg.finish_data, half, cfg.finish, cfg.finish_block_size or T, cfg.seed + i)
         else:
             loaders[stage] = load(cfg.data, "train", getattr(cfg, stage), T, cfg.seed + i)
     if rank == 0:

@@ -144,10 +144,9 @@ def as_markdown(report: dict) -> str:
     """The report as tables for people."""
     lines = ["| | tokens | minutes | val loss | gap | KL | top-1 |", "|---|---:|---:|---:|---:|---:|---:|",
              f"| teacher | | | {report['teacher']['val_loss']:.4f} | | | |"]
-    for row in report.get("stages", []):
-        lines.append(f"| {row['name']} | {row['tokens']:,} | {row['minutes']:.1f} | {row['val_loss']:.4f} | {row['gap']:.4f} | {row['kl']:.4f} | {row['top1']:.1%} |")
-    for name, row in report.get("controls", {}).items():
-        lines.append(f"| control: {name} | {row['tokens']:,} | {row['minutes']:.1f} | {row['val_loss']:.4f} | {row['gap']:.4f} | {row['kl']:.4f} | {row['top1']:.1%} |")
+    rows = report.get("stages", []) + [row | {"name": f"control: {name}"} for name, row in report.get("controls", {}).items()]
+    form = "| {name} | {tokens:,} | {minutes:.1f} | {val_loss:.4f} | {gap:.4f} | {kl:.4f} | {top1:.1%} |"
+    lines += [form.format(**row) for row in rows]
     lines += ["", f"The student has {report['student']['params']:,} parameters, the teacher {report['teacher']['params']:,}. "
               f"Recovered {report['recovered']:.1%} of what the teacher knows beyond token frequencies; "
               f"the student's five best hold the teacher's choice {report['top5']:.1%} of the time.", ""]

@@ -283,8 +283,8 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
 
     def checkpoint_now():
         if rank == 0:
-            rng = torch.get_rng_state()
-            save_checkpoint(out, save, meta, {"step": step, "tokens": tokens, "seconds": seconds, "optimizer": optimizer.state_dict(), "rng": rng}, cfg.keep_last)
+            trainer = {"step": step, "tokens": tokens, "seconds": seconds, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+            save_checkpoint(out, save, meta, trainer, cfg.keep_last)
 
     if checkpoint is None and progress() >= 1:
         checkpoint_now()
@@ -329,7 +329,8 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
             # look at the numbers: every log_every steps, and always before a checkpoint
             window = torch.stack(since)                                           # (steps, 1 + losses)
             window[:, 1:] = global_sum(window[:, 1:])
-            stop, now, save_due = agree([float(interrupted.seen), time.time(), float(bool(cfg.save_minutes) and time.time() - last_save > 60 * cfg.save_minutes)], device)
+            late = bool(cfg.save_minutes) and time.time() - last_save > 60 * cfg.save_minutes
+            stop, now, save_due = agree([float(interrupted.seen), time.time(), float(late)], device)
             seconds += max(0.0, now - mark[0])
             if not window.isfinite().all():
                 bad = step - len(window) + 1 + int((~window.isfinite()).any(1).nonzero()[0])
@@ -467,7 +468,8 @@ def train(cfg: TrainConfig) -> dict:
         model = load_model(cfg.init)
         same_tokenizer(loaders[0], cfg.init)
         if model.cfg.vocab_size < loaders[0].vocab_size:
-            raise ValueError(f"{cfg.init} knows {model.cfg.vocab_size} tokens, {cfg.data} has {loaders[0].vocab_size}: prepare the data with the model's tokenizer")
+            raise ValueError(f"{cfg.init} knows {model.cfg.vocab_size} tokens, {cfg.data} has {loaders[0].vocab_size}: "
+                             "prepare the data with the model's tokenizer")
     else:
         model = LM(replace(cfg.model, vocab_size=loaders[0].vocab_size))
     model.to(device)
