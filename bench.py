@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,9 +31,9 @@ from sample import Decoder, kv_bytes
 from wkv import BACKENDS, wkv7
 
 SHAPES = ((16, 256, 4, 3.0), (4, 1024, 4, 4.0), (1, 4096, 4, 6.0))  # B, T, H, and how much faster than the loop we want to be
-GPT = ModelConfig()
-RWKV = ModelConfig(mixer="r", ffn="channelmix")
-DECODE = {"demo": RWKV, "larger": ModelConfig(mixer="r", ffn="channelmix", n_layer=12, n_embd=768, vocab_size=4096)}
+GPT, RWKV = ModelConfig(), ModelConfig(mixer="r", ffn="channelmix")
+DECODE = {"small": (replace(RWKV, n_layer=4, n_embd=128, n_head=2, rwkv_head_size=64), 200),  # a model, and how many tokens to time it with
+          "large": (replace(RWKV, n_layer=12, n_embd=768, n_head=12, rwkv_head_size=64, vocab_size=4096), 16)}
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,7 @@ class BenchConfig:
     only: str | None = None     # operator, train, decode
     repeat: int = 5             # repetitions of each side
     json: str | None = None     # also write the results here
-    device: str = "auto"        # for operator and train; decoding is measured on the CPU
-
-    def __post_init__(self):
-        if self.only not in (None, "operator", "train", "decode"):
-            raise ValueError(f"only = {self.only!r}: choose operator, train or decode")
-        if self.repeat < 1:
-            raise ValueError(f"repeat = {self.repeat}: it must be at least 1")
-        if self.device not in ("auto", "cpu", "cuda") or self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device = {self.device!r}: choose auto, cpu, or where there is one, cuda")
+    device: str = "auto"        # auto, cpu, cuda; for operator and train, decoding is measured on the CPU
 
 
 def in_turns(sides: dict[str, Callable[[], object]], repeat: int, device: str = "cpu") -> dict[str, float]:
@@ -88,19 +80,20 @@ def operator_sides(B: int, T: int, H: int, N: int, device: str, dtype: torch.dty
 
 
 def bench_operator(cfg: BenchConfig, device: str) -> list[dict]:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype, rows = (torch.bfloat16 if device == "cuda" else torch.float32), []
     print(f"\nwkv7, forward and backward, N = 64, {device}, {str(dtype)[6:]}: milliseconds, and how many times faster the best form is")
-    print(f"{'':18}{'loop':>10}{'chunk':>10}{'triton':>10}{'attention':>10}   {'than the loop':>22}{'than attention':>16}")
-    rows = []
+    print(f"{'':20}{'loop':>10}{'chunk':>10}{'triton':>10}{'attention':>11}{'than the loop':>21}{'than attention':>21}")
     for B, T, H, goal in SHAPES:
-        ms = {name: 1e3 * s for name, s in in_turns(operator_sides(B, T, H, 64, device, dtype), cfg.repeat, device).items()}
+        ms = {name: 1e3 * seconds for name, seconds in in_turns(operator_sides(B, T, H, 64, device, dtype), cfg.repeat, device).items()}
         best = min(ms[form] for form in ("chunk", "triton") if form in ms)
-        row = {"B": B, "T": T, "H": H, "ms": ms, "loop_ratio": ms["loop"] / best, "goal": goal, "attention_ratio": ms["attention"] / best}
-        cells = "".join(f"{ms[form]:10.1f}" if form in ms else f"{'-':>10}" for form in ("loop", "chunk", "triton", "attention"))
-        print(f"B {B:<3} T {T:<5} H {H:<3}{cells}   {row['loop_ratio']:9.2f} (goal {goal:.0f}{')':<5}{row['attention_ratio']:15.2f}"
-              + (" (goal 1)" if T >= 4096 else ""), flush=True)
-        rows.append(row)
+        rows.append({"B": B, "T": T, "H": H, "ms": ms, "than_loop": ms["loop"] / best, "goal": goal, "than_attention": ms["attention"] / best})
+        print(f"B {B:<4}T {T:<6}H {H:<5}" + cell(ms, "loop", 10, 1) + cell(ms, "chunk", 10, 1) + cell(ms, "triton", 10, 1) + cell(ms, "attention", 11, 1)
+              + f"{ms['loop'] / best:12.2f} (goal {goal:.0f}){ms['attention'] / best:{12 if T >= 4096 else 21}.2f}" + " (goal 1)" * (T >= 4096), flush=True)
     return rows
+
+
+def cell(values: dict[str, float], name: str, width: int, digits: int = 0) -> str:
+    return f"{values[name]:{width},.{digits}f}" if name in values else f"{'-':>{width}}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,11 +114,10 @@ def train_side(model: LM, tokens: torch.Tensor) -> Callable[[], None]:
 
 
 def bench_train(cfg: BenchConfig, device: str, B: int = 8, T: int = 256) -> list[dict]:
-    models = {"GPT": LM(GPT).to(device), "RWKV-7": LM(RWKV).to(device)}
+    models, rows = {"GPT": LM(GPT).to(device), "RWKV-7": LM(RWKV).to(device)}, []
     tokens = torch.randint(GPT.vocab_size, (B, T + 1), device=device)
     seconds = in_turns({name: train_side(model, tokens) for name, model in models.items()}, cfg.repeat, device)
     print(f"\ntraining step, {GPT.n_layer} layers, C {GPT.n_embd}, {B} x {T} tokens, {device}\n{'':10}{'parameters':>12}{'tokens/s':>12}{'of GPT':>9}")
-    rows = []
     for name, model in models.items():
         rows.append({"model": name, "parameters": model.n_params(), "tokens_per_s": B * T / seconds[name], "ratio": seconds["GPT"] / seconds[name]})
         print(f"{name:10}{model.n_params():12,}{rows[-1]['tokens_per_s']:12,.0f}{rows[-1]['ratio']:9.2f}", flush=True)
@@ -141,79 +133,86 @@ def random_rwkv(cfg: ModelConfig) -> LM:
     model = LM(cfg).eval().requires_grad_(False)
     for p in model.parameters():
         if p.ndim == 2 and p.abs().max() < 1e-3:
-            p.normal_(std=0.05)
+            p.normal_(std=0.1)
     return model
 
 
 def official(model: LM, folder: str | Path) -> Callable:
     """The PyPI package `rwkv` with this model's weights: forward(tokens, state) -> (logits (V,), state). ImportError without it."""
-    os.environ.update(RWKV_V7_ON="1", RWKV_CUDA_ON="0", RWKV_JIT_ON="1")  # it reads them while it is imported
-    with contextlib.redirect_stdout(io.StringIO()):                       # and greets
+    os.environ.update(RWKV_V7_ON="1", RWKV_CUDA_ON="0", RWKV_JIT_ON="1")  # read while it is imported
+    with contextlib.redirect_stdout(io.StringIO()):                       # it greets
         from rwkv.model import RWKV as Official
 
         torch.save({name: p.clone() for name, p in model.state_dict().items()}, Path(folder) / "official.pth")
         return Official(model=str(Path(folder) / "official"), strategy="cpu fp32").forward
 
 
-@torch.inference_mode()
-def bench_decode(cfg: BenchConfig) -> list[dict]:
-    print("\none text, one token at a time, CPU float32: tokens/s, and how many times faster ours is")
-    print(f"{'':26}{'ours':>9}{'LM':>9}{'rwkv':>9}{'rwkv, 1 thread':>16}{'than rwkv':>22}{'largest difference':>21}")
-    rows = []
-    for name, shape in DECODE.items():
-        model = random_rwkv(shape)
-        n = 200 if shape.n_embd < 256 else 24
-        tokens = torch.randint(shape.vocab_size, (n,)).tolist()
+def decode_sides(model: LM, tokens: list[int], folder: str | Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """Ways to read `tokens` one by one, after having read them at once; each returns the last logits (V,)."""
+    with torch.no_grad():
         _, start = model(torch.tensor([tokens]))
-        decoder = Decoder(model)
+    decoder, threads = Decoder(model), torch.get_num_threads()
 
-        def ours(step: Callable, token: Callable):
-            state = start
-            for t in tokens:
-                logits, state = step(token(t), state)
-            return logits
+    @torch.inference_mode()
+    def ours(step: Callable, shape: tuple[int, ...]):
+        state = start
+        for t in tokens:
+            logits, state = step(torch.tensor(t).view(shape), state)
+        return logits.flatten()
 
-        sides = {"ours": lambda: ours(decoder, lambda t: torch.tensor([t])), "LM": lambda: ours(model, lambda t: torch.tensor([[t]]))}
-        difference = None
+    sides = {"ours": lambda: ours(decoder, (1,)), "LM": lambda: ours(model, (1, 1))}
+    try:
+        forward = official(model, folder)
+    except ImportError:
+        print("rwkv is not installed, so there is nothing to compare with: pip install rwkv")
+        return sides
+    read = forward(tokens, None)[1]
+
+    def theirs(n: int):
+        torch.set_num_threads(n)
+        state = [s.clone() for s in read]  # it changes its state in place
+        for t in tokens:
+            logits, state = forward([t], state)
+        torch.set_num_threads(threads)
+        return logits
+
+    return sides | {"rwkv": lambda: theirs(threads), "rwkv, 1 thread": lambda: theirs(1)}
+
+
+def bench_decode(cfg: BenchConfig) -> list[dict]:
+    print("\none text, one token at a time, CPU, float32: tokens/s; how many times faster than rwkv at its best; largest difference of logits")
+    print(f"{'':22}{'ours':>10}{'LM':>10}{'rwkv':>10}{'rwkv, 1 thread':>16}{'than rwkv':>21}{'difference':>12}")
+    rows = []
+    for name, (shape, n) in DECODE.items():
+        model = random_rwkv(shape)
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                forward = official(model, folder)
-            except ImportError:
-                print("rwkv is not installed, so there is nothing to compare with: pip install rwkv")
-            else:
-                read = forward(tokens, None)[1]
+            sides = decode_sides(model, torch.randint(shape.vocab_size, (n,)).tolist(), folder)
+            speed = {side: n / seconds for side, seconds in in_turns(sides, cfg.repeat).items()}
+        row = {"model": name, "n_layer": shape.n_layer, "n_embd": shape.n_embd, "parameters": model.n_params(), "tokens_per_s": speed}
+        if "rwkv" in sides:
+            a, b = sides["ours"](), sides["rwkv"]()
+            row |= {"ratio": speed["ours"] / max(speed["rwkv"], speed["rwkv, 1 thread"]), "difference": ((a - b).abs().max() / b.abs().max()).item()}
+        print(f"{name:8}L {shape.n_layer:<4}C {shape.n_embd:<6}" + cell(speed, "ours", 10) + cell(speed, "LM", 10) + cell(speed, "rwkv", 10) +
+              cell(speed, "rwkv, 1 thread", 16) + (f"{row['ratio']:10.2f} (goal 1.5){row['difference']:12.1e}" if "ratio" in row else ""), flush=True)
+        _, state = model(torch.zeros(1, 1, dtype=torch.long))
+        rows.append(row | {"state_bytes": state.nbytes(), "kv_bytes": {T: kv_bytes(shape, T) for T in (1024, 8192, 65536)}})
 
-                def theirs(threads: int):
-                    before, state = torch.get_num_threads(), [s.clone() for s in read]  # it changes states in place
-                    torch.set_num_threads(threads)
-                    for t in tokens:
-                        logits, state = forward([t], state)
-                    torch.set_num_threads(before)
-                    return logits
-
-                theirs_now = torch.get_num_threads()
-                sides |= {"rwkv": lambda: theirs(theirs_now), "rwkv, 1 thread": lambda: theirs(1)}
-                a, b = sides["ours"]()[0], sides["rwkv"]()
-                difference = ((a - b).abs().max() / b.abs().max()).item()
-            speed = {side: n / s for side, s in in_turns(sides, cfg.repeat).items()}
-        best = max((speed[side] for side in speed if side.startswith("rwkv")), default=None)
-        state = start.nbytes()
-        rows.append({"model": name, "n_layer": shape.n_layer, "n_embd": shape.n_embd, "parameters": model.n_params(), "tokens_per_s": speed,
-                     "ratio": best and speed["ours"] / best, "difference": difference, "state_bytes": state,
-                     "kv_bytes": {T: kv_bytes(shape, T) for T in (1024, 8192, 65536)}})
-        print(f"{name:8}L {shape.n_layer:<3} C {shape.n_embd:<10}" + "".join(f"{speed[s]:{w}.0f}" if s in speed else f"{'-':>{w}}" for s, w in
-              (("ours", 9), ("LM", 9), ("rwkv", 9), ("rwkv, 1 thread", 16)))
-              + (f"{speed['ours'] / best:11.2f} (goal 1.5){difference:21.1e}" if best else ""), flush=True)
-
-    print(f"\nmemory of one text, float32: bytes\n{'':26}{'RWKV-7':>12}" + "".join(f"{f'attention, {T}':>19}" for T in rows[0]["kv_bytes"]))
+    print(f"\nmemory of one text in bytes, float32\n{'':22}{'RWKV-7':>12}" + "".join(f"{f'attention, {T}':>19}" for T in rows[0]["kv_bytes"]))
     for row in rows:
-        print(f"{row['model']:8}L {row['n_layer']:<3} C {row['n_embd']:<10}{row['state_bytes']:12,}" + "".join(f"{b:19,}" for b in row["kv_bytes"].values()))
+        print(f"{row['model']:8}L {row['n_layer']:<4}C {row['n_embd']:<6}{row['state_bytes']:12,}" + "".join(f"{b:19,}" for b in row["kv_bytes"].values()))
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(BenchConfig, argv)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    if cfg.only not in (None, "operator", "train", "decode"):
+        raise ValueError(f"only = {cfg.only!r}: choose operator, train or decode")
+    if cfg.repeat < 1:
+        raise ValueError(f"repeat = {cfg.repeat}: it must be at least 1")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if cfg.device not in ["auto", *devices]:
+        raise ValueError(f"device = {cfg.device!r}: choose auto or {' or '.join(devices)}, which is what this machine has")
+    device = devices[-1] if cfg.device == "auto" else cfg.device
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     results = {"torch": torch.__version__, "device": device, "machine": machine, "threads": torch.get_num_threads(), "repeat": cfg.repeat}
     print(f"torch {torch.__version__}, {machine}, {torch.get_num_threads()} CPU threads, medians of {cfg.repeat}", flush=True)

@@ -11,18 +11,20 @@
 
 In `align` the *teacher's* output flows on, so that every layer learns at once and from clean inputs. The student starts
 as the teacher: embedding, norms, feed-forward layers and head are copied, q becomes receptance (with the scale 1/sqrt(N)
-folded in), k key, v value, o output, and everything RWKV-7 has besides starts with no effect.
+folded in), k key, v value, o output. Of what RWKV-7 has besides, token shift, bonus and gate start with no effect and the
+value residual with almost none; decay, a little erasing and the group norm act from the first step, and stage 1 is there to
+absorb them.
 
-What it is not: another trainer. Each stage is a call of train.fit with a loss function and a list of what trains.
+`distill` is the job, `distil` its second stage. What it is not: another trainer. Each stage is a call of train.fit with a loss function and a list of what trains.
 
-References: RADLADS (arXiv 2505.03005), ARWKV (arXiv 2501.15570) and its trainer RWKVInside, whose options have a switch here.
+References: RADLADS (arXiv 2505.03005), ARWKV (arXiv 2501.15570) and its trainer RWKVInside, whose main options have a switch here.
 """
 
 import copy
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -38,9 +40,9 @@ from tyro.conf import OmitArgPrefixes
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
-from evaluate import as_markdown, check_vocabulary, compare, global_sum, make_report, write_report
+from evaluate import as_markdown, check_vocabulary, compare, global_sum, make_report, same_tokenizer, write_report
 from model import LM, CausalSelfAttention, ChannelMix, ModelConfig, TimeMixer, load_model
-from train import FitConfig, TrainConfig, claim, cross_entropy_loss, fit, main_first, publish, restore, same_tokenizer, setup, train
+from train import FitConfig, TrainConfig, claim, cross_entropy_loss, fit, main_first, publish, restore, setup, train
 
 STAGES = ("align", "distil", "finish")
 
@@ -68,9 +70,11 @@ class AllGather(torch.autograd.Function):
 class VFirstHolder:
     """RWKVInside's distributed state: v_first of every process, (world_size, B, T, C), the same everywhere.
 
-    The process writes its slice, an explicit all-gather fills in the others', later layers read their slice. The
-    gather stays in the autograd graph, so the first layer's value projection learns from every later layer. It has a
-    process group of its own, so that its collectives cannot be confused with DDP's.
+    The process writes its slice, an explicit all-gather fills in the others', later layers read their slice. As each
+    process reads only what it wrote, numbers and gradients are those without the gather; it is here because the state is
+    RWKVInside's, whole on every process for whoever wants to look across, and it costs one collective per pass. What
+    matters is that it stays in the autograd graph: the first layer's value projection learns from every later layer. It
+    has a process group of its own, so that its collectives cannot be confused with DDP's.
     """
 
     def __init__(self):
@@ -143,14 +147,14 @@ class StudentConfig:
     rwkv_rope: bool = False
     untie_head: bool = False       # give the student a head of its own where the teacher's is the embedding
     transfer: bool = True          # start from the teacher's weights; without: mixers start as official RWKV-7
-    decay: str = "spread"          # initial decay: spread (half-lives from 2 to block_size tokens in each head), official
+    decay: str = "spread"          # initial decay: spread (each head's channels remember 2 to block_size tokens), official
 
 
 def make_student(teacher: LM, cfg: StudentConfig) -> LM:
     """A copy of the teacher with RWKV-7 mixers that start near what its attention does with q, k, v and o.
 
-    Everything else that RWKV-7 has starts with no effect: token-shift mixes and bonus at 0, gate exactly 1, in-context
-    learning rate and value residual near 0. Raises ValueError for a student that the teacher's shapes do not allow.
+    Token-shift mixes and bonus start at 0, the gate at exactly 1, the value residual near 0; decay, a share of 0.12 erased,
+    and the group norm do act. Raises ValueError for a student that the teacher's shapes do not allow.
     """
     t = teacher.cfg
     if cfg.decay not in ("spread", "official"):
@@ -180,7 +184,7 @@ def make_student(teacher: LM, cfg: StudentConfig) -> LM:
 
 @torch.no_grad()
 def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
-    """Give the mixer the attention's projections, and let everything else start without effect."""
+    """Give the mixer the attention's projections, and silence what can be silenced."""
     per_kv = m.H // t.n_kv  # grouped heads: each key and value head serves this many queries
     for ours, theirs, repeat, scale in ((m.receptance, t.q_proj, 1, m.N**-0.5), (m.key, t.k_proj, per_kv, 1.0),
                                         (m.value, t.v_proj, per_kv, 1.0), (m.output, t.o_proj, None, 1.0)):
@@ -205,10 +209,11 @@ def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
 
 
 def spread_decay(m: TimeMixer, longest: int) -> Tensor:
-    """w0 (1, 1, A) for which a head's channels remember 2 ... `longest` tokens: e^w = 1 - 1/n, evenly in log n."""
+    """w0 (1, 1, A) so that a head's channels remember n = 2 ... `longest` tokens, evenly in log n: e^w = 1 - 1/n, whose powers sum to n."""
     n = 2 * (longest / 2) ** torch.linspace(0, 1, m.N, device=m.w0.device)
     share = -torch.log1p(-1 / n) * math.exp(0.5)   # = sigmoid(w0), as w = -e^-0.5 sigmoid(w0)
-    return torch.logit(share.clamp(max=0.99)).repeat(m.H).view(1, 1, -1)
+    share = share.clamp(max=0.99)                  # RWKV-7 forgets no faster than e^-0.607, n = 2.2
+    return torch.logit(share).repeat(m.H).view(1, 1, -1)
 
 
 def set_training(model: LM, names: Callable[[str], bool]) -> None:
@@ -298,18 +303,16 @@ def sequence_logp(model: LM, batch: Batch) -> Tensor:
 def dpo_loss(policy: LM, batch: Batch, reference: LM, beta: float = 0.1, kind: str = "sigmoid", smoothing: float = 0.0) -> dict[str, Tensor]:
     """Stage 3 on preferences (arXiv 2305.18290); the first half of the rows is chosen, the second rejected.
 
-    With d = beta (log-ratio of chosen - log-ratio of rejected), ratios of policy to reference: sigmoid -log s(d), with label
-    smoothing e -(1-e) log s(d) - e log s(-d); or hinge max(0, 1 - d).
+    With d = beta (log-ratio of chosen - log-ratio of rejected), ratios of policy to reference, and label smoothing e:
+    (1-e) f(d) + e f(-d), where f(d) is -log s(d) for sigmoid and max(0, 1 - d) for hinge.
     """
     with torch.no_grad():
         before = sequence_logp(reference, batch)
     after = sequence_logp(policy, batch)
     chosen, rejected = (after - before).chunk(2)
     d = beta * (chosen - rejected)
-    if kind == "sigmoid":
-        loss = -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
-    else:
-        loss = (1 - smoothing) * F.relu(1 - d) + smoothing * F.relu(1 + d)
+    f = (lambda d: -F.logsigmoid(d)) if kind == "sigmoid" else (lambda d: F.relu(1 - d))
+    loss = (1 - smoothing) * f(d) + smoothing * f(-d)
     real = batch.mask.sum(1).chunk(2)[0] > 0                                          # padding rows teach nothing
     return {"loss": (loss * real).sum(), "accuracy": ((d > 0) & real).sum(), "margin": (d * real).sum()}
 
@@ -324,7 +327,7 @@ class DistillConfig:
     finish_data: str = "data/pydoc-sft"    # supervised data: SFT; preference data: DPO
     out: str = "out/rwkv"
     stages: str = "align,distil,finish"
-    student: Annotated[StudentConfig, OmitArgPrefixes] = field(default_factory=StudentConfig)
+    student: Annotated[StudentConfig, OmitArgPrefixes] = StudentConfig()
     # losses
     align_kind: str = "relative"           # relative, l2norm
     kl_kind: str = "forward"               # forward, reverse, adaptive
@@ -409,17 +412,20 @@ def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | N
     return {name: (global_sum(value) / global_sum(count)).item() for name, value in sums.items()}
 
 
+def measure(teacher: LM, student: LM, val: Loader, max_tokens: int | None) -> dict[str, float]:
+    """A row of the report: how the student does on held-out text."""
+    result = compare(teacher, student.eval(), val, max_tokens)
+    return {key: result[key] for key in ("val_loss", "gap", "kl", "top1", "top5")}
+
+
 def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> list[dict]:
     """Take the student through the stages named in cfg, one folder each; a stage that is done is read back, not run again."""
     val = loaders["val"]
     say = print if val.rank == 0 else lambda *_: None
 
-    def measure(max_tokens: int | None) -> dict[str, float]:
-        result = compare(teacher, student.eval(), val, max_tokens)
-        return {key: value for key, value in result.items() if isinstance(value, float) and key != "teacher_loss"}
-
     def validate() -> dict[str, float]:  # in metrics.jsonl "kl" is the training loss's
-        return {key if key == "val_loss" else f"val_{key}": value for key, value in measure(min(cfg.eval_tokens or 16384, 16384)).items()}
+        row = measure(teacher, student, val, min(cfg.eval_tokens or 16384, 16384))
+        return {key if key == "val_loss" else f"val_{key}": value for key, value in row.items()}
 
     def note(row: dict, path: Path) -> dict:
         say("after {name}: loss {val_loss:.4f}, gap to the teacher {gap:.4f}, KL {kl:.4f}, top-1 {top1:.1%}".format(**row))
@@ -430,7 +436,7 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
 
     out.mkdir(parents=True, exist_ok=True)
     start = out / "start.json"
-    rows = [json.loads(start.read_text()) if start.exists() else note({"name": "start", "tokens": 0, "minutes": 0.0, **measure(cfg.eval_tokens)}, start)]
+    rows = [json.loads(start.read_text()) if start.exists() else note({"name": "start", "tokens": 0, "minutes": 0.0, **measure(teacher, student, val, cfg.eval_tokens)}, start)]
     for stage in STAGES:
         folder = out / stage
         if (folder / "stage.json").exists():  # done before, whether or not it was asked for again
@@ -444,7 +450,7 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
         held_out = loaders["finish_val"] if stage == "finish" else None
         before = held_out and mean_terms(loss_fn, model.eval(), held_out, cfg.eval_tokens)
         done = fit(model, loss_fn, loaders[stage], getattr(cfg, stage), folder, student, meta, validate if stage == "distil" else None, stage)
-        row = {"name": stage, "tokens": done["tokens"], "minutes": done["minutes"], **measure(cfg.eval_tokens)}
+        row = {"name": stage, "tokens": done["tokens"], "minutes": done["minutes"], **measure(teacher, student, val, cfg.eval_tokens)}
         if held_out:
             row["finish"] = {"before": before, "after": mean_terms(loss_fn, model.eval(), held_out, cfg.eval_tokens)}
             say("held-out loss of stage 3: {before[loss]:.4f} before, {after[loss]:.4f} after".format(**row["finish"]))
@@ -459,8 +465,9 @@ def distill(cfg: DistillConfig) -> dict:
     rank, world, device = setup(cfg.device)
     stages = cfg.stages.split(",")
     with main_first(rank):
-        for data in {"align": cfg.data, "distil": cfg.data, "finish": cfg.finish_data}[stages[-1]], cfg.data:
-            ensure_prepared(data)
+        ensure_prepared(cfg.data)
+        if "finish" in stages:
+            ensure_prepared(cfg.finish_data)
     with main_first(rank):
         also = (*STAGES, "controls", "start.json", "report.json", "report.md", "report.png")
         out = claim(cfg.out, cfg.resume, cfg.overwrite, also) if rank == 0 else Path(cfg.out)
@@ -477,20 +484,18 @@ def distill(cfg: DistillConfig) -> dict:
     def load(data: str, half: str, loop: FitConfig, T: int, seed: int) -> Loader:
         loader = Loader(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
         check_vocabulary(logit_teacher, student, loader)
-        for folder in filter(None, (cfg.teacher, cfg.logit_teacher)):
-            same_tokenizer(loader, folder)
+        same_tokenizer(loader, cfg.teacher, cfg.logit_teacher or cfg.teacher)
         return loader
 
     T = teacher.cfg.block_size
     loaders = {"val": load(cfg.data, "val", replace(cfg.distil, batch_size=16), T, 0)}
-    for i, stage in enumerate(STAGES):
-        if stage not in stages:
-            continue
-        if stage == "finish":
-            for name, half in (("finish", "train"), ("finish_val", "val")):
-                loaders[name] = load(cfg.finish_data, half, cfg.finish, cfg.finish_block_size or T, cfg.seed + i)
-        else:
-            loaders[stage] = load(cfg.data, "train", getattr(cfg, stage), T, cfg.seed + i)
+    if "align" in stages:  # a stage's seed does not depend on which other stages run
+        loaders["align"] = load(cfg.data, "train", cfg.align, T, cfg.seed)
+    if "distil" in stages:
+        loaders["distil"] = load(cfg.data, "train", cfg.distil, T, cfg.seed + 1)
+    if "finish" in stages:
+        for name, half in (("finish", "train"), ("finish_val", "val")):
+            loaders[name] = load(cfg.finish_data, half, cfg.finish, cfg.finish_block_size or T, cfg.seed + 2)
     if rank == 0:
         print(json.dumps(asdict(cfg)))
         print(f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}, layers {student.cfg.mixers}", flush=True)
@@ -504,7 +509,7 @@ def distill(cfg: DistillConfig) -> dict:
     report["student"]["stage"] = described
     report["stages"] = rows
     if cfg.controls:
-        report["controls"] = run_controls(cfg, teacher, logit_teacher, loaders, out)
+        report["controls"] = run_controls(cfg, teacher, logit_teacher, loaders, out, meta)
     if rank == 0:
         write_report(out, report, {name: Path(folder) / "metrics.jsonl" for name, folder in (("teacher", cfg.teacher), *((s, out / s) for s in stages))})
         print(as_markdown(report))
@@ -512,29 +517,29 @@ def distill(cfg: DistillConfig) -> dict:
     return report
 
 
-def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path) -> dict:
+def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> dict:
     """What the same student tokens give without each idea: a row each, compared with the same teacher."""
-    device, T = next(teacher.parameters()).device, teacher.cfg
-    meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
-    tokens = cfg.align.max_steps * cfg.align.batch_size * cfg.align.accum + cfg.distil.max_steps * cfg.distil.batch_size * cfg.distil.accum
-    alone = replace(cfg.distil, max_steps=tokens // (cfg.distil.batch_size * cfg.distil.accum))  # the tokens of both stages
+    device, t, val = next(teacher.parameters()).device, teacher.cfg, loaders["val"]
+    sequences = cfg.align.max_steps * cfg.align.batch_size * cfg.align.accum + cfg.distil.max_steps * cfg.distil.batch_size * cfg.distil.accum
+    alone = replace(cfg.distil, max_steps=sequences // (cfg.distil.batch_size * cfg.distil.accum))  # one loop over the tokens of both stages
     cfg = replace(cfg, stages="align,distil")
     rows = {}
-    for name, change in {"no stage 1": {"stages": "distil", "distil": alone}, "no weight transfer": {"student": replace(cfg.student, transfer=False)},
+    for name, change in {"no stage 1": {"stages": "distil", "distil": alone},
+                         "no weight transfer": {"student": replace(cfg.student, transfer=False)},
                          "cross-entropy only": {"kl_weight": 0.0, "ce_weight": 1.0}}.items():
         control = replace(cfg, **change)
         torch.manual_seed(cfg.seed)
         student = make_student(teacher, control.student).to(device)
         done = run_stages(control, student, teacher, logit_teacher, loaders, out / "controls" / name.replace(" ", "-"), meta)
         rows[name] = done[-1] | {key: sum(row[key] for row in done) for key in ("tokens", "minutes")}
-    scratch = replace(T, mixer="r", ffn="channelmix" if T.ffn == "relu2" else T.ffn, rwkv_head_size=T.att_head_size)
-    for name, how in {"RWKV-7 from scratch": {"model": scratch}, "teacher trained on": {"model": T, "init": cfg.teacher}}.items():
+    scratch = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=t.att_head_size)
+    at_its_rate = replace(alone, learning_rate=cfg.teacher_fit.learning_rate, rwkv_lr_multiplier=1.0)
+    for name, how in {"RWKV-7 from scratch": {"model": scratch, "fit": at_its_rate},
+                      "teacher trained on": {"init": cfg.teacher, "fit": alone}}.items():
         folder = out / "controls" / name.replace(" ", "-")
-        loop = replace(alone, learning_rate=cfg.teacher_fit.learning_rate, rwkv_lr_multiplier=1.0) if "scratch" in name else alone
-        done = train(TrainConfig(data=cfg.data, out=str(folder), resume=folder.exists(), seed=cfg.seed, device=cfg.device, fit=loop, **how))
-        row = compare(teacher, load_model(folder, device), loaders["val"], cfg.eval_tokens)
-        rows[name] = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"],
-                      **{key: value for key, value in row.items() if isinstance(value, float) and key != "teacher_loss"}}
+        done = train(TrainConfig(data=cfg.data, out=str(folder), resume=folder.exists(), seed=cfg.seed, device=cfg.device, **how))
+        row = measure(teacher, load_model(folder, device), val, cfg.eval_tokens)
+        rows[name] = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"], **row}
     return rows
 
 

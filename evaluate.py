@@ -24,6 +24,7 @@ from torch import Tensor
 
 from config import cli, run
 from data.loader import Batch, Loader
+from data.tokenizer import read_meta
 from model import LM, CausalSelfAttention, TimeMixer, load_model
 
 
@@ -117,10 +118,10 @@ def layer_errors(teacher: LM, student: LM, batch: Batch) -> list[dict]:
 # The report
 
 def state_bytes(model: LM, n: int) -> int:
-    """Bytes that the model remembers after n tokens, batch 1: attention's cache grows with n, the rest does not."""
-    _, state = model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
-    growing = sum(x.nbytes for layer in state.layers if len(layer[0]) == 2 for x in layer[0])
-    return state.nbytes() + (n - 1) * growing
+    """Bytes that the model remembers after n tokens, batch 1: what one token takes, and n - 1 times what the second adds."""
+    device = next(model.parameters()).device
+    one, two = (model(torch.zeros(1, T, dtype=torch.long, device=device))[1].nbytes() for T in (1, 2))
+    return one + (n - 1) * (two - one)
 
 
 @torch.no_grad()
@@ -140,17 +141,21 @@ def make_report(teacher: LM, student: LM, train: Loader, val: Loader, max_tokens
     }
 
 
+def table_rows(report: dict) -> list[dict]:
+    """The stages, then the controls, as rows of one table."""
+    return report.get("stages", []) + [row | {"name": f"control: {name}"} for name, row in report.get("controls", {}).items()]
+
+
 def as_markdown(report: dict) -> str:
     """The report as tables for people."""
     lines = ["| | tokens | minutes | val loss | gap | KL | top-1 |", "|---|---:|---:|---:|---:|---:|---:|",
              f"| teacher | | | {report['teacher']['val_loss']:.4f} | | | |"]
-    rows = report.get("stages", []) + [row | {"name": f"control: {name}"} for name, row in report.get("controls", {}).items()]
     form = "| {name} | {tokens:,} | {minutes:.1f} | {val_loss:.4f} | {gap:.4f} | {kl:.4f} | {top1:.1%} |"
-    lines += [form.format(**row) for row in rows]
+    lines += [form.format(**row) for row in table_rows(report)]
     lines += ["", f"The student has {report['student']['params']:,} parameters, the teacher {report['teacher']['params']:,}. "
               f"Recovered {report['recovered']:.1%} of what the teacher knows beyond token frequencies; "
               f"the student's five best hold the teacher's choice {report['top5']:.1%} of the time.", ""]
-    lines += ["| mixer | error | cosine |", "|---|---:|---:|"]
+    lines += ["| mixer | ‖t − s‖² / ‖t‖² | cosine |", "|---|---:|---:|"]
     lines += [f"| layer {row['layer']} | {row['error']:.3f} | {row['cosine']:.3f} |" for row in report["layers"]]
     lines += ["", "| tokens read | teacher's KV cache | student's state |", "|---:|---:|---:|"]
     lines += [f"| {int(n):,} | {m['teacher']:,} bytes | {m['student']:,} bytes |" for n, m in report["state_bytes"].items()]
@@ -168,23 +173,26 @@ def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None)
         print("no plot: pip install matplotlib, and run again")
         return
     matplotlib.use("Agg")
+    plot(out, report, {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in (curves or {}).items() if path.exists()})
+
+
+def plot(out: Path, report: dict, curves: dict[str, list[dict]]) -> None:
+    """report.png: the training loss of each stage, and both models' loss by position."""
     import matplotlib.pyplot as plt
-    curves = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in (curves or {}).items() if path.exists()}
-    fig, axes = plt.subplots(1, len(curves) + 1, figsize=(3.6 * (len(curves) + 1), 3.2), constrained_layout=True)
-    for ax, (name, rows) in zip(np.atleast_1d(axes), curves.items()):
+    fig, (axes,) = plt.subplots(1, len(curves) + 1, figsize=(3.6 * (len(curves) + 1), 3.2), constrained_layout=True, squeeze=False)
+    for ax, (name, rows) in zip(axes, curves.items()):
         ax.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=0.7, alpha=0.6, label="training")
-        seen = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r and name not in ("align", "finish")]
+        seen = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
         if seen:
             ax.plot(*zip(*seen), "o-", ms=3, label="held-out cross-entropy")
         ax.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         ax.legend(fontsize=7)
-    ax = np.atleast_1d(axes)[-1]
     width = max(1, len(report["by_position"]["teacher"]) // 32)
     for who, losses in report["by_position"].items():
         n = len(losses) // width * width
-        ax.plot(np.arange(width / 2, n, width), np.reshape(losses[:n], (-1, width)).mean(1), label=who)
-    ax.set(title="loss by position", xlabel="position", ylabel="nats per token")
-    ax.legend(fontsize=7)
+        axes[-1].plot(np.arange(width / 2, n, width), np.reshape(losses[:n], (-1, width)).mean(1), label=who)
+    axes[-1].set(title="loss by position", xlabel="position", ylabel="nats per token")
+    axes[-1].legend(fontsize=7)
     fig.savefig(out / "report.png", dpi=120)
     plt.close(fig)
 
@@ -196,11 +204,8 @@ def collect(folder: Path) -> str:
         raise ValueError(f"no reports in {folder}: run make results first")
     rows: dict[str, list[dict]] = {}
     for report in reports:
-        for row in report["stages"]:
+        for row in table_rows(report):
             rows.setdefault(row["name"], []).append(row)
-    for report in reports:
-        for name, row in report.get("controls", {}).items():
-            rows.setdefault(f"control: {name}", []).append(row)
 
     def cell(values: list[float], form: str) -> str:
         low, middle, high = (format(f(values), form) for f in (min, np.median, max))
@@ -213,6 +218,24 @@ def collect(folder: Path) -> str:
         cells = [cell([row[key] for row in group], form) for key, form in (("val_loss", ".4f"), ("gap", ".4f"), ("kl", ".4f"), ("top1", ".1%"))]
         lines.append(f"| {name} | {group[0]['tokens']:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
+    """Raises ValueError where data, student and teacher do not have the same tokens."""
+    if loader.vocab_size > student.cfg.vocab_size:
+        raise ValueError(f"{loader.folder} has {loader.vocab_size} tokens, the student {student.cfg.vocab_size}: "
+                         "prepare the data with the model's tokenizer")
+    if teacher.cfg.vocab_size < student.cfg.vocab_size:
+        raise ValueError(f"the teacher has {teacher.cfg.vocab_size} tokens, fewer than the student's {student.cfg.vocab_size}: it cannot teach them; "
+                         "choose a teacher with the same tokenizer")
+
+
+def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
+    """Raises ValueError where a model folder was made for another tokenizer than the loader's."""
+    for folder in folders:
+        theirs, ours = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
+        if theirs != ours:
+            raise ValueError(f"{folder} reads {theirs} tokens, {loader.folder} holds {ours}: prepare the data again with the model's tokenizer")
 
 
 @dataclass(frozen=True)
@@ -236,20 +259,12 @@ def main(argv: list[str] | None = None) -> None:
     teacher, student = load_model(cfg.teacher, device).eval(), load_model(cfg.student, device).eval()
     train, val = (Loader(cfg.data, half, cfg.batch_size, cfg.block_size or teacher.cfg.block_size) for half in ("train", "val"))
     check_vocabulary(teacher, student, val)
+    same_tokenizer(val, cfg.teacher, cfg.student)
     report = make_report(teacher, student, train, val, cfg.max_tokens)
     print(as_markdown(report))
     if cfg.out:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         write_report(Path(cfg.out), report)
-
-
-def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
-    """Raises ValueError where data, student and teacher do not speak of the same tokens."""
-    if loader.vocab_size > student.cfg.vocab_size:
-        raise ValueError(f"{loader.folder} has {loader.vocab_size} tokens, the student {student.cfg.vocab_size}: prepare the data with the model's tokenizer")
-    if teacher.cfg.vocab_size < student.cfg.vocab_size:
-        raise ValueError(f"the teacher has {teacher.cfg.vocab_size} tokens, fewer than the student's {student.cfg.vocab_size}: it cannot teach them; "
-                         "choose a teacher with the same tokenizer")
 
 
 if __name__ == "__main__":

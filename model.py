@@ -11,7 +11,7 @@ One contract, `mixer(x, v_first, state) -> (y, v_first, state)`, makes the two m
 `LM(tokens, state) -> (logits, state)` gives the same logits for a whole sequence, for pieces, and for single tokens.
 Parameters bear the official RWKV-7 names, so that a pure RWKV-7 model's state_dict is the official .pth dict.
 
-    B batch   T time   C channels (n_embd)   H heads   N head size   V vocabulary
+    B batch   T time   C channels (n_embd)   H heads   N head size   A = H N, all heads together   V vocabulary
     v_first   the value of the first RWKV layer; later RWKV layers mix it into their own (value residual)
 
 References: nanoGPT (the GPT), RWKV-LM RWKV-v7/train_temp/src/model.py (RWKV-7 and its initial values), arXiv 2503.14456.
@@ -20,6 +20,7 @@ References: nanoGPT (the GPT), RWKV-LM RWKV-v7/train_temp/src/model.py (RWKV-7 a
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class ModelConfig:
     group_norm: bool = True
     token_shift: bool = True
     bonus: bool = True
-    rwkv_rope: bool = False      # rotate r and k as attention does
+    rwkv_rope: bool = False      # rotate r, k and kk as attention does q and k
     # the rest of a block
     ffn: str = "relu2"           # gelu, swiglu, relu2, channelmix
     ffn_size: int | None = None  # None = 4 n_embd; for swiglu two thirds of that
@@ -107,7 +108,7 @@ class ModelConfig:
         return self.head_size or self.n_embd // self.n_head
 
     @property
-    def hidden(self) -> int:
+    def ffn_width(self) -> int:
         """Width of the feed-forward layer."""
         return self.ffn_size or (-(-8 * self.n_embd // 3 // 32) * 32 if self.ffn == "swiglu" else 4 * self.n_embd)
 
@@ -163,8 +164,8 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, past, self.cfg.rope_theta), rotate(k, past, self.cfg.rope_theta)
         if past:
             k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
-        see = None if past == 0 else torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, see, is_causal=past == 0, enable_gqa=self.n_kv < self.n_head)
+        mask = None if past == 0 else torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=past == 0, enable_gqa=self.n_kv < self.n_head)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), v_first, (k, v)
 
 
@@ -187,7 +188,7 @@ class TimeMixer(nn.Module):
         C, A, N = cfg.n_embd, cfg.rwkv_size or cfg.n_embd, cfg.rwkv_head_size
         self.cfg, self.H, self.N = cfg, A // N, N
         self.first = layer == cfg.mixers.index("r")
-        new = lambda *shape: nn.Parameter(torch.empty(*shape))  # noqa: E731   init_rwkv gives the values
+        new = lambda *shape: nn.Parameter(torch.empty(*shape))  # noqa: E731   init_time_mixer gives the values
         if cfg.token_shift:
             for name in ("x_r", "x_w", "x_k", "x_v", "x_a") + (("x_g",) if cfg.gate else ()):
                 setattr(self, name, new(1, 1, C))
@@ -215,7 +216,8 @@ class TimeMixer(nn.Module):
         xx = shift(x, last) - x if self.cfg.token_shift else None
         mix = lambda name: torch.addcmul(x, xx, getattr(self, name)) if self.cfg.token_shift else x  # noqa: E731
 
-        r, k, v = self.receptance(mix("x_r")), self.key(mix("x_k")), self.value(x_v := mix("x_v"))     # (B, T, A)
+        x_v = mix("x_v")
+        r, k, v = self.receptance(mix("x_r")), self.key(mix("x_k")), self.value(x_v)                   # (B, T, A)
         # log decay w = -e^-0.5 sigmoid(w0 + tanh(x_w w1) w2), in (-0.607, 0)
         w = -math.exp(-0.5) * torch.sigmoid((self.w0 + torch.tanh(mix("x_w") @ self.w1) @ self.w2).float())
         # value residual: v += (v_first - v) sigmoid(v0 + x_v v1 v2)
@@ -249,8 +251,8 @@ class ChannelMix(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.x_k = nn.Parameter(1 - channel(cfg.n_embd) ** ((1 - layer / cfg.n_layer) ** 4))
-        self.key = nn.Linear(cfg.n_embd, cfg.hidden, bias=cfg.bias)
-        self.value = nn.Linear(cfg.hidden, cfg.n_embd, bias=cfg.bias)
+        self.key = nn.Linear(cfg.n_embd, cfg.ffn_width, bias=cfg.bias)
+        self.value = nn.Linear(cfg.ffn_width, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x, state):
         x_k = torch.addcmul(x, shift(x, state) - x, self.x_k)
@@ -263,10 +265,10 @@ class MLP(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.kind = cfg.ffn
-        self.key = nn.Linear(cfg.n_embd, cfg.hidden, bias=cfg.bias)
+        self.key = nn.Linear(cfg.n_embd, cfg.ffn_width, bias=cfg.bias)
         if cfg.ffn == "swiglu":
-            self.gate = nn.Linear(cfg.n_embd, cfg.hidden, bias=cfg.bias)
-        self.value = nn.Linear(cfg.hidden, cfg.n_embd, bias=cfg.bias)
+            self.gate = nn.Linear(cfg.n_embd, cfg.ffn_width, bias=cfg.bias)
+        self.value = nn.Linear(cfg.ffn_width, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x, state):
         k = self.key(x)
@@ -367,11 +369,14 @@ def init_model(model: LM) -> None:
     RWKV-7 without any attention: the official trainer's values. TimeMixers have set their own already.
     """
     cfg = model.cfg
+    ours = ("q_proj", "k_proj", "v_proj", "o_proj", "ffn.key", "ffn.gate", "ffn.value", "emb", "pos", "head")
+    to_stream = ("o_proj", "ffn.value")
     for name, p in model.named_parameters():
-        if ".att.q_proj" in name or ".att.k_proj" in name or ".att.v_proj" in name or ".att.o_proj" in name or \
-                ".ffn." in name and "x_k" not in name or name in ("emb.weight", "pos.weight", "head.weight"):
-            to_stream = name.endswith(("o_proj.weight", "ffn.value.weight"))
-            nn.init.zeros_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if to_stream else 0.02)
+        module = name.rpartition(".")[0]
+        if module.endswith(ours) and p.ndim == 1:
+            nn.init.zeros_(p)
+        elif module.endswith(ours):
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if module.endswith(to_stream) else 0.02)
     if cfg.ffn == "channelmix" and "a" not in cfg.mixers:
         for block in model.blocks:
             orthogonal(block.ffn.key.weight, 1.0)
@@ -436,11 +441,14 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items() if not (model.cfg.tied and name == "head.weight")}
-    for name, write in (("config.json", lambda f: f.write_text(json.dumps(asdict(model.cfg), indent=1) + "\n")),
-                        ("meta.json", lambda f: f.write_text(json.dumps(meta, indent=1) + "\n")),
-                        ("model.safetensors", lambda f: save_file(tensors, f))):
-        write(folder / (name + ".tmp"))
-        os.replace(folder / (name + ".tmp"), folder / name)
+
+    def write(name: str, to: Callable[[Path], object]) -> None:
+        to(folder / f"{name}.tmp")
+        os.replace(folder / f"{name}.tmp", folder / name)
+
+    write("config.json", lambda f: f.write_text(json.dumps(asdict(model.cfg), indent=1) + "\n"))
+    write("meta.json", lambda f: f.write_text(json.dumps(meta, indent=1) + "\n"))
+    write("model.safetensors", lambda f: save_file(tensors, f))
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:

@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +39,7 @@ from tyro.conf import OmitArgPrefixes
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
-from data.tokenizer import read_meta
-from evaluate import cross_entropy, global_sum, mean_loss
+from evaluate import check_vocabulary, cross_entropy, global_sum, mean_loss, same_tokenizer
 from model import LM, ModelConfig, TimeMixer, load_model, save_model
 
 
@@ -130,7 +129,7 @@ def param_groups(model: nn.Module, cfg: FitConfig) -> list[dict]:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        rate = (2.0 if name.endswith("att.w0") or name.endswith("student.w0") else 1.0) * (cfg.rwkv_lr_multiplier if id(p) in in_rwkv else 1.0)
+        rate = (2.0 if name.endswith(".w0") else 1.0) * (cfg.rwkv_lr_multiplier if id(p) in in_rwkv else 1.0)
         own = cfg.att_weight_decay if ".att." in name else cfg.ffn_weight_decay if ".ffn." in name else None
         decay = (cfg.weight_decay if own is None else own) if name.endswith(".weight") and p.ndim >= 2 else 0.0
         groups.setdefault((rate, decay), []).append(p)
@@ -251,16 +250,8 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
     optimizer = torch.optim.AdamW(param_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
     # where we are: at the start, or where the newest checkpoint ended
-    step, tokens, seconds = 0, 0, 0.0
     checkpoint = last_checkpoint(out)
-    if checkpoint:
-        trainer = load_trainer(checkpoint)
-        restore(save, checkpoint)
-        if [(g["rate"], g["decay"]) for g in optimizer.param_groups] != [(g["rate"], g["decay"]) for g in trainer["optimizer"]["param_groups"]]:
-            raise ValueError(f"the run in {out} has another weight decay, rwkv_lr_multiplier or freeze: resume with the settings it was started with")
-        optimizer.load_state_dict(trainer["optimizer"])
-        torch.set_rng_state(trainer["rng"])
-        step, tokens, seconds = trainer["step"], trainer["tokens"], trainer["seconds"]
+    step, tokens, seconds = resume(checkpoint, save, optimizer) if checkpoint else (0, 0, 0.0)
     log = MetricsLog(out, step, cfg.wandb) if rank == 0 else None
 
     module = Step(model, loss_fn)
@@ -268,7 +259,6 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
         module = torch.compile(module)
     if world > 1:
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
     if rank == 0:
         n = sum(p.numel() for p in trained)
         print(f"{name}: {n:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, {loader.accum * world * loader.B} x {loader.T} "
@@ -290,32 +280,18 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
         checkpoint_now()
     elif progress() >= 1 and rank == 0:
         publish(checkpoint, out)  # the run may have died between saving and this
-    interrupted = Interrupt()
-    since, mark, last_save = [], (time.time(), tokens), time.time()  # losses and norms since the last log line
+    since: list[torch.Tensor] = []  # gradient norm and losses of each step since the last look
+    last_look = last_save = time.time()
+    tokens_then = tokens
     validation, loss = {}, math.nan
     bar = tqdm(total=cfg.max_steps, initial=step, desc=name, disable=rank > 0, mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
     model.train()
-    with interrupted:
+    with Interrupt() as interrupted:
         while progress() < 1:
-            p = progress()
-            lr = interpolate(cfg.learning_rate, cfg.learning_rate / 20 if cfg.learning_rate_end is None else cfg.learning_rate_end, p, cfg.schedule)
-            lr *= min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-            fade = 1.0 if cfg.weight_decay_end is None or not cfg.weight_decay else interpolate(1.0, cfg.weight_decay_end / cfg.weight_decay, p, cfg.schedule)
-            for group in optimizer.param_groups:
-                group["lr"], group["weight_decay"] = lr * group["rate"], group["decay"] * fade
-
-            # forward and backward: sums over targets, divided by the targets of the whole step; DDP averages, hence world
+            lr = set_rates(optimizer, cfg, step, progress())
             batches, targets = loader.step(step)
-            sums: dict[str, torch.Tensor] = {}
-            for i, batch in enumerate(batches):
-                sync = module.no_sync() if world > 1 and i < len(batches) - 1 else contextlib.nullcontext()
-                with sync:
-                    with autocast:
-                        losses = module(batch.to(device))
-                    (losses["loss"] * (world / targets)).backward()
-                for key, value in losses.items():
-                    sums[key] = sums.get(key, 0) + value.detach().float() / targets
-                tokens += world * batch.x.numel()
+            sums = forward_backward(module, batches, targets, world, device)
+            tokens += world * sum(batch.x.numel() for batch in batches)
             norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
@@ -330,15 +306,15 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
             window = torch.stack(since)                                           # (steps, 1 + losses)
             window[:, 1:] = global_sum(window[:, 1:])
             late = bool(cfg.save_minutes) and time.time() - last_save > 60 * cfg.save_minutes
-            stop, now, save_due = agree([float(interrupted.seen), time.time(), float(late)], device)
-            seconds += max(0.0, now - mark[0])
+            stop, elapsed, save_due = agree([float(interrupted.seen), max(0.0, time.time() - last_look), float(late)], device)
+            seconds += elapsed  # the slowest process's, so that all are equally far along their schedule
             if not window.isfinite().all():
                 bad = step - len(window) + 1 + int((~window.isfinite()).any(1).nonzero()[0])
                 kept = last_checkpoint(out)
                 raise ValueError(f"{name}: the loss or its gradient is not finite at step {bad}: lower learning_rate; "
                                  + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"))
             means = dict(zip(sums, window[:, 1:].mean(0).tolist()))
-            speed = (tokens - mark[1]) / max(1e-9, now - mark[0])
+            speed = (tokens - tokens_then) / max(1e-9, elapsed)
             row = {"step": step, "tokens": tokens, "minutes": seconds / 60, **means, "grad_norm": window[:, 0].mean().item(), "lr": lr, "tokens_per_s": speed}
             bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {lr:.1e}, {speed / 1000:.1f}k tok/s", refresh=False)
             bar.update(step - bar.n)
@@ -359,11 +335,52 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
                 if rank == 0:
                     print(f"\nstopped after step {step}; everything is saved in {out}. Go on with: {resume_command()}", file=sys.stderr)
                 raise KeyboardInterrupt
-            mark = (time.time(), tokens)  # evaluation and saving are not training time
+            last_look, tokens_then = time.time(), tokens  # evaluation and saving are not training time
             if ends:
                 break
     bar.close()
     return {"step": step, "tokens": tokens, "minutes": seconds / 60, "loss": loss, **validation}
+
+
+def resume(checkpoint: Path, save: LM, optimizer: torch.optim.Optimizer) -> tuple[int, int, float]:
+    """Put weights, optimizer and random numbers back as the checkpoint has them; returns (step, tokens, seconds)."""
+    trainer = load_trainer(checkpoint)
+    restore(save, checkpoint)
+    rates = lambda groups: [(g["rate"], g["decay"], len(g["params"])) for g in groups]  # noqa: E731
+    if rates(optimizer.param_groups) != rates(trainer["optimizer"]["param_groups"]):
+        raise ValueError(f"{checkpoint} had another weight decay, rwkv_lr_multiplier or freeze: resume with the settings it was started with")
+    optimizer.load_state_dict(trainer["optimizer"])
+    torch.set_rng_state(trainer["rng"])
+    return trainer["step"], trainer["tokens"], trainer["seconds"]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, cfg: FitConfig, step: int, progress: float) -> float:
+    """Give every group this step's learning rate and weight decay; returns the learning rate."""
+    end = cfg.learning_rate / 20 if cfg.learning_rate_end is None else cfg.learning_rate_end
+    lr = interpolate(cfg.learning_rate, end, progress, cfg.schedule) * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    fade = 1.0
+    if cfg.weight_decay and cfg.weight_decay_end is not None:
+        fade = interpolate(1.0, cfg.weight_decay_end / cfg.weight_decay, progress, cfg.schedule)
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = lr * group["rate"], group["decay"] * fade
+    return lr
+
+
+def forward_backward(module: nn.Module, batches: list[Batch], targets: int, world: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Gradients of the loss per target of the whole step, and this process's share of every term's mean.
+
+    The losses are sums, `targets` counts those of all micro-batches of all processes, and DDP averages: hence `world`.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    for i, batch in enumerate(batches):
+        last = world == 1 or i == len(batches) - 1  # DDP exchanges gradients once, behind the last micro-batch
+        with contextlib.nullcontext() if last else module.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                losses = module(batch.to(device))
+            (losses["loss"] * (world / targets)).backward()
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0) + value.detach().float() / targets
+    return sums
 
 
 def agree(values: list[float], device: torch.device) -> list[float]:
@@ -390,6 +407,7 @@ class Interrupt:
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def note(self, signum, frame):
         if self.seen:
@@ -428,13 +446,6 @@ class MetricsLog:
 # ---------------------------------------------------------------------------------------------------------------------
 # As a script
 
-def same_tokenizer(loader: Loader, folder: str | Path) -> None:
-    """Raises ValueError where the model in `folder` reads other tokens than the loader gives."""
-    theirs, ours = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
-    if theirs != ours:
-        raise ValueError(f"{folder} reads {theirs} tokens, {loader.folder} holds {ours}: prepare the data again with the model's tokenizer")
-
-
 def cross_entropy_loss(model: LM, batch: Batch) -> dict[str, torch.Tensor]:
     """The language-modelling loss, summed over the targets."""
     return {"loss": cross_entropy(model(batch.x)[0], batch)}
@@ -450,8 +461,8 @@ class TrainConfig:
     device: str = "auto"
     seed: int = 0
     eval_tokens: int = 65536      # of the held-out half, while training; at the end all of it counts
-    model: Annotated[ModelConfig, OmitArgPrefixes] = field(default_factory=ModelConfig)
-    fit: Annotated[FitConfig, OmitArgPrefixes] = field(default_factory=FitConfig)
+    model: Annotated[ModelConfig, OmitArgPrefixes] = ModelConfig()
+    fit: Annotated[FitConfig, OmitArgPrefixes] = FitConfig()
 
 
 def train(cfg: TrainConfig) -> dict:
@@ -459,19 +470,17 @@ def train(cfg: TrainConfig) -> dict:
     rank, world, device = setup(cfg.device)
     with main_first(rank):
         ensure_prepared(cfg.data)
-    loaders = [Loader(cfg.data, half, cfg.fit.batch_size, cfg.model.block_size, cfg.seed, rank, world, cfg.fit.accum) for half in ("train", "val")]
+    started = load_model(cfg.init) if cfg.init else None
+    T = (started.cfg if started else cfg.model).block_size
+    loaders = [Loader(cfg.data, half, cfg.fit.batch_size, T, cfg.seed, rank, world, cfg.fit.accum) for half in ("train", "val")]
+    if started:
+        check_vocabulary(started, started, loaders[0])
+        same_tokenizer(loaders[0], cfg.init)
     with main_first(rank):
         out = claim(cfg.out, cfg.resume, cfg.overwrite) if rank == 0 else Path(cfg.out)
 
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        model = load_model(cfg.init)
-        same_tokenizer(loaders[0], cfg.init)
-        if model.cfg.vocab_size < loaders[0].vocab_size:
-            raise ValueError(f"{cfg.init} knows {model.cfg.vocab_size} tokens, {cfg.data} has {loaders[0].vocab_size}: "
-                             "prepare the data with the model's tokenizer")
-    else:
-        model = LM(replace(cfg.model, vocab_size=loaders[0].vocab_size))
+    model = started or LM(replace(cfg.model, vocab_size=loaders[0].vocab_size))
     model.to(device)
     meta = {"tokenizer": loaders[0].meta["tokenizer"], "data": cfg.data}
     if rank == 0:

@@ -19,7 +19,7 @@ each column. A matrix of constant size stands where attention keeps every key an
 
 Two forms, one entry `wkv7`:
     loop    the definition, one token after another: the truth that everything else is tested against
-    chunk   L tokens at once by matrix products, with its own backward pass; docs/chunking.md derives both
+    chunk   L tokens at once by matrix products, with its own backward pass; docs/chunking.md derives it, forward and backward
 
 References: RWKV-7 "Goose", arXiv 2503.14456 (the operator); DeltaNet in chunks, arXiv 2406.06484 (the chunked idea).
 """

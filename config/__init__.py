@@ -23,8 +23,8 @@ def cli(cls: type, argv: list[str] | None = None):
     if argv and argv[0].endswith(".toml"):
         default = apply(default, load_preset(argv.pop(0)))
     # tyro writes switches as --name and --no-name; people who know nanoGPT write --name=True
-    switch = {"=True": "--", "=False": "--no-"}
-    argv = [switch[a[a.index("="):]] + a[2 : a.index("=")] if a.startswith("--") and a.endswith(("=True", "=False")) else a for a in argv]
+    for end, prefix in (("=True", "--"), ("=False", "--no-")):
+        argv = [prefix + a[2:].removesuffix(end) if a.startswith("--") and a.endswith(end) else a for a in argv]
     return tyro.cli(cls, args=argv, default=default, description=sys.modules[cls.__module__].__doc__.split("\n")[0])
 
 

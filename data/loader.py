@@ -51,10 +51,10 @@ class Loader:
         world_size: int = 1,
         accum: int = 1,
     ):
-        sizes = {"batch_size": batch_size, "block_size": block_size, "world_size": world_size, "accum": accum}
-        for name, value in {**sizes, "seed": seed}.items():
-            if value < (name in sizes):
-                raise ValueError(f"{name} is {value}, but must be at least {int(name in sizes)}")
+        for name, value, least in (("batch_size", batch_size, 1), ("block_size", block_size, 1), ("seed", seed, 0),
+                                   ("world_size", world_size, 1), ("accum", accum, 1)):
+            if value < least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, but must be in [0, world_size = {world_size})")
         self.folder, self.split, self.path = Path(folder), split, Path(folder) / f"{split}.bin"
