@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from config import cli, run
+from decode import Decoder, kv_bytes
 from model import LM, ModelConfig
-from sample import Decoder, kv_bytes
 from wkv import BACKENDS, wkv7
 
 SHAPES = ((16, 256, 4, 3.0), (4, 1024, 4, 4.0), (1, 4096, 4, 6.0))  # B, T, H, and how much faster than the loop we want to be

@@ -6,7 +6,10 @@ A script's settings are a frozen dataclass. A preset is a TOML file with some of
 `cli` puts the three together and refuses what it does not know; `run` ends a script with one line instead of a traceback.
 """
 
+import contextlib
 import difflib
+import io
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -25,7 +28,15 @@ def cli(cls: type, argv: list[str] | None = None):
     # tyro writes switches as --name and --no-name; people who know nanoGPT write --name=True
     for end, prefix in (("=True", "--"), ("=False", "--no-")):
         argv = [prefix + a[2:].removesuffix(end) if a.startswith("--") and a.endswith(end) else a for a in argv]
-    return tyro.cli(cls, args=argv, default=default, description=sys.modules[cls.__module__].__doc__.split("\n")[0])
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(cls, args=argv, default=default, description=sys.modules[cls.__module__].__doc__.split("\n")[0])
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        said = re.sub("[╭╮╰╯│─├┤|]|-{4,}", " ", box.getvalue().partition("\n")[2]).partition("For full helptext")[0]  # without frame and title
+        raise ValueError(" ".join(said.split()) + "; --help lists all settings") from None
 
 
 def load_preset(path: str) -> dict:

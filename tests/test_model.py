@@ -602,7 +602,8 @@ def test_a_config_that_cannot_be_gives_one_line(says, changes):
 
 def test_every_size_must_be_positive():
     sizes = [f.name for f in fields(ModelConfig) if "int" in str(f.type)]
-    assert {"vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "rwkv_head_size", "rwkv_size", "rank_g", "ffn_size"} <= set(sizes)
+    assert {"vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "rwkv_head_size", "rwkv_size", "rank_g",
+            "ffn_size"} <= set(sizes)
     for name in sizes:
         for value in (0, -1, -64):
             one_line_error(lambda: replace(GPT, **{name: value}), f"{name} = {value}: it must be at least 1")
