@@ -15,7 +15,8 @@ folded in), k key, v value, o output. Of what RWKV-7 has besides, token shift, b
 value residual with almost none; decay, a little erasing and the group norm act from the first step, and stage 1 is there to
 absorb them.
 
-`distill` is the job, `distil` its second stage. What it is not: another trainer. Each stage is a call of train.fit with a loss function and a list of what trains.
+`distill` is the job, `distil` its second stage. What it is not: another trainer. Each stage is a call of train.fit with a
+loss function and a list of what trains.
 
 References: RADLADS (arXiv 2505.03005), ARWKV (arXiv 2501.15570) and its trainer RWKVInside, whose main options have a switch here.
 """
@@ -436,7 +437,10 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
 
     out.mkdir(parents=True, exist_ok=True)
     start = out / "start.json"
-    rows = [json.loads(start.read_text()) if start.exists() else note({"name": "start", "tokens": 0, "minutes": 0.0, **measure(teacher, student, val, cfg.eval_tokens)}, start)]
+    if start.exists():
+        rows = [json.loads(start.read_text())]
+    else:
+        rows = [note({"name": "start", "tokens": 0, "minutes": 0.0, **measure(teacher, student, val, cfg.eval_tokens)}, start)]
     for stage in STAGES:
         folder = out / stage
         if (folder / "stage.json").exists():  # done before, whether or not it was asked for again
