@@ -43,7 +43,7 @@ from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from evaluate import as_markdown, check_vocabulary, compare, global_sum, make_report, same_tokenizer, write_report
 from model import LM, CausalSelfAttention, ChannelMix, ModelConfig, TimeMixer, load_model
-from train import FitConfig, TrainConfig, claim, cross_entropy_loss, fit, main_first, publish, restore, setup, train
+from train import RUN, FitConfig, TrainConfig, check_free, claim, cross_entropy_loss, fit, joined, main_first, publish, restore, setup, train
 
 STAGES = ("align", "distil", "finish")
 
@@ -359,6 +359,9 @@ class DistillConfig:
         for name, choices in (("align_kind", ("relative", "l2norm")), ("kl_kind", ("forward", "reverse", "adaptive")), ("dpo_kind", ("sigmoid", "hinge"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        for name in ("kl_chunk", "finish_block_size", "eval_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
         for name in ("kl_weight", "ce_weight", "dpo_beta"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be a number of at least 0")
@@ -389,9 +392,6 @@ def prepare_stage(stage: str, cfg: DistillConfig, student: LM, teacher: LM, logi
         return model, partial(align_loss, kind=cfg.align_kind)
     if stage == "distil":
         frozen = [part for part in cfg.freeze.split(",") if part]
-        for part in frozen:
-            if not any(part in name for name, _ in model.named_parameters()):
-                raise ValueError(f"freeze = {cfg.freeze!r}: no parameter has {part!r} in its name; try emb, att, ffn, ln or head")
         set_training(model, lambda name: not any(part in name for part in frozen))
         return model, partial(distil_loss, teacher=logit_teacher, kind=cfg.kl_kind, kl_weight=cfg.kl_weight, ce_weight=cfg.ce_weight, chunk=cfg.kl_chunk)
     set_training(model, lambda name: True)
@@ -419,6 +419,15 @@ def measure(teacher: LM, student: LM, val: Loader, max_tokens: int | None) -> di
     return {key: result[key] for key in ("val_loss", "gap", "kl", "top1", "top5")}
 
 
+def read_row(path: Path) -> dict:
+    """A finished stage's row. Raises ValueError, with the remedy, for a damaged file."""
+    try:
+        row = json.loads(path.read_bytes())
+        return row | {key: row[key] for key in ("name", "tokens", "minutes", "val_loss", "gap", "kl", "top1", "top5")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: remove it, and --resume measures or finishes that stage again") from None
+
+
 def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> list[dict]:
     """Take the student through the stages named in cfg, one folder each; a stage that is done is read back, not run again."""
     val = loaders["val"]
@@ -438,14 +447,16 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
     out.mkdir(parents=True, exist_ok=True)
     start = out / "start.json"
     if start.exists():
-        rows = [json.loads(start.read_text())]
+        rows = [read_row(start)]
     else:
         rows = [note({"name": "start", "tokens": 0, "minutes": 0.0, **measure(teacher, student, val, cfg.eval_tokens)}, start)]
     for stage in STAGES:
         folder = out / stage
         if (folder / "stage.json").exists():  # done before, whether or not it was asked for again
-            rows.append(json.loads((folder / "stage.json").read_text()))
+            rows.append(read_row(folder / "stage.json"))
             restore(student, folder)
+            if val.rank == 0:
+                publish(folder, out)
             continue
         if stage not in cfg.stages.split(","):
             continue
@@ -467,14 +478,14 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
 def distill(cfg: DistillConfig) -> dict:
     """Teacher in, RNN out: run the stages into `cfg.out` and return the report."""
     rank, world, device = setup(cfg.device)
-    stages = cfg.stages.split(",")
+    out, stages = Path(cfg.out), cfg.stages.split(",")
+    writes = (*RUN, *STAGES, "controls", "start.json", "report.json", "report.md", "report.png")
     with main_first(rank):
+        if rank == 0:
+            check_free(out, cfg.resume, cfg.overwrite, writes, "checkpoints", (cfg.teacher, cfg.logit_teacher))
         ensure_prepared(cfg.data)
         if "finish" in stages:
             ensure_prepared(cfg.finish_data)
-    with main_first(rank):
-        also = (*STAGES, "controls", "start.json", "report.json", "report.md", "report.png")
-        out = claim(cfg.out, cfg.resume, cfg.overwrite, also) if rank == 0 else Path(cfg.out)
     if not Path(cfg.teacher).exists():
         if rank == 0:
             print(f"{cfg.teacher} is missing: training a teacher first", flush=True)
@@ -484,9 +495,16 @@ def distill(cfg: DistillConfig) -> dict:
     logit_teacher = load_model(cfg.logit_teacher, device).eval().requires_grad_(False) if cfg.logit_teacher else teacher
     torch.manual_seed(cfg.seed)
     student = make_student(teacher, cfg.student).to(device)
+    if "r" not in student.cfg.mixers:
+        raise ValueError(f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand")
+    for part in filter(None, cfg.freeze.split(",")):
+        if not any(part in name for name, _ in student.named_parameters()):
+            raise ValueError(f"freeze = {cfg.freeze!r}: no parameter has {part!r} in its name; try emb, att, ffn, ln or head")
 
     def load(data: str, half: str, loop: FitConfig, T: int, seed: int) -> Loader:
         loader = Loader(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
+        if loader.kind == "preference" and loop is not cfg.finish:
+            raise ValueError(f"{data} holds preferences, not text: they are for stage 3, --finish_data")
         check_vocabulary(logit_teacher, student, loader)
         same_tokenizer(loader, cfg.teacher, cfg.logit_teacher or cfg.teacher)
         return loader
@@ -503,6 +521,9 @@ def distill(cfg: DistillConfig) -> dict:
     if rank == 0:
         print(json.dumps(asdict(cfg)))
         print(f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}, layers {student.cfg.mixers}", flush=True)
+    with main_first(rank):
+        if rank == 0:
+            claim(out, cfg.overwrite, writes)
     meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
     rows = run_stages(cfg, student, teacher, logit_teacher, loaders, out, meta)
 
@@ -548,11 +569,8 @@ def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: di
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with joined():
         distill(cli(DistillConfig, argv))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ the same token (top-1) and the teacher's choice is among the student's five best
 is from the attention it replaced, on the teacher's own inputs. What it is not: a benchmark suite.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = N
         count[:n] += batch.mask.sum(0)
     sums, count = global_sum(sums), global_sum(count)
     teacher_loss, student_loss, kl, top1, top5 = (sums.sum(1) / count.sum().clamp(min=1)).tolist()
-    by_position = (sums[:2] / count.clamp(min=1)).tolist()
+    reached = int(count.nonzero().max()) + 1 if count.any() else 0  # a short text has no late positions
+    by_position = (sums[:2] / count.clamp(min=1))[:, :reached].tolist()
     return {"teacher_loss": teacher_loss, "val_loss": student_loss, "gap": student_loss - teacher_loss, "kl": kl, "top1": top1, "top5": top5,
             "by_position": {"teacher": by_position[0], "student": by_position[1]}}
 
@@ -94,8 +96,9 @@ def layer_errors(teacher: LM, student: LM, batch: Batch) -> list[dict]:
     """Per replaced layer: ||t - s||^2 / ||t||^2 and the cosine of attention's and mixer's outputs on the teacher's inputs."""
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
-    pairs = [(i, t.att, s.att) for i, (t, s) in enumerate(zip(teacher.blocks, student.blocks))
-             if isinstance(t.att, CausalSelfAttention) and isinstance(s.att, TimeMixer)]
+    if teacher.cfg.n_embd != student.cfg.n_embd:  # another model's student: there is nothing to compare layer by layer
+        return []
+    pairs = [(i, t.att, s.att) for i, (t, s) in enumerate(zip(teacher.blocks, student.blocks)) if isinstance(s.att, TimeMixer)]
 
     def note(i: int) -> Callable:
         def hook(module, args, result):
@@ -107,10 +110,11 @@ def layer_errors(teacher: LM, student: LM, batch: Batch) -> list[dict]:
     for hook in hooks:
         hook.remove()
     rows, v_first = [], None
-    for i, _, mixer in pairs:
+    for i, att, mixer in pairs:
         s, v_first, _ = mixer(inputs[i], v_first, None)
         t = outputs[i]
-        rows.append({"layer": i, "error": ((t - s).square().sum() / t.square().sum()).item(), "cosine": F.cosine_similarity(t, s, dim=-1).mean().item()})
+        if isinstance(att, CausalSelfAttention):
+            rows.append({"layer": i, "error": ((t - s).square().sum() / t.square().sum()).item(), "cosine": F.cosine_similarity(t, s, dim=-1).mean().item()})
     return rows
 
 
@@ -162,6 +166,15 @@ def as_markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without what a killed run may have left half written."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
 def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None) -> None:
     """report.json, report.md and, where matplotlib is installed, report.png in `out`; curves: name -> metrics.jsonl."""
     for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.md", as_markdown(report))):
@@ -173,7 +186,7 @@ def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None)
         print("no plot: pip install matplotlib, and run again")
         return
     matplotlib.use("Agg")
-    plot(out, report, {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in (curves or {}).items() if path.exists()})
+    plot(out, report, {name: rows for name, path in (curves or {}).items() if (rows := read_metrics(path))})
 
 
 def plot(out: Path, report: dict, curves: dict[str, list[dict]]) -> None:
@@ -200,6 +213,7 @@ def plot(out: Path, report: dict, curves: dict[str, list[dict]]) -> None:
 def collect(folder: Path) -> str:
     """A table over the reports of several seeds (*.json in `folder`): per stage and control the median, and the range."""
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    reports = [report for report in reports if report.get("stages")]
     if not reports:
         raise ValueError(f"no reports in {folder}: run make results first")
     rows: dict[str, list[dict]] = {}

@@ -176,6 +176,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"the prompt has token {max(prompt)}, the model's vocabulary ends at {model.cfg.vocab_size - 1}: "
                          f"meta.json in {cfg.ckpt} names another tokenizer ({enc.name}) than the model was trained with")
     stop = enc.eot_token if cfg.stop else None
+    n = cfg.max_tokens
+    if model.cfg.positions == "learned" and "a" in model.cfg.mixers:  # attention ends at its last learned position
+        n = min(n, max(1, model.cfg.block_size - len(prompt) + 1))
     steps = generate(Decoder(model), torch.tensor([prompt] * cfg.num_samples, device=device), cfg.max_tokens, stop=stop,
                      generator=torch.Generator(device).manual_seed(cfg.seed), **options)
     if hasattr(sys.stdout, "reconfigure"):

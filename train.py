@@ -39,7 +39,7 @@ from tyro.conf import OmitArgPrefixes
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
-from evaluate import check_vocabulary, cross_entropy, global_sum, mean_loss, same_tokenizer
+from evaluate import check_vocabulary, cross_entropy, global_sum, mean_loss, read_metrics, same_tokenizer
 from model import LM, ModelConfig, TimeMixer, load_model, save_model
 
 
@@ -94,15 +94,28 @@ class FitConfig:
 def setup(device: str = "auto") -> tuple[int, int, torch.device]:
     """(rank, world size, device) from torchrun's environment; alone it is (0, 1, device). NCCL on GPUs, gloo on CPUs."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if device == "auto":
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    gpu = torch.cuda.is_available()
+    if device not in ("auto", "cpu") and not (gpu and device.startswith("cuda")):
+        raise ValueError(f"device = {device!r}: choose auto, cpu" + (" or cuda" if gpu else "; there is no CUDA here"))
+    device = torch.device(f"cuda:{local}" if gpu and device in ("auto", "cuda") else "cpu" if device == "auto" else device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+@contextlib.contextmanager
+def joined():
+    """Around a script's work: at the end no process tears its connections down while another still uses them."""
+    try:
+        yield
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -177,7 +190,7 @@ def publish(folder: Path, out: Path) -> None:
 
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted((out / "checkpoints").glob("step_???????"))
+    return sorted((p for p in (out / "checkpoints").glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -187,39 +200,51 @@ def last_checkpoint(out: Path) -> Path | None:
 def load_trainer(folder: Path) -> dict:
     """trainer.pt, read without running pickled code. Raises ValueError for a damaged one."""
     try:
-        return torch.load(folder / "trainer.pt", weights_only=True)
+        trainer = torch.load(folder / "trainer.pt", weights_only=True)
+        return {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")}
     except Exception as e:  # torch raises many kinds here; each means the same to the user
         raise ValueError(f"{folder}/trainer.pt is damaged ({type(e).__name__}): remove {folder} and --resume from the checkpoint before") from None
 
 
 def restore(model: LM, folder: Path) -> None:
-    """Give the model the weights saved in `folder`. Raises ValueError where they are another model's."""
-    saved = load_model(folder)
+    """Give the model the weights saved in `folder`. Raises ValueError where they are damaged, or another model's."""
+    try:
+        saved = load_model(folder)
+    except ValueError as e:
+        raise ValueError(f"cannot go on from {folder} ({e}): remove that folder and --resume from what was saved before it") from None
     if saved.cfg != model.cfg:
         other = ", ".join(f.name for f in fields(saved.cfg) if getattr(saved.cfg, f.name) != getattr(model.cfg, f.name))
         raise ValueError(f"{folder} holds another model (other {other}): resume with the settings it was started with")
     model.load_state_dict(saved.state_dict())
 
 
-def claim(out: str | Path, resume: bool, overwrite: bool, also: tuple[str, ...] = ()) -> Path:
-    """The folder of a run, empty or to be resumed; `also` names what a run writes beside a model and its checkpoints.
+RUN = ("checkpoints", "config.json", "meta.json", "model.safetensors", "metrics.jsonl")  # what a run of train.py writes
 
-    Raises ValueError where another run's work would be lost.
+
+def check_free(out: Path, resume: bool, overwrite: bool, writes: tuple[str, ...], foreign: str, reads: tuple[str | None, ...]) -> None:
+    """Raises ValueError where a run that `writes` these names into `out` would lose another's work.
+
+    `foreign` is a name that only the other script's runs have; `reads` are the model folders that the run starts from.
     """
-    out = Path(out)
-    ours = ("checkpoints", "config.json", "meta.json", "model.safetensors", "metrics.jsonl", *also)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite contradict each other: choose one")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    if any(Path(folder).resolve() == out.resolve() for folder in reads if folder):
+        raise ValueError(f"{out} is read by this run and would be replaced by it: choose another --out")
+    if (out / foreign).exists():
+        raise ValueError(f"{out} holds a run of another script: choose another --out")
     if resume and (out / "model.safetensors").exists() and not any(out.glob("**/checkpoints")):
         raise ValueError(f"{out} holds a model but no checkpoints: there is nothing to resume; choose another --out, or start from it with --init")
-    if any((out / name).exists() for name in ours):
-        if overwrite:
-            for name in ours:
-                shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-        elif not resume:
-            raise ValueError(f"{out} holds another run: go on with --resume, replace it with --overwrite, or choose another --out")
+    if not resume and not overwrite and any((out / name).exists() for name in writes):
+        raise ValueError(f"{out} holds another run: go on with --resume, replace it with --overwrite, or choose another --out")
+
+
+def claim(out: Path, overwrite: bool, writes: tuple[str, ...]) -> None:
+    """Make the folder of a run, empty of what it `writes` if that is to be overwritten. Called when all else is known to be right."""
+    for name in writes if overwrite else ():
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,6 +281,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
 
     module = Step(model, loss_fn)
     if cfg.compile:
+        torch._functorch.config.enable_autograd_cache = False  # replaying cached view outputs fails in torch 2.13
         module = torch.compile(module)
     if world > 1:
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
@@ -334,7 +360,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
                 bar.close()
                 if rank == 0:
                     print(f"\nstopped after step {step}; everything is saved in {out}. Go on with: {resume_command()}", file=sys.stderr)
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("saved")
             last_look, tokens_then = time.time(), tokens  # evaluation and saving are not training time
             if ends:
                 break
@@ -393,7 +419,7 @@ def agree(values: list[float], device: torch.device) -> list[float]:
 
 
 def resume_command() -> str:
-    args = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
+    args = [a for a in sys.argv[1:] if a.split("=")[0] not in ("--resume", "--overwrite", "--no-resume", "--no-overwrite")]
     world = dist.get_world_size() if dist.is_initialized() else 1
     start = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
     return shlex.join([*start, Path(sys.argv[0]).name, *args, "--resume"])
@@ -424,9 +450,8 @@ class MetricsLog:
 
     def __init__(self, out: Path, step: int, wandb_project: str | None):
         self.path = out / "metrics.jsonl"
-        rows = self.path.read_text().splitlines() if self.path.exists() else []
         kept = self.path.with_suffix(".tmp")
-        kept.write_text("".join(r + "\n" for r in rows if r.endswith("}") and json.loads(r)["step"] <= step))
+        kept.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step))
         kept.replace(self.path)
         self.wandb = None
         if wandb_project:
@@ -468,20 +493,27 @@ class TrainConfig:
 def train(cfg: TrainConfig) -> dict:
     """Train a language model on `cfg.data` into the model folder `cfg.out`; returns the last metrics."""
     rank, world, device = setup(cfg.device)
+    out = Path(cfg.out)
     with main_first(rank):
+        if rank == 0:
+            check_free(out, cfg.resume, cfg.overwrite, RUN, "start.json", (cfg.init,))
         ensure_prepared(cfg.data)
     started = load_model(cfg.init) if cfg.init else None
+    if started and cfg.model != ModelConfig() and replace(cfg.model, vocab_size=started.cfg.vocab_size) != started.cfg:
+        raise ValueError(f"--init takes the model of {cfg.init} as it is: leave the flags away that describe another one")
     T = (started.cfg if started else cfg.model).block_size
     loaders = [Loader(cfg.data, half, cfg.fit.batch_size, T, cfg.seed, rank, world, cfg.fit.accum) for half in ("train", "val")]
+    if loaders[0].kind == "preference":
+        raise ValueError(f"{cfg.data} holds preferences, not text: they are for stage 3 of distill.py, --finish_data")
     if started:
         check_vocabulary(started, started, loaders[0])
         same_tokenizer(loaders[0], cfg.init)
-    with main_first(rank):
-        out = claim(cfg.out, cfg.resume, cfg.overwrite) if rank == 0 else Path(cfg.out)
-
     torch.manual_seed(cfg.seed)
     model = started or LM(replace(cfg.model, vocab_size=loaders[0].vocab_size))
     model.to(device)
+    with main_first(rank):
+        if rank == 0:
+            claim(out, cfg.overwrite, RUN)
     meta = {"tokenizer": loaders[0].meta["tokenizer"], "data": cfg.data}
     if rank == 0:
         print(json.dumps(asdict(cfg)))
@@ -493,11 +525,8 @@ def train(cfg: TrainConfig) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with joined():
         train(cli(TrainConfig, argv))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

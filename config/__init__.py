@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import io
 import re
+import signal
 import sys
 import tomllib
 from collections.abc import Callable
@@ -71,9 +72,15 @@ def apply(default, values: dict, where: str = ""):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; what a user or the disk got wrong ends in one line on stderr and exit status 1."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        if not e.args:  # train.fit has told already what it saved
+            print("interrupted; what was saved stays, and --resume goes on from there where the script has it", file=sys.stderr)
         sys.exit(130)

@@ -383,6 +383,27 @@ def test_a_freeze_that_names_nothing_is_refused(job):
         distill.distill(job("out", stages="distil", freeze="fnn"))
 
 
+def test_a_damaged_stage_file_is_named_and_overwriting_keeps_the_teacher(job, tmp_path):
+    one = dict(align=loop(1, 1), distil=loop(1, 1), stages="align")
+    distill.distill(job("out", **one))
+    (tmp_path / "out" / "align" / "stage.json").write_text("{}")
+    with pytest.raises(ValueError, match="stage.json is damaged: remove it"):
+        distill.distill(job("out", **one, resume=True))
+    teacher = Path(job("x").teacher)
+    for changes, says in (({"out": str(teacher)}, "read by this run"), ({"student": StudentConfig(mixer="a")}, "replaces no layer"),
+                          ({"student": StudentConfig(mixer="rrrrr")}, "n_layer")):
+        with pytest.raises(ValueError, match=says):
+            distill.distill(replace(job("out", **one, overwrite=True), **changes))
+        assert (teacher / "model.safetensors").exists() and (tmp_path / "out" / "align" / "model.safetensors").exists()
+
+
+def test_layer_errors_of_unlike_models_and_of_a_hybrid_teacher():
+    from evaluate import layer_errors
+    assert layer_errors(tiny_model(), tiny_model(n_embd=64, mixer="r"), random_batch(2, 9)) == []
+    rows = layer_errors(tiny_model(mixer="ra"), tiny_model(mixer="r"), random_batch(2, 9))
+    assert [row["layer"] for row in rows] == [1]  # layer 0 is RWKV in both: it gives v_first, and no row
+
+
 class Killed(Exception):
     pass
 

@@ -58,9 +58,9 @@ def test_imports_form_a_dag_and_leaves_are_leaves():
 BUDGETS = {  # lines; about the file's present length. Whoever needs more raises the number in the same commit
     "wkv.py": 190,
     "model.py": 480,         # beyond 400: official initial values and one-line refusals of bad folders are both long lists
-    "train.py": 520,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks and interrupts
-    "distill.py": 570,       # beyond 330: three stages with RWKVInside's options, each a switch, and the controls
-    "evaluate.py": 290,      # beyond 180: the table over seeds
+    "train.py": 550,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks and interrupts
+    "distill.py": 600,       # beyond 330: three stages with RWKVInside's options, each a switch, and the controls
+    "evaluate.py": 300,      # beyond 180: the table over seeds
     "decode.py": 200,        # taken out of sample.py: 36 operations a layer instead of 71
     "sample.py": 230,        # beyond 150: four samplers, penalties, streaming of bytes that are not yet characters
     "bench.py": 240,         # beyond 180: three benchmarks, each beside its rivals
@@ -68,7 +68,7 @@ BUDGETS = {  # lines; about the file's present length. Whoever needs more raises
     "data/prepare.py": 230,
     "data/sources.py": 250,
     "data/tokenizer.py": 70,
-    "config/__init__.py": 80,
+    "config/__init__.py": 90,
 }
 
 

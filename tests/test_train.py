@@ -17,9 +17,10 @@ import model as model_file
 import train
 from common import T, TINY, assert_same_run, metrics, moments, newest, one_line, start, state_dict, tiny, tiny_model  # noqa: F401   (tiny is a fixture)
 from data.loader import Loader
-from evaluate import cross_entropy, mean_loss
+from evaluate import cross_entropy, mean_loss, read_metrics
 from model import load_model
-from train import FitConfig, claim, cross_entropy_loss, fit, interpolate, param_groups
+import config
+from train import RUN, FitConfig, TrainConfig, check_free, cross_entropy_loss, fit, interpolate, param_groups
 
 QUIET = dict(save_every=None, eval_every=None, log_every=1, warmup_steps=0)
 META = {"tokenizer": "bytes"}
@@ -422,9 +423,9 @@ def test_a_model_without_checkpoints_is_not_resumed_over(tmp_path):
     """A converted or copied model: --resume would begin at step 0 with random weights, and then replace it."""
     model_file.save_model(tiny_model(), tmp_path / "model", META)
     with pytest.raises(ValueError, match="nothing to resume") as error:
-        claim(tmp_path / "model", True, False)
+        check_free(tmp_path / "model", True, False, RUN, "start.json", ())
     one_line(error.value)
-    claim(tmp_path / "new", True, False)  # where there is nothing at all, a run may begin with --resume
+    check_free(tmp_path / "new", True, False, RUN, "start.json", ())  # where there is nothing at all, a run may begin with --resume
 
 
 def test_the_folder_of_another_run_is_neither_overwritten_nor_resumed_unasked(tmp_path, tiny):
@@ -436,10 +437,38 @@ def test_the_folder_of_another_run_is_neither_overwritten_nor_resumed_unasked(tm
         train.main([*flags, "--seed", "1"])
     one_line(error.value)
     with pytest.raises(ValueError, match="contradict"):
-        claim(out, True, True)
+        check_free(out, True, True, RUN, "start.json", ())
     assert (out / "model.safetensors").read_bytes() == before
     train.main([*flags, "--seed", "1", "--overwrite"])
     assert (out / "model.safetensors").read_bytes() != before and (out / "notes.txt").read_text() == "mine"
+
+
+def test_overwriting_never_deletes_what_the_run_starts_from_or_would_have_kept_by_failing(tmp_path, tiny):
+    out, flags = tmp_path / "run", ["--data", tiny.text, "--device", "cpu", "--out", str(tmp_path / "run"), "--overwrite"]
+    train.main([*flags, *TINY, "--max_steps", "1", "--batch_size", "2"])
+    before = (out / "model.safetensors").read_bytes()
+    for bad, says in ((["--init", str(out)], "read by this run"), (["--init", str(tmp_path / "none")], "no model"),
+                      ([*TINY, "--batch_size", "1000000"], "different rows"), (["--device", "cuda:9"], "no CUDA|choose auto"), (["--data", str(tmp_path)], "")):
+        with pytest.raises(ValueError, match=says) as error:
+            train.main([*flags, *bad])
+        one_line(error.value)
+        assert (out / "model.safetensors").read_bytes() == before
+    (out / "start.json").write_text("{}")  # the mark of distill.py
+    with pytest.raises(ValueError, match="another script"):
+        train.main([*flags, *TINY])
+
+
+def test_a_models_own_shape_counts_where_training_starts_from_it(tmp_path, tiny):
+    model_file.save_model(tiny_model(block_size=8), tmp_path / "model", META)
+    flags = ["--data", tiny.text, "--device", "cpu", "--init", str(tmp_path / "model"), "--max_steps", "1", "--batch_size", "2"]
+    assert train.train(config.cli(TrainConfig, [*flags, "--out", str(tmp_path / "a")]))["tokens"] == 2 * 8
+    with pytest.raises(ValueError, match="as it is"):
+        train.main([*flags, "--out", str(tmp_path / "b"), "--n_layer", "7"])
+
+
+def test_half_a_line_at_the_end_of_the_metrics_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n{}\ngarbage}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}] and read_metrics(tmp_path / "none") == []
 
 
 def test_bad_data_and_tokens_are_refused_before_anything_is_written(tmp_path, tiny):
