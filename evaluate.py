@@ -195,9 +195,9 @@ def plot(out: Path, report: dict, curves: dict[str, list[dict]]) -> None:
     fig, (axes,) = plt.subplots(1, len(curves) + 1, figsize=(3.6 * (len(curves) + 1), 3.2), constrained_layout=True, squeeze=False)
     for ax, (name, rows) in zip(axes, curves.items()):
         ax.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=0.7, alpha=0.6, label="training")
-        seen = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
+        seen = [(r["step"], r.get("val_kl", r["val_loss"])) for r in rows if "val_loss" in r]
         if seen:
-            ax.plot(*zip(*seen), "o-", ms=3, label="held-out cross-entropy")
+            ax.plot(*zip(*seen), "o-", ms=3, label="held-out")
         ax.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         ax.legend(fontsize=7)
     width = max(1, len(report["by_position"]["teacher"]) // 32)
