@@ -448,7 +448,8 @@ def test_overwriting_never_deletes_what_the_run_starts_from_or_would_have_kept_b
     train.main([*flags, *TINY, "--max_steps", "1", "--batch_size", "2"])
     before = (out / "model.safetensors").read_bytes()
     for bad, says in ((["--init", str(out)], "read by this run"), (["--init", str(tmp_path / "none")], "no model"),
-                      ([*TINY, "--batch_size", "1000000"], "different rows"), (["--device", "cuda:9"], "no CUDA|choose auto"), (["--data", str(tmp_path)], "meta.json")):
+                      ([*TINY, "--batch_size", "1000000"], "different rows"),
+                      (["--device", "cuda:9"], "no CUDA|choose auto"), (["--data", str(tmp_path)], "meta.json")):
         with pytest.raises(ValueError, match=says) as error:
             train.main([*flags, *bad])
         one_line(error.value)
