@@ -479,6 +479,8 @@ def distill(cfg: DistillConfig) -> dict:
     """Teacher in, RNN out: run the stages into `cfg.out` and return the report."""
     rank, world, device = setup(cfg.device)
     out, stages = Path(cfg.out), cfg.stages.split(",")
+    if cfg.controls and not cfg.stages.startswith("align,distil"):
+        raise ValueError(f"--controls compares with the stages align,distil, but stages = {cfg.stages!r}: add them")
     writes = (*RUN, *STAGES, "controls", "start.json", "report.json", "report.md", "report.png")
     with main_first(rank):
         if rank == 0:
