@@ -1,0 +1,343 @@
+"""The WKV-7 operator in Triton: the chunked form of wkv.py as three kernels, with what a chunk erases folded into its keys.
+
+What it is: `backend="triton"` of `wkv7`, forward and backward, for NVIDIA GPUs; with TRITON_INTERPRET=1 it runs on a CPU,
+slowly, which is how the tests check it everywhere. What it is not: autotuned; the launch settings are those of `plan`.
+
+In wkv.py a chunk of L tokens that starts from state S erases U = P S^T + E v, where, with z~, r~, b~, k~ all (L, N),
+
+    A_zb = tril(z~ b~^T, -1)   A_zk = tril(z~ k~^T, -1)   A_rb = tril(r~ b~^T)   A_rk = tril(r~ k~^T)
+    X = (I - A_zb)^-1          P = X z~                   E = X A_zk
+
+and y = r~ S^T + A_rb U + A_rk v. In 16 bits this loses the answer where a token repeats: U undoes what the v before it
+wrote, so that 32 terms of size 1 cancel to 1, each rounded to 2^-9. Therefore U is put in; the terms cancel among keys,
+
+    R = r~ + A_rb P            F = A_rk + A_rb E          K = k~ + E^T b~
+
+in near float32. What is left touches values, in the inputs' precision, and nothing in it cancels (docs/chunking.md, 8):
+
+    y = R S^T + F v            S_L = (S + (P S^T)^T b~ + v^T K) diag(D)         D = W_L
+
+    walk        forward: S in registers, chunk after chunk; writes y, and for the backward pass the state before each chunk
+    walk_back   backward: dS in registers, last chunk first; writes the gradient of the state behind each chunk
+    gradients   every chunk at once, from the state before it and the gradient of the state behind it
+
+Rows of S, its value channels, never meet in the walks: a program holds BV of them. Where heads are too few to fill the
+chip, the text is also cut into segments that are walked side by side (see `walk`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SIZES = (16, 32, 64, 128)                                        # head sizes N
+MODES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+BF16X3 = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x3")  # the interpreter does not know it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two precisions of product; both sum in float32
+
+@triton.jit
+def dot(x, y, MODE: tl.constexpr):
+    """Where values meet: in the inputs' precision. 1/W leaves float16's range, so float16 takes tf32: as many digits."""
+    if MODE == "bf16":
+        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
+    return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee" if MODE == "fp32" else "tf32")
+
+
+@triton.jit
+def dot32(x, y, MODE: tl.constexpr):
+    """Among keys: near float32. bf16x3 and tf32x3 multiply high and low parts, in three products, for 16 and 21 bits."""
+    return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee" if MODE == "fp32" else BF16X3 if MODE == "bf16" else "tf32x3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One chunk of one head
+
+@triton.jit
+def load(x, t, T, stride, n):
+    """Rows t, columns n of x (T, N). Behind T come zeros, which leave the state as it is: decay e^0, nothing written."""
+    return tl.load(x + t[:, None] * stride + n[None, :], mask=(t < T)[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(x, value, t, T, stride, n):
+    tl.store(x + t[:, None] * stride + n[None, :], value.to(x.dtype.element_ty), mask=(t < T)[:, None])
+
+
+@triton.jit
+def weigh(r, w, k, kk, a, t, T, stride, n, MODE: tl.constexpr):
+    """z~, r~, b~, k~ (L, N), log W (L, N), log D (N). The first four are rounded here, once: all later steps see the same."""
+    w, kk = load(w, t, T, stride, n), load(kk, t, T, stride, n)
+    logW = tl.cumsum(w, 0)
+    z_ = -kk * tl.exp(logW - w)
+    r_ = load(r, t, T, stride, n) * tl.exp(logW)
+    b_ = kk * load(a, t, T, stride, n) * tl.exp(-logW)
+    k_ = load(k, t, T, stride, n) * tl.exp(-logW)
+    if MODE == "bf16":
+        z_, r_, b_, k_ = z_.to(tl.bfloat16), r_.to(tl.bfloat16), b_.to(tl.bfloat16), k_.to(tl.bfloat16)
+    return z_, r_, b_, k_, logW, tl.sum(w, 0)
+
+
+@triton.jit
+def inverse(A, L: tl.constexpr, MODE: tl.constexpr):
+    """X = (I - A)^-1 for A (L, L) strictly lower triangular, from exact inverses of its diagonal blocks of 1, 2, 4, ... L.
+
+    Two neighbours become one block by X + X O X, where O is the quarter of A that joins them: no power of A is formed.
+    """
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    X = tl.where(i == j, 1.0, 0.0) + tl.where((i // 2 == j // 2) & (i != j), A, 0.0)
+    for e in tl.static_range(1, 6):
+        if 2**e < L:
+            joins = (i // 2 ** (e + 1) == j // 2 ** (e + 1)) & (i // 2**e != j // 2**e)
+            X += dot32(dot32(X, tl.where(joins, A, 0.0), MODE), X, MODE)
+    return X
+
+
+@triton.jit
+def fold(z_, r_, b_, k_, L: tl.constexpr, MODE: tl.constexpr):
+    """The chunk's matrices, float32: X, A_rb, P, E, R, F, K. What a kernel does not use the compiler leaves out."""
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    A_zb = tl.where(i > j, dot_rounded(z_, b_, MODE), 0.0)
+    A_zk = tl.where(i > j, dot_rounded(z_, k_, MODE), 0.0)
+    A_rb = tl.where(i >= j, dot_rounded(r_, b_, MODE), 0.0)
+    A_rk = tl.where(i >= j, dot_rounded(r_, k_, MODE), 0.0)
+    X = inverse(A_zb, L, MODE)
+    P, E = dot32(X, z_, MODE), dot32(X, A_zk, MODE)
+    R, F, K = r_ + dot32(A_rb, P, MODE), A_rk + dot32(A_rb, E, MODE), k_ + dot32(tl.trans(E), b_, MODE)
+    return X, A_rb, P, E, R, F, K
+
+
+@triton.jit
+def dot_rounded(x, y, MODE: tl.constexpr):
+    """x y^T of tensors from `weigh`: bfloat16 numbers multiply exactly in one product."""
+    return dot(x, tl.trans(y), MODE) if MODE == "bf16" else dot32(x, tl.trans(y), MODE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels. Tensors are (B, T, H, N), contiguous. A program of a walk has BV rows of S, and m chunks of one head.
+
+@triton.jit
+def place(head, T, H, N: tl.constexpr):
+    """Where head number `head` of B H starts in a tensor (B, T, H, N)."""
+    return (head // H).to(tl.int64) * T * H * N + head % H * N
+
+
+@triton.jit
+def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, segments, N: tl.constexpr, L: tl.constexpr,
+         BV: tl.constexpr, MODE: tl.constexpr, PROBE: tl.constexpr, SAVE: tl.constexpr):
+    """The forward pass over one segment. From state S the segment makes S M + K of it, M and K (N, N).
+
+    With several segments there are two launches. The first (PROBE) walks all segments at once, from rows of zeros, which
+    gives K, and without values from the rows of the identity, which gives M. In the second, every program jumps over the
+    segments before its own by these and then walks its own. jumps: (BH, segments, (K, M) 2N, N).
+    """
+    head, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
+    n, rows = tl.arange(0, N), tl.program_id(1) * BV + tl.arange(0, BV)
+    start, stride, square = place(head, T, H, N), H * N, rows[:, None] * N + n[None, :]
+    head = head.to(tl.int64)
+    if PROBE:
+        S = tl.where(rows[:, None] - N == n[None, :], 1.0, 0.0)                                 # (BV, N)
+    else:
+        S = tl.load(S_first + head * N * N + square)
+        for i in range(segment):
+            jump = jumps + (head * segments + i) * 2 * N * N
+            S = tl.load(jump + square) + dot32(S, tl.load(jump + N * N + n[:, None] * N + n[None, :]), MODE)
+
+    for c in range(segment * m, min(segment * m + m, chunks)):
+        t = (c * L + tl.arange(0, L)).to(tl.int64)
+        z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
+        X, A_rb, P, E, R, F, K = fold(z_, r_, b_, k_, L, MODE)
+        valid = (t < T)[:, None] & (rows < N)[None, :]
+        values = tl.load(v + start + t[:, None] * stride + rows[None, :], mask=valid, other=0.0)  # (L, BV)
+        if SAVE:
+            tl.store(states + (head * chunks + c) * N * N + square, S.to(states.dtype.element_ty))
+        if not PROBE:  # y = R S^T + F v
+            out = dot(R, tl.trans(S), MODE) + dot(F, values, MODE)
+            tl.store(y + start + t[:, None] * stride + rows[None, :], out.to(y.dtype.element_ty), mask=valid)
+        # S_L = (S + (P S^T)^T b~ + v^T K) diag(D)
+        S += dot(tl.trans(dot(P, tl.trans(S), MODE)), b_, MODE) + dot(tl.trans(values), K, MODE)
+        S *= tl.exp(logD)[None, :]
+
+    if PROBE:
+        tl.store(jumps + (head * segments + segment) * 2 * N * N + square, S)
+    elif segment == segments - 1:
+        tl.store(S_last + head * N * N + square, S)
+
+
+@triton.jit
+def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first, T, H, chunks, m, segments, N: tl.constexpr,
+              L: tl.constexpr, BV: tl.constexpr, MODE: tl.constexpr, PROBE: tl.constexpr):
+    """The way back over one segment, which makes dS M^T + K' of the gradient dS behind it. jumps_back: K' (BH, segments, N, N)."""
+    head, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
+    n, rows = tl.arange(0, N), tl.program_id(1) * BV + tl.arange(0, BV)
+    start, stride, square = place(head, T, H, N), H * N, rows[:, None] * N + n[None, :]
+    head = head.to(tl.int64)
+    if PROBE:
+        dS = tl.zeros((BV, N), tl.float32)
+    else:
+        dS = tl.load(dS_last + head * N * N + square)
+        for later in range(segments - 1 - segment):
+            i = head * segments + segments - 1 - later
+            M_T = tl.load(jumps + i * 2 * N * N + N * N + n[None, :] * N + n[:, None])
+            dS = tl.load(jumps_back + i * N * N + square) + dot32(dS, M_T, MODE)
+
+    end = min(segment * m + m, chunks)
+    for i in range(end - segment * m):
+        c = end - 1 - i
+        t = (c * L + tl.arange(0, L)).to(tl.int64)
+        z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
+        X, A_rb, P, E, R, F, K = fold(z_, r_, b_, k_, L, MODE)
+        if not PROBE:
+            tl.store(dstates + (head * chunks + c) * N * N + square, dS.to(dstates.dtype.element_ty))
+        # dS = dC + (dC b~^T) P + dy^T R, dC = dS_L diag(D)
+        dS *= tl.exp(logD)[None, :]
+        dS += dot(dot(dS, tl.trans(b_), MODE), P, MODE) + dot(tl.trans(load(dy + start, t, T, stride, rows)), R, MODE)
+
+    if PROBE:
+        tl.store(jumps_back + (head * segments + segment) * N * N + square, dS)
+    elif segment == 0:
+        tl.store(dS_first + head * N * N + square, dS)
+
+
+@triton.jit
+def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T, H, chunks, N: tl.constexpr, L: tl.constexpr,
+              BV: tl.constexpr, MODE: tl.constexpr):
+    """The chain rule through one chunk, from the lines above, last to first; dQ is the gradient of Q."""
+    head, c = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    n, start, stride = tl.arange(0, N), place(head, T, H, N), H * N
+    t = (c * L + tl.arange(0, L)).to(tl.int64)
+    z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
+    X, A_rb, P, E, R, F, K = fold(z_, r_, b_, k_, L, MODE)
+
+    # y = R S^T + F v    C = S + (P S^T)^T b~ + v^T K    S_L = C diag(D)        BV rows of S at a time
+    zero = tl.zeros((L, N), tl.float32)
+    dR, dP, dK, db, dF, dlogD = zero, zero, zero, zero, tl.zeros((L, L), tl.float32), tl.zeros((N,), tl.float32)
+    for first in tl.static_range(0, N, BV):
+        rows = first + tl.arange(0, BV)
+        square = tl.program_id(0).to(tl.int64) * N * N + rows[:, None] * N + n[None, :]
+        S = tl.load(states + square).to(tl.float32)                                             # (BV, N)
+        dC = tl.load(dstates + square).to(tl.float32) * tl.exp(logD)[None, :]                   # (BV, N)
+        values, dout = load(v + start, t, T, stride, rows), load(dy + start, t, T, stride, rows)  # (L, BV)
+        store(dv + start, dot(tl.trans(F), dout, MODE) + dot(K, tl.trans(dC), MODE), t, T, stride, rows)
+        dR += dot(dout, S, MODE)
+        dF += dot(dout, tl.trans(values), MODE)
+        dK += dot(values, dC, MODE)
+        dP += dot(dot(b_, tl.trans(dC), MODE), S, MODE)
+        db += dot(dot(P, tl.trans(S), MODE), dC, MODE)
+        dlogD += tl.sum(S * dC, 0)
+    dlogD += tl.sum(b_ * db + K * dK, 0)                                                        # the rest of sum_rows C dC
+
+    # R = r~ + A_rb P    F = A_rk + A_rb E    K = k~ + E^T b~        dr~ = dR, dA_rk = dF, dk~ = dK, and more below
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    dF = tl.where(i >= j, dF, 0.0)
+    dA_rb = tl.where(i >= j, dot32(dR, tl.trans(P), MODE) + dot32(dF, tl.trans(E), MODE), 0.0)
+    dP += dot32(tl.trans(A_rb), dR, MODE)
+    dE = dot32(tl.trans(A_rb), dF, MODE) + dot32(b_, tl.trans(dK), MODE)
+    db += dot32(E, dK, MODE)
+    # P = X z~    E = X A_zk    X = (I - A_zb)^-1, so dA_zb = X^T dX X^T
+    dz = dot32(tl.trans(X), dP, MODE)
+    dA_zk = tl.where(i > j, dot32(tl.trans(X), dE, MODE), 0.0)
+    dA_zb = tl.where(i > j, dot32(dz, tl.trans(P), MODE) + dot32(dA_zk, tl.trans(E), MODE), 0.0)
+    # the four A = tril((z~, r~) (b~, k~)^T)
+    dz += dot32(dA_zb, b_, MODE) + dot32(dA_zk, k_, MODE)
+    dr_ = dR + dot32(dA_rb, b_, MODE) + dot32(dF, k_, MODE)
+    db += dot32(tl.trans(dA_zb), z_, MODE) + dot32(tl.trans(dA_rb), r_, MODE)
+    dk_ = dK + dot32(tl.trans(dA_zk), z_, MODE) + dot32(tl.trans(dF), r_, MODE)
+
+    # Q~ = Q e^{+-log W}: d log W is +- Q~ dQ~, and log W_t is the sum of w up to t (for z~: up to t-1)
+    dlogW = z_ * dz + r_ * dr_ - b_ * db - k_ * dk_
+    store(dw + start, tl.cumsum(dlogW, 0, reverse=True) + dlogD[None, :] - z_ * dz, t, T, stride, n)
+    store(dr + start, dr_ * tl.exp(logW), t, T, stride, n)
+    store(dk + start, dk_ * tl.exp(-logW), t, T, stride, n)
+    # z = -kk, b = kk * a
+    dz *= tl.exp(logW - load(w + start, t, T, stride, n))
+    db *= tl.exp(-logW)
+    store(dkk + start, load(a + start, t, T, stride, n) * db - dz, t, T, stride, n)
+    store(da + start, load(kk + start, t, T, stride, n) * db, t, T, stride, n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operator
+
+def plan(heads: int, T: int, L: int, N: int, device: torch.device) -> tuple[int, int]:
+    """Rows of S per program, and segments: two programs for every multiprocessor, where the text is long enough for that."""
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    BV = min(N, 64 if heads * N >= 64 * wanted else 32)
+    segments = min(wanted // (heads * (N // BV)), T // (4 * L))
+    return BV, segments if segments >= 4 else 1                     # a probe costs as much as a walk, so two or three do not pay
+
+
+def launches(B: int, T: int, H: int, N: int, L: int, segments: int, BV: int, dtype: torch.dtype) -> tuple[tuple, dict]:
+    """The grid of a walk, and the sizes all kernels take."""
+    chunks = triton.cdiv(T, L)
+    return (B * H * segments, N // BV), {"T": T, "H": H, "chunks": chunks, "m": triton.cdiv(chunks, segments), "segments": segments,
+                                         "N": N, "L": L, "BV": BV, "MODE": MODES[dtype]}
+
+
+@torch.library.custom_op("nanorwkv::wkv7", mutates_args=())
+def forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor, L: int, BV: int, segments: int,
+            save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the last state, and what the backward pass needs: the states before each chunk, the segments' jumps."""
+    (programs, blocks), sizes = launches(*r.shape, L, segments, BV, r.dtype)
+    y, last, states, jumps = outputs(r, w, k, v, kk, a, state, L, BV, segments, save)
+    tensors = [x.contiguous() for x in (r, w, k, v, kk, a, state)] + [jumps, y, states, last]
+    if segments > 1:
+        walk[programs, 2 * blocks](*tensors, **sizes, PROBE=True, SAVE=False)
+    walk[programs, blocks](*tensors, **sizes, PROBE=False, SAVE=save)
+    return y, last, states, jumps
+
+
+@forward.register_fake
+def outputs(r, w, k, v, kk, a, state, L, BV, segments, save):
+    B, T, H, N = r.shape
+    states = (B * H, triton.cdiv(T, L), N, N) if save else (0,)
+    return (torch.empty_like(r, memory_format=torch.contiguous_format), torch.empty_like(state, memory_format=torch.contiguous_format),
+            r.new_empty(states, dtype=torch.float32 if r.dtype == torch.float32 else torch.bfloat16),
+            r.new_empty((B * H, segments, 2 * N, N) if segments > 1 else (0,), dtype=torch.float32))
+
+
+@torch.library.custom_op("nanorwkv::wkv7_backward", mutates_args=())
+def backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, states: Tensor, jumps: Tensor, dy: Tensor,
+             dlast: Tensor, L: int, BV: int, segments: int) -> list[Tensor]:
+    """The gradients of r, w, k, v, kk, a and of the first state."""
+    (programs, blocks), sizes = launches(*r.shape, L, segments, BV, r.dtype)
+    grads = input_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments)
+    r, w, k, v, kk, a, dy, dlast = (x.contiguous() for x in (r, w, k, v, kk, a, dy, dlast))
+    dstates, jumps_back = torch.empty_like(states), r.new_empty(r.shape[0] * r.shape[2], segments, *dlast.shape[2:], dtype=torch.float32)
+    tensors = (r, w, k, kk, a, dy, dlast, jumps, jumps_back, dstates, grads[-1])
+    if segments > 1:
+        walk_back[programs, blocks](*tensors, **sizes, PROBE=True)
+    walk_back[programs, blocks](*tensors, **sizes, PROBE=False)
+    del sizes["m"], sizes["segments"]
+    gradients[(programs // segments * sizes["chunks"],)](r, w, k, v, kk, a, dy, states, dstates, *grads[:-1], **sizes)
+    return grads
+
+
+@backward.register_fake
+def input_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, w, k, v, kk, a, dlast)]
+
+
+def keep(ctx, inputs, output):
+    *tensors, _, L, BV, segments, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.sizes = L, BV, segments
+
+
+def differentiate(ctx, dy, dlast, *_):
+    grads = backward(*ctx.saved_tensors, dy, dlast, *ctx.sizes)
+    return *grads, None, None, None, None
+
+
+forward.register_autograd(differentiate, setup_context=keep)
+
+
+def wkv7_triton(r, w, k, v, kk, a, state, L: int, segments: int | None = None) -> tuple[Tensor, Tensor]:
+    """wkv7 for checked inputs (B, T, H, N), their dtype r's: float32, bfloat16 or float16; state float32; L in 16, 32, 64."""
+    B, T, H, N = r.shape
+    BV, planned = plan(B * H, T, L, N, r.device)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in (r, w, k, v, kk, a, state))
+    y, last, _, _ = forward(r, w, k, v, kk, a, state, L, BV, segments or planned, save)
+    return y, last
