@@ -32,24 +32,36 @@ from torch import Tensor
 
 SIZES = (16, 32, 64, 128)                                        # head sizes N
 MODES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BF16X3 = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x3")  # the interpreter does not know it
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)       # TRITON_INTERPRET=1 when this file was imported
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Two precisions of product; both sum in float32
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in `dtype`, rounded to nearest; left to itself, the interpreter cuts bfloat16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def dot(x, y, MODE: tl.constexpr):
     """Where values meet: in the inputs' precision. 1/W leaves float16's range, so float16 takes tf32: as many digits."""
     if MODE == "bf16":
-        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
+        x, y = cast(x, tl.bfloat16), cast(y, tl.bfloat16)
+        if not INTERPRETED:  # which would multiply the bit patterns, and does not know bf16x3
+            return tl.dot(x, y)
     return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee" if MODE == "fp32" else "tf32")
 
 
 @triton.jit
 def dot32(x, y, MODE: tl.constexpr):
     """Among keys: near float32. bf16x3 and tf32x3 multiply high and low parts, in three products, for 16 and 21 bits."""
-    return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee" if MODE == "fp32" else BF16X3 if MODE == "bf16" else "tf32x3")
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision="ieee" if MODE == "fp32" or INTERPRETED else "bf16x3" if MODE == "bf16" else "tf32x3")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +75,7 @@ def load(x, t, T, stride, n):
 
 @triton.jit
 def store(x, value, t, T, stride, n):
-    tl.store(x + t[:, None] * stride + n[None, :], value.to(x.dtype.element_ty), mask=(t < T)[:, None])
+    tl.store(x + t[:, None] * stride + n[None, :], cast(value, x.dtype.element_ty), mask=(t < T)[:, None])
 
 
 @triton.jit
@@ -76,7 +88,7 @@ def weigh(r, w, k, kk, a, t, T, stride, n, MODE: tl.constexpr):
     b_ = kk * load(a, t, T, stride, n) * tl.exp(-logW)
     k_ = load(k, t, T, stride, n) * tl.exp(-logW)
     if MODE == "bf16":
-        z_, r_, b_, k_ = z_.to(tl.bfloat16), r_.to(tl.bfloat16), b_.to(tl.bfloat16), k_.to(tl.bfloat16)
+        z_, r_, b_, k_ = cast(z_, tl.bfloat16), cast(r_, tl.bfloat16), cast(b_, tl.bfloat16), cast(k_, tl.bfloat16)
     return z_, r_, b_, k_, logW, tl.sum(w, 0)
 
 
@@ -152,10 +164,10 @@ def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, 
         valid = (t < T)[:, None] & (rows < N)[None, :]
         values = tl.load(v + start + t[:, None] * stride + rows[None, :], mask=valid, other=0.0)  # (L, BV)
         if SAVE:
-            tl.store(states + (head * chunks + c) * N * N + square, S.to(states.dtype.element_ty))
+            tl.store(states + (head * chunks + c) * N * N + square, cast(S, states.dtype.element_ty))
         if not PROBE:  # y = R S^T + F v
             out = dot(R, tl.trans(S), MODE) + dot(F, values, MODE)
-            tl.store(y + start + t[:, None] * stride + rows[None, :], out.to(y.dtype.element_ty), mask=valid)
+            tl.store(y + start + t[:, None] * stride + rows[None, :], cast(out, y.dtype.element_ty), mask=valid)
         # S_L = (S + (P S^T)^T b~ + v^T K) diag(D)
         S += dot(tl.trans(dot(P, tl.trans(S), MODE)), b_, MODE) + dot(tl.trans(values), K, MODE)
         S *= tl.exp(logD)[None, :]
@@ -190,7 +202,7 @@ def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first,
         z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
         X, A_rb, P, E, R, F, K = fold(z_, r_, b_, k_, L, MODE)
         if not PROBE:
-            tl.store(dstates + (head * chunks + c) * N * N + square, dS.to(dstates.dtype.element_ty))
+            tl.store(dstates + (head * chunks + c) * N * N + square, cast(dS, dstates.dtype.element_ty))
         # dS = dC + (dC b~^T) P + dy^T R, dC = dS_L diag(D)
         dS *= tl.exp(logD)[None, :]
         dS += dot(dot(dS, tl.trans(b_), MODE), P, MODE) + dot(tl.trans(load(dy + start, t, T, stride, rows)), R, MODE)
@@ -229,6 +241,8 @@ def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T
         dlogD += tl.sum(S * dC, 0)
     dlogD += tl.sum(b_ * db + K * dK, 0)                                                        # the rest of sum_rows C dC
 
+    # Read again, which costs less than keeping them in registers over the loop
+    z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
     # R = r~ + A_rb P    F = A_rk + A_rb E    K = k~ + E^T b~        dr~ = dR, dA_rk = dF, dk~ = dK, and more below
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     dF = tl.where(i >= j, dF, 0.0)
@@ -240,22 +254,24 @@ def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T
     dz = dot32(tl.trans(X), dP, MODE)
     dA_zk = tl.where(i > j, dot32(tl.trans(X), dE, MODE), 0.0)
     dA_zb = tl.where(i > j, dot32(dz, tl.trans(P), MODE) + dot32(dA_zk, tl.trans(E), MODE), 0.0)
-    # the four A = tril((z~, r~) (b~, k~)^T)
-    dz += dot32(dA_zb, b_, MODE) + dot32(dA_zk, k_, MODE)
+    # The four A = tril((z~, r~) (b~, k~)^T). Q~ = Q e^{+-log W}, so d log W is +- Q~ dQ~
     dr_ = dR + dot32(dA_rb, b_, MODE) + dot32(dF, k_, MODE)
-    db += dot32(tl.trans(dA_zb), z_, MODE) + dot32(tl.trans(dA_rb), r_, MODE)
-    dk_ = dK + dot32(tl.trans(dA_zk), z_, MODE) + dot32(tl.trans(dF), r_, MODE)
-
-    # Q~ = Q e^{+-log W}: d log W is +- Q~ dQ~, and log W_t is the sum of w up to t (for z~: up to t-1)
-    dlogW = z_ * dz + r_ * dr_ - b_ * db - k_ * dk_
-    store(dw + start, tl.cumsum(dlogW, 0, reverse=True) + dlogD[None, :] - z_ * dz, t, T, stride, n)
+    dlogW = r_ * dr_
     store(dr + start, dr_ * tl.exp(logW), t, T, stride, n)
+    dk_ = dK + dot32(tl.trans(dA_zk), z_, MODE) + dot32(tl.trans(dF), r_, MODE)
+    dlogW -= k_ * dk_
     store(dk + start, dk_ * tl.exp(-logW), t, T, stride, n)
+    db += dot32(tl.trans(dA_zb), z_, MODE) + dot32(tl.trans(dA_rb), r_, MODE)
+    dlogW -= b_ * db
+    dz += dot32(dA_zb, b_, MODE) + dot32(dA_zk, k_, MODE)
+    dlogW += z_ * dz
+    # log W_t is the sum of w up to t (for z~: up to t-1), log D the sum of all
+    store(dw + start, tl.cumsum(dlogW, 0, reverse=True) + dlogD[None, :] - z_ * dz, t, T, stride, n)
     # z = -kk, b = kk * a
-    dz *= tl.exp(logW - load(w + start, t, T, stride, n))
     db *= tl.exp(-logW)
-    store(dkk + start, load(a + start, t, T, stride, n) * db - dz, t, T, stride, n)
+    dz *= tl.exp(logW - load(w + start, t, T, stride, n))
     store(da + start, load(kk + start, t, T, stride, n) * db, t, T, stride, n)
+    store(dkk + start, load(a + start, t, T, stride, n) * db - dz, t, T, stride, n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +289,7 @@ def launches(B: int, T: int, H: int, N: int, L: int, segments: int, BV: int, dty
     """The grid of a walk, and the sizes all kernels take."""
     chunks = triton.cdiv(T, L)
     return (B * H * segments, N // BV), {"T": T, "H": H, "chunks": chunks, "m": triton.cdiv(chunks, segments), "segments": segments,
-                                         "N": N, "L": L, "BV": BV, "MODE": MODES[dtype]}
+                                         "N": N, "L": L, "BV": BV, "MODE": MODES[dtype], "num_warps": 4 if N <= 64 else 8}
 
 
 @torch.library.custom_op("nanorwkv::wkv7", mutates_args=())
