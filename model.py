@@ -234,7 +234,7 @@ class TimeMixer(nn.Module):
         r, w, k, v, a = map(heads, (r, w, k, v, a))
         if self.cfg.rwkv_rope:
             r, k, kk = (rotate(z.transpose(1, 2), start, self.cfg.rope_theta).transpose(1, 2) for z in (r, k, kk))
-        y, S = wkv7(r, w, k, v, kk, a, S)                                                              # (B, T, H, N)
+        y, S = wkv7(r, w, k, v, kk, a, S, lowest=-math.exp(-0.5))                                     # (B, T, H, N)
         if self.cfg.group_norm:
             y = self.ln_x(y.reshape(B * T, -1)).view_as(y)
         if self.cfg.bonus:  # the present token once more, past the state and the norm

@@ -17,12 +17,17 @@ each column. A matrix of constant size stands where attention keeps every key an
     a   in-context learning rate, in (0, 1)                        (B, T, H, N)
     S   state, rows are value channels, columns are key channels   (B, H, N, N)
 
-Two forms, one entry `wkv7`:
+Three forms, one entry `wkv7`:
     loop    the definition, one token after another: the truth that everything else is tested against
     chunk   L tokens at once by matrix products, with its own backward pass; docs/chunking.md derives it, forward and backward
+    triton  the same in three GPU kernels, in wkv_triton.py
 
 References: RWKV-7 "Goose", arXiv 2503.14456 (the operator); DeltaNet in chunks, arXiv 2406.06484 (the chunked idea).
 """
+
+import math
+import os
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +35,19 @@ from torch import Tensor
 
 CHUNK = 32       # tokens per chunk; 16 to 64 cost about the same (docs/log.md)
 MAX_LOG = 40.0   # the most that log W may fall within a chunk: RWKV-7's e^w >= 0.5452 gives -19.4 over 32 steps, so 1/W <= 3e8
-BACKENDS = ("auto", "loop", "chunk")
+BACKENDS = ("auto", "loop", "chunk", "triton")
 
 
 def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor | None = None,
-         backend: str = "auto") -> tuple[Tensor, Tensor]:
+         backend: str = "auto", lowest: float | None = None) -> tuple[Tensor, Tensor]:
     """Run the WKV-7 recurrence over T tokens, from a state to a state; differentiable in every input.
 
-    r, w, k, v, kk, a: (B, T, H, N), any T >= 1. `state`: (B, H, N, N), or None for an empty memory.
+    r, w, k, v, kk, a: (B, T, H, N), any T >= 1. `state`: (B, H, N, N), or None for an empty memory. `lowest`: a bound of w
+    that the caller knows, so that w need not be looked at, for which a GPU must stop; None looks.
     Returns y (B, T, H, N) in r's dtype, and the state after the last token, float32 (float64 for float64 inputs).
     Any w <= 0 is right: where decays fall below RWKV-7's bound the chunks get shorter, and then the loop takes over.
-    Raises ValueError for shapes that do not match, an unknown backend, or w > 0 (not looked for at T = 1).
+    `auto` is triton on a GPU, else chunk, and the loop for a few tokens.
+    Raises ValueError for shapes that do not match, an unknown or unusable backend, or w > 0 (not looked for at T = 1).
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
@@ -50,16 +57,37 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
     if state is not None and state.shape != (B, H, N, N):
         raise ValueError(f"state has shape {tuple(state.shape)}: it must be (B, H, N, N) = {(B, H, N, N)}")
     dtype = torch.promote_types(r.dtype, torch.float32)  # bfloat16 in, float32 inside; float64 stays
-    inputs = [x.to(dtype) for x in (r, w, k, v, kk, a)]
     state = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
     if backend == "auto":
-        backend = "loop" if T < 16 else "chunk"  # below 16 tokens the products of a chunk do not pay
-    if T > 1 or backend == "chunk":  # generation goes token by token and is spared the look
+        kernels = r.is_cuda and not why_not_triton(r)
+        backend = "loop" if T < (2 if kernels else 16) else "triton" if kernels else "chunk"  # short chunks do not pay
+    if backend == "triton" and (reason := why_not_triton(r)):
+        raise ValueError(f"backend 'triton' {reason}")
+    if backend == "triton" and lowest is None and torch.compiler.is_compiling():
+        lowest = math.nan  # no looking while compiling: the kernels' operator does it when it runs
+    if lowest is None and (T > 1 or backend != "loop"):  # generation goes token by token and is spared the look
         lowest, highest = (x.item() for x in torch.aminmax(w.detach()))
         if highest > 0:
             raise ValueError(f"log decay w reaches {highest:.3g}: it must be <= 0, or the memory grows without end")
+    if backend == "triton":
+        from wkv_triton import chunk_length, wkv7_triton  # only here: Triton is for Linux, and slow to import
+        if L := chunk_length(r.dtype, N, lowest):
+            return wkv7_triton(r, w, k, v, kk, a, state, L, look=math.isnan(lowest))
+        backend = "loop"
+    inputs = [x.to(dtype) for x in (r, w, k, v, kk, a)]
     y, state = wkv7_loop(*inputs, state) if backend == "loop" else wkv7_chunk(*inputs, state, lowest)
     return y.to(r.dtype), state
+
+
+def why_not_triton(r: Tensor) -> str:
+    """Why the kernels can't run on inputs like r (B, T, H, N); empty if they can."""
+    if find_spec("triton") is None:
+        return "needs the package triton: pip install triton (Linux)"
+    if not r.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs tensors on an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment from the start: use chunk"
+    if r.dtype == torch.float64 or r.shape[-1] not in (16, 32, 64, 128):
+        return f"takes float32, bfloat16 or float16 and heads of 16, 32, 64 or 128, not {str(r.dtype)[6:]} and {r.shape[-1]}: use chunk"
+    return ""
 
 
 def wkv7_loop(r, w, k, v, kk, a, S):

@@ -32,6 +32,7 @@ from torch import Tensor
 
 SIZES = (16, 32, 64, 128)                                        # head sizes N
 MODES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+MAX_LOG = 40.0                                                   # as in wkv.py: the most that log W may fall within a chunk
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)       # TRITON_INTERPRET=1 when this file was imported
 
 
@@ -277,27 +278,44 @@ def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T
 # ---------------------------------------------------------------------------------------------------------------------
 # The operator
 
-def plan(heads: int, T: int, L: int, N: int, device: torch.device) -> tuple[int, int]:
-    """Rows of S per program, and segments: two programs for every multiprocessor, where the text is long enough for that."""
+def chunk_length(dtype: torch.dtype, N: int, lowest: float) -> int:
+    """Tokens per chunk, given the fastest log decay there is; 0 where that is too fast for 1/W in any.
+
+    32 fits into registers and shared memory in bfloat16 with heads of up to 64 only; 16 always does.
+    """
+    L = 32 if dtype == torch.bfloat16 and N <= 64 and not -lowest * 32 > MAX_LOG else 16
+    return 0 if -lowest * L > MAX_LOG else L
+
+
+def plan(heads: int, T: int, L: int, N: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Rows of S per program, and segments: two programs for every multiprocessor, where the text is long enough for that.
+
+    Every program repeats the work among keys, so 64 rows where there are heads enough. A probe costs as much as a walk, so
+    less than four segments do not pay, nor do segments of less than four chunks.
+    """
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    BV = min(N, 64 if heads * N >= 64 * wanted else 32)
-    segments = min(wanted // (heads * (N // BV)), T // (4 * L))
-    return BV, segments if segments >= 4 else 1                     # a probe costs as much as a walk, so two or three do not pay
+    BV = 64 if N == 64 and dtype == torch.bfloat16 and heads >= wanted else min(N, 32)
+    segments = min(wanted // (heads * N // BV), T // (4 * L))
+    return BV, segments if segments >= 4 else 1
 
 
-def launches(B: int, T: int, H: int, N: int, L: int, segments: int, BV: int, dtype: torch.dtype) -> tuple[tuple, dict]:
-    """The grid of a walk, and the sizes all kernels take."""
+def launch(B: int, T: int, H: int, N: int, L: int, segments: int, BV: int, dtype: torch.dtype) -> tuple[tuple[int, int], dict]:
+    """The grid of a walk, and the sizes that its kernel takes."""
     chunks = triton.cdiv(T, L)
-    return (B * H * segments, N // BV), {"T": T, "H": H, "chunks": chunks, "m": triton.cdiv(chunks, segments), "segments": segments,
-                                         "N": N, "L": L, "BV": BV, "MODE": MODES[dtype], "num_warps": 4 if N <= 64 else 8}
+    return (B * H * segments, N // BV), {"T": T, "H": H, "chunks": chunks, "m": triton.cdiv(chunks, segments), "segments": segments, "N": N,
+                                         "L": L, "BV": BV, "MODE": MODES[dtype], "num_warps": 8 if N == 128 or N == 64 and dtype == torch.float32 else 4}
 
 
 @torch.library.custom_op("nanorwkv::wkv7", mutates_args=())
 def forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor, L: int, BV: int, segments: int,
-            save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            save: bool, look: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the last state, and what the backward pass needs: the states before each chunk, the segments' jumps."""
-    (programs, blocks), sizes = launches(*r.shape, L, segments, BV, r.dtype)
-    y, last, states, jumps = outputs(r, w, k, v, kk, a, state, L, BV, segments, save)
+    if look:
+        lowest, highest = (x.item() for x in torch.aminmax(w))
+        if not -MAX_LOG / L <= lowest <= highest <= 0:
+            raise ValueError(f"log decay w goes from {lowest:.3g} to {highest:.3g}: a compiled wkv7 takes {-MAX_LOG / L} to 0, unless told lowest")
+    (programs, blocks), sizes = launch(*r.shape, L, segments, BV, r.dtype)
+    y, last, states, jumps = outputs(r, w, k, v, kk, a, state, L, BV, segments, save, look)
     tensors = [x.contiguous() for x in (r, w, k, v, kk, a, state)] + [jumps, y, states, last]
     if segments > 1:
         walk[programs, 2 * blocks](*tensors, **sizes, PROBE=True, SAVE=False)
@@ -306,7 +324,7 @@ def forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, s
 
 
 @forward.register_fake
-def outputs(r, w, k, v, kk, a, state, L, BV, segments, save):
+def outputs(r, w, k, v, kk, a, state, L, BV, segments, save, look):
     B, T, H, N = r.shape
     states = (B * H, triton.cdiv(T, L), N, N) if save else (0,)
     return (torch.empty_like(r, memory_format=torch.contiguous_format), torch.empty_like(state, memory_format=torch.contiguous_format),
@@ -318,7 +336,7 @@ def outputs(r, w, k, v, kk, a, state, L, BV, segments, save):
 def backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, states: Tensor, jumps: Tensor, dy: Tensor,
              dlast: Tensor, L: int, BV: int, segments: int) -> list[Tensor]:
     """The gradients of r, w, k, v, kk, a and of the first state."""
-    (programs, blocks), sizes = launches(*r.shape, L, segments, BV, r.dtype)
+    (programs, blocks), sizes = launch(*r.shape, L, segments, BV, r.dtype)
     grads = input_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments)
     r, w, k, v, kk, a, dy, dlast = (x.contiguous() for x in (r, w, k, v, kk, a, dy, dlast))
     dstates, jumps_back = torch.empty_like(states), r.new_empty(r.shape[0] * r.shape[2], segments, *dlast.shape[2:], dtype=torch.float32)
@@ -337,23 +355,27 @@ def input_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments
 
 
 def keep(ctx, inputs, output):
-    *tensors, _, L, BV, segments, _ = inputs
+    *tensors, _, L, BV, segments, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.sizes = L, BV, segments
 
 
 def differentiate(ctx, dy, dlast, *_):
     grads = backward(*ctx.saved_tensors, dy, dlast, *ctx.sizes)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 forward.register_autograd(differentiate, setup_context=keep)
 
 
-def wkv7_triton(r, w, k, v, kk, a, state, L: int, segments: int | None = None) -> tuple[Tensor, Tensor]:
-    """wkv7 for checked inputs (B, T, H, N), their dtype r's: float32, bfloat16 or float16; state float32; L in 16, 32, 64."""
+def wkv7_triton(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor, L: int,
+                segments: int | None = None, look: bool = False) -> tuple[Tensor, Tensor]:
+    """`wkv7` for inputs that it has checked: (B, T, H, N), r's dtype in MODES, state float32, L of `chunk_length`; `look` at w first.
+
+    Kept for the backward pass: the inputs and a state per chunk, in bfloat16 with L = 32 and N = 64 a third of their size.
+    """
     B, T, H, N = r.shape
-    BV, planned = plan(B * H, T, L, N, r.device)
+    BV, planned = plan(B * H, T, L, N, r.dtype, r.device)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (r, w, k, v, kk, a, state))
-    y, last, _, _ = forward(r, w, k, v, kk, a, state, L, BV, segments or planned, save)
+    y, last, _, _ = forward(r, w, k, v, kk, a, state, L, BV, segments or planned, save, look)
     return y, last
