@@ -5,6 +5,8 @@
     python bench.py --only train               a training step of a GPT and of an RWKV-7
     python bench.py --only decode              generation against the PyPI package `rwkv`, on the same weights
     python bench.py --json out/bench.json
+    python bench.py --kernels --repeat 20 --json out/kernels.json      on a GPU: the Triton kernels beside their rivals, and a plot
+    TRITON_INTERPRET=1 python bench.py --kernels                       on any machine: shows that this runs, not how fast
 
 What it is: medians of alternating repetitions, so that a busy machine slows both sides of a ratio. What it is not: a
 profiler, or a test (no test depends on a time).
@@ -13,6 +15,7 @@ profiler, or a test (no test depends on a time).
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -20,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,9 +33,10 @@ import torch.nn.functional as F
 from config import cli, run
 from decode import Decoder, kv_bytes
 from model import LM, ModelConfig
-from wkv import wkv7
+from wkv import why_not_triton, wkv7
 
 SHAPES = ((16, 256, 4, 3.0), (4, 1024, 4, 4.0), (1, 4096, 4, 6.0))  # B, T, H, and how much faster than the loop we want to be
+LOWEST = -math.exp(-0.5)  # RWKV-7's log decay is above it
 GPT, RWKV = ModelConfig(), ModelConfig(mixer="r", ffn="channelmix")
 DECODE = {"small": (replace(RWKV, n_layer=4, n_embd=128, n_head=2, rwkv_head_size=64), 200),  # a model, and how many tokens to time it with
           "large": (replace(RWKV, n_layer=12, n_embd=768, n_head=12, rwkv_head_size=64, vocab_size=4096), 16)}
@@ -44,41 +50,67 @@ class BenchConfig:
     repeat: int = 5             # repetitions of each side
     json: str | None = None     # also write the results here
     device: str = "auto"        # auto, cpu, cuda; for operator and train, decoding is measured on the CPU
+    kernels: bool = False       # only this: the operator's Triton kernels beside fla's and others
+    fla_minutes: float = 60     # after so long no further setting of fla is tried: each compiles some hundred kernels to choose from
 
 
-def in_turns(sides: dict[str, Callable[[], object]], repeat: int, device: str = "cpu") -> dict[str, float]:
+def stopwatch(side: Callable[[], object]) -> float:
+    """Seconds by the clock on the wall, with all that Python and the CPU do."""
+    sync = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    sync()
+    start = time.perf_counter()
+    side()
+    sync()
+    return time.perf_counter() - start
+
+
+def in_turns(sides: dict, repeat: int, clock: Callable[[Callable[[], object]], float] = stopwatch) -> dict:
     """Median seconds of each side, all sides run one after the other `repeat` times, after one run to warm up."""
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[object, list[float]] = {name: [] for name in sides}
     for i in range(repeat + 1):
         for name, side in sides.items():
-            sync()
-            start = time.perf_counter()
-            side()
-            sync()
+            took = clock(side)
             if i:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The operator: forward and backward
 
-def operator_sides(B: int, T: int, H: int, N: int, device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """wkv7's forms and causal attention on inputs (B, T, H, N) such as RWKV-7 makes them; each side is forward + backward."""
+@dataclass(frozen=True)
+class Side:
+    """One way to do the operator's work: run(*inputs) -> (y, state)."""
+
+    run: Callable
+    inputs: list[torch.Tensor]
+    dy: torch.Tensor
+    exact: Callable | None = None  # the same by definition, in whatever precision it is given
+
+    @torch.no_grad()
+    def forward(self) -> torch.Tensor:
+        return self.run(*self.inputs)[0]
+
+    def both(self) -> tuple[torch.Tensor, ...]:
+        """Forward and backward: the gradients of the inputs."""
+        return torch.autograd.grad(self.run(*self.inputs)[0], self.inputs, self.dy)
+
+
+def operator_sides(B: int, T: int, H: int, N: int, device: str, dtype: torch.dtype) -> dict[str, Side]:
+    """wkv7's forms and causal attention on inputs (B, T, H, N) such as RWKV-7 makes them."""
     torch.manual_seed(0)
     r, w, k, v, kk, a, dy = torch.randn(7, B, T, H, N, device=device)
-    inputs = [x.to(dtype).requires_grad_() for x in (r, -0.6065 * w.sigmoid(), k / 8, v, F.normalize(kk, dim=-1), a.sigmoid())]
+    inputs = [x.to(dtype).requires_grad_() for x in (r, LOWEST * w.sigmoid(), k / 8, v, F.normalize(kk, dim=-1), a.sigmoid())]
     q = [x.to(dtype).transpose(1, 2).contiguous().requires_grad_() for x in (r, k, v)]  # (B, H, T, N)
     dy = dy.to(dtype)
 
     def wkv(form: str):
-        return lambda: torch.autograd.grad(wkv7(*inputs, backend=form)[0], inputs, dy)
+        return Side(lambda *inputs: wkv7(*inputs, backend=form, lowest=LOWEST), inputs, dy)
 
-    def attention():
-        return torch.autograd.grad(F.scaled_dot_product_attention(*q, is_causal=True), q, dy.transpose(1, 2))
+    def attention(*q):
+        return F.scaled_dot_product_attention(*q, is_causal=True), None
 
-    return {"loop": wkv("loop"), "chunk": wkv("chunk"), "attention": attention}
+    return {form: wkv(form) for form in ("loop", "chunk", "triton")} | {"attention": Side(attention, q, dy.transpose(1, 2).contiguous())}
 
 
 def bench_operator(cfg: BenchConfig, device: str) -> list[dict]:
@@ -86,7 +118,8 @@ def bench_operator(cfg: BenchConfig, device: str) -> list[dict]:
     print(f"\nwkv7, forward and backward, N = 64, {device}, {str(dtype)[6:]}: milliseconds, and how many times faster chunk is")
     print(f"{'':20}{'loop':>10}{'chunk':>10}{'attention':>11}{'than the loop':>21}{'than attention':>21}")
     for B, T, H, goal in SHAPES:
-        ms = {name: 1e3 * seconds for name, seconds in in_turns(operator_sides(B, T, H, 64, device, dtype), cfg.repeat, device).items()}
+        sides = {name: side.both for name, side in operator_sides(B, T, H, 64, device, dtype).items() if name != "triton"}
+        ms = {name: 1e3 * seconds for name, seconds in in_turns(sides, cfg.repeat).items()}
         than_loop, than_attention = ms["loop"] / ms["chunk"], ms["attention"] / ms["chunk"]
         rows.append({"B": B, "T": T, "H": H, "ms": ms, "than_loop": than_loop, "goal": goal, "than_attention": than_attention})
         print(f"B {B:<4}T {T:<6}H {H:<5}" + cell(ms, "loop", 10, 1) + cell(ms, "chunk", 10, 1) + cell(ms, "attention", 11, 1)
@@ -118,7 +151,7 @@ def train_side(model: LM, tokens: torch.Tensor) -> Callable[[], None]:
 def bench_train(cfg: BenchConfig, device: str, B: int = 8, T: int = 256) -> list[dict]:
     models, rows = {"GPT": LM(GPT).to(device), "RWKV-7": LM(RWKV).to(device)}, []
     tokens = torch.randint(GPT.vocab_size, (B, T + 1), device=device)
-    seconds = in_turns({name: train_side(model, tokens) for name, model in models.items()}, cfg.repeat, device)
+    seconds = in_turns({name: train_side(model, tokens) for name, model in models.items()}, cfg.repeat)
     print(f"\ntraining step, {GPT.n_layer} layers, C {GPT.n_embd}, {B} x {T} tokens, {device}\n{'':10}{'parameters':>12}{'tokens/s':>12}{'of GPT':>9}")
     for name, model in models.items():
         rows.append({"model": name, "parameters": model.n_params(), "tokens_per_s": B * T / seconds[name], "ratio": seconds["GPT"] / seconds[name]})
@@ -205,6 +238,251 @@ def bench_decode(cfg: BenchConfig) -> list[dict]:
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels on a GPU: ours beside the loop, the chunks, attention, and fla's chunk_rwkv7 (package fla-core)
+
+KERNEL_SHAPES = ((8, 4096, 64), (8, 1024, 12), (16, 1024, 12), (1, 32768, 32), (1, 4096, 12))  # B, T, H; heads of 64, bfloat16
+TINY_SHAPES = ((1, 40, 2), (2, 20, 1))          # for the interpreter
+GOALS_MS = {(8, 4096, 64): {"forward": 1, "both": 4}}
+LOOP_LIMIT = 2**17                              # B T H beyond which the loop takes minutes, or more memory than there is
+OUTPUTS = ("y", "S", "dr", "dw", "dk", "dv", "dkk", "da", "dS0")
+FLA = {"fla": {}, "fla, disable_recompute": {"disable_recompute": True}}
+for size in (64, 32, 16):                       # the bound lets fla use matrix units within a chunk
+    FLA[f"fla, chunk {size}, bound"] = {"chunk_size": size, "lower_bound": LOWEST}
+    FLA[f"fla, chunk {size}, bound, disable_recompute"] = FLA[f"fla, chunk {size}, bound"] | {"disable_recompute": True}
+
+
+def least_bytes(N: int) -> dict[str, int]:
+    """What a token of a head must move through memory, in bfloat16, if nothing but inputs, outputs and states between are."""
+    row, state = 2 * N, 2 * N * N // 64         # a state is kept every 64 tokens
+    forward = 6 * row + row                     # read r, w, k, v, kk, a; write y
+    backward = 6 * row + row + state + 6 * row  # read the same, dy and the states; write six gradients
+    return {"forward": forward, "both": forward + state + backward}
+
+
+def gpu_clock() -> Callable[[Callable[[], object]], float]:
+    """A clock of what the GPU does, by its own events."""
+    filler = torch.rand(2**28, device="cuda")   # 1 GiB
+
+    def clock(side):
+        for _ in range(16):  # some milliseconds: the cache forgets the inputs, and the CPU gets ahead with launching
+            filler.sum()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        side()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def copy_rate(nbytes: int, device: str, repeat: int, clock) -> float:
+    """Bytes per second, read and written, of a copy within the device's memory: the most that a kernel can hope for."""
+    source = torch.rand(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / in_turns({"copy": lambda: target.copy_(source)}, repeat, clock)["copy"]
+
+
+def fla_side(chunk_rwkv7: Callable, ours: Side, tilelang: str = "1", **options) -> Side:
+    """fla's operator takes -kk and kk * a, and its states are transposed. The product is made beforehand, at no cost to fla."""
+    def run(r, w, k, v, z, b, state=None):
+        os.environ["FLA_TILELANG"] = tilelang   # read at each call; 1 matters only where the package tilelang is installed
+        return chunk_rwkv7(r, w, k, v, z, b, scale=1.0, initial_state=state, output_final_state=state is not None, **options)
+
+    r, w, k, v, kk, a = (x.detach() for x in ours.inputs)
+    return Side(run, [x.requires_grad_() for x in (r, w, k, v, -kk, kk * a)], ours.dy, exact=by_definition_for_fla)
+
+
+def by_definition(r, w, k, v, kk, a, state):
+    return wkv7(r, w, k, v, kk, a, state, backend="chunk")
+
+
+def by_definition_for_fla(r, w, k, v, z, b, state):
+    """The same in fla's terms: b / kk is an `a`, and the chain rule through it gives the gradients of z and b."""
+    y, state = wkv7(r, w, k, v, -z, b / -z, state.mT, backend="chunk")
+    return y, state.mT
+
+
+def errors(side: Side) -> dict[str, float]:
+    """||x - exact|| / ||exact|| of y, the last state, and all gradients; the worse of two heads, the very first and the last.
+
+    Exact is side.exact in float64 on these heads. NaN if anything anywhere is not finite; memory is NaN before it is written.
+    """
+    B, T, H, N = side.inputs[0].shape
+    inputs = [x.detach().requires_grad_() for x in (*side.inputs, torch.randn(B, H, N, N, device=side.dy.device) / 8)]
+    dy = (side.dy, torch.randn_like(inputs[-1]))
+
+    def gradients(run, inputs, dy):
+        outputs = run(*inputs)
+        return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, dy)
+
+    def two_heads(x):  # (B, T, H, N) or (B, H, N, N) to the same with H = 1, B = 2
+        return torch.stack((x[0, :, :1], x[-1, :, -1:]) if x.shape == side.dy.shape else (x[0, :1], x[-1, -1:])).detach().double()
+
+    exact = gradients(side.exact, [two_heads(x).requires_grad_() for x in inputs], [two_heads(x) for x in dy])
+    torch.use_deterministic_algorithms(True, warn_only=True)  # for its side effect: torch.empty is filled with NaN
+    try:
+        found = gradients(side.run, inputs, dy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if not all(x.isfinite().all() for x in found):
+        return dict.fromkeys(OUTPUTS, math.nan)
+    return {name: ((two_heads(x) - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max().item() for name, x, y in zip(OUTPUTS, found, exact)}
+
+
+def memory(side: Side) -> dict[str, float]:
+    """What waits for the backward pass, the inputs included, over the inputs; and the peak of both passes above the inputs."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    graph = side.run(*side.inputs)[0].grad_fn  # holds what is kept; y itself is not
+    kept = torch.cuda.memory_allocated() - before
+    del graph
+    side.both()
+    size = sum(x.numel() * x.element_size() for x in side.inputs)
+    return {"kept": 1 + kept / size, "peak_MB": (torch.cuda.max_memory_allocated() - before) / 1e6}
+
+
+def attempt(name: str, what: Callable[[], object]):
+    """What it returns, or None and a line that says why: a side that fails must not cost the others' results."""
+    try:
+        result = what()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return result
+    except Exception as e:
+        print(f"{name} is left out: {type(e).__name__}: {' '.join(str(e).split())[:200]}", flush=True)
+
+
+def measure(sides: dict[str, Side], cfg: BenchConfig, copy: float, clock) -> dict[str, dict]:
+    """Times of all sides in turns, rates against the least traffic, memory, and the errors of those that state what is exact."""
+    B, T, H, N = sides["triton"].inputs[0].shape
+    seconds = in_turns({(name, way): getattr(side, way) for name, side in sides.items() for way in ("forward", "both")}, cfg.repeat, clock)
+    rows = {name: {f"{way}_ms": 1e3 * seconds[name, way] for way in ("forward", "both")} for name in sides}
+    for name, side in sides.items():
+        if name != "attention":
+            for way, least in least_bytes(N).items():
+                rate = B * T * H * least / seconds[name, way]
+                rows[name] |= {f"{way}_GB_per_s": rate / 1e9, f"{way}_of_copy": rate / copy}
+        if clock is not stopwatch:
+            rows[name] |= attempt(f"memory of {name}", lambda: memory(side)) or {}
+        if side.exact:
+            rows[name] |= attempt(f"error of {name}", lambda: {"errors": errors(side)}) or {}
+    return rows
+
+
+def kernel_goals(row: dict) -> dict[str, tuple[float, float]]:
+    """What -> (value, the most that it may be)."""
+    ours, best = row["sides"]["triton"], row["sides"].get(row.get("best"), {})
+    goals = {f"{way} ms": (ours[f"{way}_ms"], most) for way, most in GOALS_MS.get((row["B"], row["T"], row["H"]), {}).items()}
+    if best:
+        goals |= {f"{way} over fla's best": (ours[f"{way}_ms"] / best[f"{way}_ms"], 0.5) for way in ("forward", "both")}
+    if "kept" in ours:
+        goals["kept over inputs"] = ours["kept"], 1.5
+    if "errors" in ours:
+        goals["errors of y and S"] = max(ours["errors"][name] for name in OUTPUTS[:2]), 6e-3
+        goals["errors of gradients"] = max(ours["errors"][name] for name in OUTPUTS[2:]), 1.2e-2
+    if "errors" in ours and "errors" in best:
+        goals["errors over fla's best"] = max(ours["errors"][name] / best["errors"][name] for name in OUTPUTS), 1
+    return goals
+
+
+def print_kernels(row: dict) -> None:
+    place = f"B {row['B']:<4}T {row['T']:<7}H {row['H']}"
+    print(f"\n{place:42}{'forward ms':>12}{'GB/s':>7}{'of copy':>9}{'+ backward ms':>16}{'GB/s':>7}{'of copy':>9}{'kept':>7}{'peak MB':>9}")
+    for name, side in row["sides"].items():
+        print(f"{name:42}" + "".join(cell(side, f"{way}_ms", width, 3) + cell(side, f"{way}_GB_per_s", 7) + cell(side, f"{way}_of_copy", 9, 2)
+                                     for way, width in (("forward", 12), ("both", 16))) + cell(side, "kept", 7, 2) + cell(side, "peak_MB", 9))
+    print(f"{'relative errors, the worse of two heads':42}" + "".join(f"{name:>9}" for name in OUTPUTS))
+    for name, side in row["sides"].items():
+        if "errors" in side:
+            print(f"{name:42}" + "".join(f"{side['errors'][output]:9.1e}" for output in OUTPUTS))
+    for what, (value, most) in row["goals"].items():
+        print(f"  {what:24}{value:10.2g} (goal {most:g})" + ("" if value <= most else " MISSED"), flush=True)
+
+
+def plot_kernels(rows: list[dict], path: Path) -> None:
+    """Milliseconds of every side at every shape, forward, and forward and backward."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no plot: pip install matplotlib, and run again")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
+    names = ("triton", "fla, best", "fla", "attention", "chunk", "loop")
+    for ax, way, title in zip(axes, ("forward", "both"), ("forward", "forward and backward")):
+        for i, name in enumerate(names):
+            sides = [row["sides"].get(row.get("best") if name == "fla, best" else name, {}) for row in rows]
+            ax.bar([x + i / 7 for x in range(len(rows))], [side.get(f"{way}_ms", 0) for side in sides], 1 / 7, label=name)
+        least = [row["sides"]["triton"][f"{way}_ms"] * row["sides"]["triton"][f"{way}_of_copy"] for row in rows]
+        ax.hlines(least, [x - 0.1 for x in range(len(rows))], [x + 0.8 for x in range(len(rows))], "k", "dotted", label="least traffic, as fast as a copy")
+        ax.set_xticks([x + 0.36 for x in range(len(rows))], [f"{row['B']}, {row['T']}, {row['H']}" for row in rows])
+        ax.set(title=title, xlabel="B, T, H", ylabel="ms", yscale="log")
+    axes[0].legend(fontsize=7)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def fla_settings(chunk_rwkv7: Callable, ours: Side, tried: set[str], deadline: float) -> dict[str, Side]:
+    """fla in each of its settings that runs; one that was not tried before the deadline is not begun after it."""
+    settings = FLA | ({f"{name}, FLA_TILELANG=0": options | {"tilelang": "0"} for name, options in FLA.items()} if find_spec("tilelang") else {})
+    sides = {}
+    for name, options in settings.items():
+        if name not in tried and time.perf_counter() > deadline:
+            print(f"{name} is left out: --fla_minutes are over")
+            continue
+        start, side = time.perf_counter(), fla_side(chunk_rwkv7, ours, **options)
+        if attempt(name, side.both):
+            sides[name] = side
+            print(f"{name} runs, after {time.perf_counter() - start:.0f} s", flush=True)
+        tried.add(name)
+    return sides
+
+
+def bench_kernels(cfg: BenchConfig, device: str, results: dict) -> None:
+    """Fill in and write the results step by step, ours first: whatever comes after, they are not lost."""
+    shapes, clock = (KERNEL_SHAPES, gpu_clock()) if device == "cuda" else (TINY_SHAPES, stopwatch)
+    copy = copy_rate(2**31 if device == "cuda" else 2**22, device, cfg.repeat, clock)
+    results |= {"copy_GB_per_s": copy / 1e9, "least_bytes": least_bytes(64), "kernels": []}
+    print("\nwkv7, N = 64, bfloat16: at least {forward:,} bytes per token and head forward, {both:,} with backward;".format(**least_bytes(64))
+          + f" a copy in memory moves {copy / 1e9:,.0f} GB/s" + ("" if device == "cuda" else "\nTriton's interpreter: this shows that it runs, and not its speed"))
+    chunk_rwkv7, tried, deadline = None, set(), time.perf_counter() + 60 * cfg.fla_minutes
+    if find_spec("fla") is None:
+        print("fla is not installed, so it is left out: pip install fla-core==0.6.0 einops")
+    else:
+        chunk_rwkv7 = attempt("fla", lambda: import_module("fla.ops.rwkv7").chunk_rwkv7)
+    for B, T, H in shapes:
+        others = operator_sides(B, T, H, 64, device, torch.bfloat16)
+        ours = {"triton": replace(others.pop("triton"), exact=by_definition)}
+        if not attempt("triton", ours["triton"].both):
+            continue
+        row = {"B": B, "T": T, "H": H, "sides": measure(ours, cfg, copy, clock)}
+        results["kernels"].append(row)
+        save(cfg, results)
+        if B * T * H > LOOP_LIMIT:
+            del others["loop"]
+        others = {name: side for name, side in others.items() if attempt(name, side.both)}
+        if chunk_rwkv7 and (fla := fla_settings(chunk_rwkv7, ours["triton"], tried, deadline)):
+            row["fla_ms"] = {name: 1e3 * took for name, took in in_turns({name: side.both for name, side in fla.items()}, 3, clock).items()}
+            row["best"] = min(fla, key=row["fla_ms"].get)
+            others |= {name: fla[name] for name in fla if name in ("fla", row["best"])}
+        row["sides"] = measure(ours | others, cfg, copy, clock)
+        row["goals"] = kernel_goals(row)
+        print_kernels(row)
+        save(cfg, results)
+    if cfg.json:
+        plot_kernels(results["kernels"], Path(cfg.json).with_suffix(".png"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save(cfg: BenchConfig, results: dict) -> None:
+    if cfg.json:
+        Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(BenchConfig, argv)
     if cfg.only not in (None, "operator", "train", "decode"):
@@ -215,18 +493,22 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.device not in ["auto", *devices]:
         raise ValueError(f"device = {cfg.device!r}: choose auto or {' or '.join(devices)}, which is what this machine has")
     device = devices[-1] if cfg.device == "auto" else cfg.device
+    if cfg.kernels:
+        device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else device
+        if reason := why_not_triton(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)):
+            raise ValueError(f"kernels: backend triton {reason.removesuffix(': use chunk')}")
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     results = {"torch": torch.__version__, "device": device, "machine": machine, "threads": torch.get_num_threads(), "repeat": cfg.repeat}
     print(f"torch {torch.__version__}, {machine}, {torch.get_num_threads()} CPU threads, medians of {cfg.repeat}", flush=True)
+    if cfg.kernels:
+        return bench_kernels(cfg, device, results)
     if cfg.only in (None, "operator"):
         results["operator"] = bench_operator(cfg, device)
     if cfg.only in (None, "train"):
         results["train"] = bench_train(cfg, device)
     if cfg.only in (None, "decode"):
         results["decode"] = bench_decode(cfg)
-    if cfg.json:
-        Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
+    save(cfg, results)
 
 
 if __name__ == "__main__":

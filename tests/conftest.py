@@ -1,5 +1,12 @@
-"""One thread: the tests' tensors are tiny, and two threads that wait for each other on a busy machine are far slower."""
+"""One thread: the tests' tensors are tiny, and two threads that wait for each other on a busy machine are far slower.
+
+Without a GPU the Triton kernels are interpreted, which has to be said before they are imported.
+"""
+
+import os
 
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

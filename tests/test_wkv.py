@@ -365,7 +365,7 @@ def test_splitting_anywhere_and_passing_the_state_changes_nothing_gradients_incl
 
 def test_no_state_is_a_state_of_zeros():
     x = random_inputs()
-    for backend in wkv.BACKENDS:
+    for backend in ("auto", "loop", "chunk"):
         without, zeros = wkv7(*x[:6], backend=backend), wkv7(*x[:6], torch.zeros_like(x[-1]), backend=backend)
         assert all(map(torch.equal, without, zeros))
 
@@ -526,7 +526,7 @@ def test_an_unknown_backend_is_refused_and_the_known_ones_named():
     refuses("'cuda' is unknown: choose one of auto, loop, chunk", *random_inputs(), backend="cuda")
 
 
-@pytest.mark.parametrize("backend", wkv.BACKENDS)
+@pytest.mark.parametrize("backend", ["auto", "loop", "chunk"])
 @pytest.mark.parametrize("T", [2, 50])
 def test_growth_is_refused_by_every_form(backend, T):
     x = random_inputs(T=T)
