@@ -23,8 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -51,7 +51,6 @@ class BenchConfig:
     json: str | None = None     # also write the results here
     device: str = "auto"        # auto, cpu, cuda; for operator and train, decoding is measured on the CPU
     kernels: bool = False       # only this: the operator's Triton kernels beside fla's and others
-    fla_minutes: float = 60     # after so long no further setting of fla is tried: each compiles some hundred kernels to choose from
 
 
 def stopwatch(side: Callable[[], object]) -> float:
@@ -105,7 +104,7 @@ def operator_sides(B: int, T: int, H: int, N: int, device: str, dtype: torch.dty
     dy = dy.to(dtype)
 
     def wkv(form: str):
-        return Side(lambda *inputs: wkv7(*inputs, backend=form, lowest=LOWEST), inputs, dy)
+        return Side(partial(wkv7, backend=form, lowest=LOWEST), inputs, dy, exact=partial(wkv7, backend="chunk"))
 
     def attention(*q):
         return F.scaled_dot_product_attention(*q, is_causal=True), None
@@ -239,108 +238,87 @@ def bench_decode(cfg: BenchConfig) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kernels on a GPU: ours beside the loop, the chunks, attention, and fla's chunk_rwkv7 (package fla-core)
+# The kernels on a GPU: ours beside the loop, the chunks, attention, and the package fla-core
 
-KERNEL_SHAPES = ((8, 4096, 64), (8, 1024, 12), (16, 1024, 12), (1, 32768, 32), (1, 4096, 12))  # B, T, H; heads of 64, bfloat16
-TINY_SHAPES = ((1, 40, 2), (2, 20, 1))          # for the interpreter
-GOALS_MS = {(8, 4096, 64): {"forward": 1, "both": 4}}
-LOOP_LIMIT = 2**17                              # B T H beyond which the loop takes minutes, or more memory than there is
+KERNEL_SHAPES = ((8, 4096, 64), (8, 1024, 12), (16, 1024, 12), (1, 32768, 32), (1, 4096, 12))  # B, T, H
+TINY_SHAPES = ((1, 20, 2),)  # for the interpreter
+LOOP_LIMIT = 2**17  # B T H, beyond which the loop takes minutes, or more memory than there is
 OUTPUTS = ("y", "S", "dr", "dw", "dk", "dv", "dkk", "da", "dS0")
-FLA = {"fla": {}, "fla, disable_recompute": {"disable_recompute": True}}
-for size in (64, 32, 16):                       # the bound lets fla use matrix units within a chunk
-    FLA[f"fla, chunk {size}, bound"] = {"chunk_size": size, "lower_bound": LOWEST}
-    FLA[f"fla, chunk {size}, bound, disable_recompute"] = FLA[f"fla, chunk {size}, bound"] | {"disable_recompute": True}
+FLA = {"fla": {}} | {f"fla, chunk {n}": {"chunk_size": n, "lower_bound": LOWEST} for n in (64, 32, 16)}  # the bound lets it use matrix units
+FLA |= {f"{name}, no recompute": options | {"disable_recompute": True} for name, options in FLA.items()}
 
 
 def least_bytes(N: int) -> dict[str, int]:
-    """What a token of a head must move through memory, in bfloat16, if nothing but inputs, outputs and states between are."""
-    row, state = 2 * N, 2 * N * N // 64         # a state is kept every 64 tokens
+    """What one token of one head must move through memory, in bfloat16, with a state kept every 64 tokens for the way back."""
+    row, state = 2 * N, 2 * N * N // 64
     forward = 6 * row + row                     # read r, w, k, v, kk, a; write y
-    backward = 6 * row + row + state + 6 * row  # read the same, dy and the states; write six gradients
+    backward = 6 * row + row + state + 6 * row  # read the same, dy and the state; write six gradients
     return {"forward": forward, "both": forward + state + backward}
 
 
-def gpu_clock() -> Callable[[Callable[[], object]], float]:
-    """A clock of what the GPU does, by its own events."""
-    filler = torch.rand(2**28, device="cuda")   # 1 GiB
-
-    def clock(side):
-        for _ in range(16):  # some milliseconds: the cache forgets the inputs, and the CPU gets ahead with launching
-            filler.sum()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        side()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return clock
+def gpu_clock(side: Callable[[], object]) -> float:
+    """Seconds of the GPU alone, by its own events."""
+    for _ in range(8):  # milliseconds of other work: the cache forgets the inputs, and the CPU gets ahead with launching
+        torch.rand(2**28, device="cuda").sum()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    side()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
-def copy_rate(nbytes: int, device: str, repeat: int, clock) -> float:
-    """Bytes per second, read and written, of a copy within the device's memory: the most that a kernel can hope for."""
-    source = torch.rand(nbytes // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * nbytes / in_turns({"copy": lambda: target.copy_(source)}, repeat, clock)["copy"]
-
-
-def fla_side(chunk_rwkv7: Callable, ours: Side, tilelang: str = "1", **options) -> Side:
-    """fla's operator takes -kk and kk * a, and its states are transposed. The product is made beforehand, at no cost to fla."""
+def fla_side(chunk_rwkv7: Callable, ours: Side, **options) -> Side:
+    """fla's operator takes z = -kk and b = kk * a, made beforehand at no cost to it, and its states are transposed."""
     def run(r, w, k, v, z, b, state=None):
-        os.environ["FLA_TILELANG"] = tilelang   # read at each call; 1 matters only where the package tilelang is installed
-        return chunk_rwkv7(r, w, k, v, z, b, scale=1.0, initial_state=state, output_final_state=state is not None, **options)
+        return chunk_rwkv7(r, w, k, v, z, b, initial_state=state, output_final_state=state is not None, **options)
+
+    def exact(r, w, k, v, z, b, state):  # b / kk is an `a`, and the chain rule through it gives the gradients of z and b
+        y, state = wkv7(r, w, k, v, -z, b / -z, state.mT, backend="chunk")
+        return y, state.mT
 
     r, w, k, v, kk, a = (x.detach() for x in ours.inputs)
-    return Side(run, [x.requires_grad_() for x in (r, w, k, v, -kk, kk * a)], ours.dy, exact=by_definition_for_fla)
-
-
-def by_definition(r, w, k, v, kk, a, state):
-    return wkv7(r, w, k, v, kk, a, state, backend="chunk")
-
-
-def by_definition_for_fla(r, w, k, v, z, b, state):
-    """The same in fla's terms: b / kk is an `a`, and the chain rule through it gives the gradients of z and b."""
-    y, state = wkv7(r, w, k, v, -z, b / -z, state.mT, backend="chunk")
-    return y, state.mT
+    return Side(run, [x.requires_grad_() for x in (r, w, k, v, -kk, kk * a)], ours.dy, exact)
 
 
 def errors(side: Side) -> dict[str, float]:
-    """||x - exact|| / ||exact|| of y, the last state, and all gradients; the worse of two heads, the very first and the last.
+    """||x - exact|| / ||exact|| of y, the last state and seven gradients (fla's dkk and da are dz and db).
 
-    Exact is side.exact in float64 on these heads. NaN if anything anywhere is not finite; memory is NaN before it is written.
+    Exact is float64, on two heads, the very first and the last; the worse counts. All memory is NaN until it is written, and
+    NaN or infinity anywhere makes all errors NaN.
     """
-    B, T, H, N = side.inputs[0].shape
+    B, T, H, N = side.dy.shape
     inputs = [x.detach().requires_grad_() for x in (*side.inputs, torch.randn(B, H, N, N, device=side.dy.device) / 8)]
-    dy = (side.dy, torch.randn_like(inputs[-1]))
+    dy = [side.dy, torch.randn_like(inputs[-1])]
 
-    def gradients(run, inputs, dy):
-        outputs = run(*inputs)
-        return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, dy)
+    def outputs(run, inputs, dy):
+        y = run(*inputs)
+        return *(x.detach() for x in y), *torch.autograd.grad(y, inputs, dy)
 
-    def two_heads(x):  # (B, T, H, N) or (B, H, N, N) to the same with H = 1, B = 2
+    def two_heads(x):  # (B, T, H, N) or, a state, (B, H, N, N): the same with B = 2, H = 1
         return torch.stack((x[0, :, :1], x[-1, :, -1:]) if x.shape == side.dy.shape else (x[0, :1], x[-1, -1:])).detach().double()
 
-    exact = gradients(side.exact, [two_heads(x).requires_grad_() for x in inputs], [two_heads(x) for x in dy])
+    exact = outputs(side.exact, [two_heads(x).requires_grad_() for x in inputs], [two_heads(x) for x in dy])
     torch.use_deterministic_algorithms(True, warn_only=True)  # for its side effect: torch.empty is filled with NaN
     try:
-        found = gradients(side.run, inputs, dy)
+        found = outputs(side.run, inputs, dy)
     finally:
         torch.use_deterministic_algorithms(False)
-    if not all(x.isfinite().all() for x in found):
-        return dict.fromkeys(OUTPUTS, math.nan)
-    return {name: ((two_heads(x) - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max().item() for name, x, y in zip(OUTPUTS, found, exact)}
+    finite = all(x.isfinite().all() for x in found)
+    worst = lambda x, e: ((two_heads(x) - e).flatten(1).norm(dim=1) / e.flatten(1).norm(dim=1)).max().item()  # noqa: E731
+    return {name: worst(x, e) if finite else math.nan for name, x, e in zip(OUTPUTS, found, exact)}
 
 
 def memory(side: Side) -> dict[str, float]:
-    """What waits for the backward pass, the inputs included, over the inputs; and the peak of both passes above the inputs."""
-    torch.cuda.reset_peak_memory_stats()
+    """What waits for the backward pass, inputs included, over the inputs; and the peak of both passes above the inputs."""
     before = torch.cuda.memory_allocated()
-    graph = side.run(*side.inputs)[0].grad_fn  # holds what is kept; y itself is not
+    graph = side.run(*side.inputs)[0].grad_fn  # holds what is kept; y is not
     kept = torch.cuda.memory_allocated() - before
     del graph
+    torch.cuda.reset_peak_memory_stats()
     side.both()
-    size = sum(x.numel() * x.element_size() for x in side.inputs)
-    return {"kept": 1 + kept / size, "peak_MB": (torch.cuda.max_memory_allocated() - before) / 1e6}
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"kept": 1 + kept / sum(x.nbytes for x in side.inputs), "peak_MB": peak / 1e6}
 
 
 def attempt(name: str, what: Callable[[], object]):
@@ -354,55 +332,52 @@ def attempt(name: str, what: Callable[[], object]):
         print(f"{name} is left out: {type(e).__name__}: {' '.join(str(e).split())[:200]}", flush=True)
 
 
-def measure(sides: dict[str, Side], cfg: BenchConfig, copy: float, clock) -> dict[str, dict]:
-    """Times of all sides in turns, rates against the least traffic, memory, and the errors of those that state what is exact."""
-    B, T, H, N = sides["triton"].inputs[0].shape
+def measure(sides: dict[str, Side], cfg: BenchConfig, clock: Callable, copy: float) -> dict[str, dict[str, float]]:
+    """Milliseconds of all sides in turns, the rate if least_bytes were all that is moved, memory, errors."""
+    B, T, H, N = sides["triton"].dy.shape
     seconds = in_turns({(name, way): getattr(side, way) for name, side in sides.items() for way in ("forward", "both")}, cfg.repeat, clock)
     rows = {name: {f"{way}_ms": 1e3 * seconds[name, way] for way in ("forward", "both")} for name in sides}
     for name, side in sides.items():
-        if name != "attention":
-            for way, least in least_bytes(N).items():
-                rate = B * T * H * least / seconds[name, way]
-                rows[name] |= {f"{way}_GB_per_s": rate / 1e9, f"{way}_of_copy": rate / copy}
-        if clock is not stopwatch:
+        for way, least in least_bytes(N).items():
+            rate = B * T * H * least / seconds[name, way]
+            rows[name] |= {f"{way}_GB_per_s": rate / 1e9, f"{way}_of_copy": rate / copy} if side.exact else {}
+        if clock is gpu_clock:
             rows[name] |= attempt(f"memory of {name}", lambda: memory(side)) or {}
         if side.exact:
-            rows[name] |= attempt(f"error of {name}", lambda: {"errors": errors(side)}) or {}
+            rows[name] |= {"errors": attempt(f"errors of {name}", lambda: errors(side)) or dict.fromkeys(OUTPUTS, math.nan)}
     return rows
 
 
 def kernel_goals(row: dict) -> dict[str, tuple[float, float]]:
-    """What -> (value, the most that it may be)."""
-    ours, best = row["sides"]["triton"], row["sides"].get(row.get("best"), {})
-    goals = {f"{way} ms": (ours[f"{way}_ms"], most) for way, most in GOALS_MS.get((row["B"], row["T"], row["H"]), {}).items()}
-    if best:
-        goals |= {f"{way} over fla's best": (ours[f"{way}_ms"] / best[f"{way}_ms"], 0.5) for way in ("forward", "both")}
+    """What is to be reached: its value, and the most that it may be."""
+    ours, best = row["sides"]["triton"], row["sides"].get(row.get("best"))
+    worst = {what: max(ours["errors"][name] for name in names) for what, names in (("values", OUTPUTS[:2]), ("gradients", OUTPUTS[2:]))}
+    goals = {"errors of values": (worst["values"], 6e-3), "errors of gradients": (worst["gradients"], 1.2e-2)}
+    if (row["B"], row["T"], row["H"]) == KERNEL_SHAPES[0]:
+        goals |= {"forward ms": (ours["forward_ms"], 1), "forward + backward ms": (ours["both_ms"], 4)}
     if "kept" in ours:
-        goals["kept over inputs"] = ours["kept"], 1.5
-    if "errors" in ours:
-        goals["errors of y and S"] = max(ours["errors"][name] for name in OUTPUTS[:2]), 6e-3
-        goals["errors of gradients"] = max(ours["errors"][name] for name in OUTPUTS[2:]), 1.2e-2
-    if "errors" in ours and "errors" in best:
-        goals["errors over fla's best"] = max(ours["errors"][name] / best["errors"][name] for name in OUTPUTS), 1
+        goals["kept, of the inputs"] = ours["kept"], 1.5
+    if best:
+        goals["errors, of fla's best"] = max(ours["errors"][name] / best["errors"][name] for name in OUTPUTS), 1
+        goals |= {f"{way} ms, of fla's best": (ours[f"{way}_ms"] / best[f"{way}_ms"], 0.5) for way in ("forward", "both")}
     return goals
 
 
 def print_kernels(row: dict) -> None:
     place = f"B {row['B']:<4}T {row['T']:<7}H {row['H']}"
-    print(f"\n{place:42}{'forward ms':>12}{'GB/s':>7}{'of copy':>9}{'+ backward ms':>16}{'GB/s':>7}{'of copy':>9}{'kept':>7}{'peak MB':>9}")
+    print(f"\n{place:28}{'forward ms':>12}{'GB/s':>7}{'of copy':>9}{'+ backward ms':>16}{'GB/s':>7}{'of copy':>9}{'kept':>7}{'peak MB':>9}")
     for name, side in row["sides"].items():
-        print(f"{name:42}" + "".join(cell(side, f"{way}_ms", width, 3) + cell(side, f"{way}_GB_per_s", 7) + cell(side, f"{way}_of_copy", 9, 2)
+        print(f"{name:28}" + "".join(cell(side, f"{way}_ms", width, 3) + cell(side, f"{way}_GB_per_s", 7) + cell(side, f"{way}_of_copy", 9, 2)
                                      for way, width in (("forward", 12), ("both", 16))) + cell(side, "kept", 7, 2) + cell(side, "peak_MB", 9))
-    print(f"{'relative errors, the worse of two heads':42}" + "".join(f"{name:>9}" for name in OUTPUTS))
-    for name, side in row["sides"].items():
-        if "errors" in side:
-            print(f"{name:42}" + "".join(f"{side['errors'][output]:9.1e}" for output in OUTPUTS))
+    print(f"{'relative errors':28}" + "".join(f"{name:>9}" for name in OUTPUTS))
+    for name, errors in ((name, side["errors"]) for name, side in row["sides"].items() if "errors" in side):
+        print(f"{name:28}" + "".join(f"{errors[output]:9.1e}" for output in OUTPUTS))
     for what, (value, most) in row["goals"].items():
-        print(f"  {what:24}{value:10.2g} (goal {most:g})" + ("" if value <= most else " MISSED"), flush=True)
+        print(f"  {what:26}{value:10.2g} (goal {most:g})" + ("" if value <= most else " MISSED"), flush=True)
 
 
-def plot_kernels(rows: list[dict], path: Path) -> None:
-    """Milliseconds of every side at every shape, forward, and forward and backward."""
+def plot_kernels(rows: dict[str, dict], path: Path) -> None:
+    """Milliseconds of every side at every shape."""
     try:
         import matplotlib
     except ImportError:
@@ -410,68 +385,51 @@ def plot_kernels(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
-    names = ("triton", "fla, best", "fla", "attention", "chunk", "loop")
     for ax, way, title in zip(axes, ("forward", "both"), ("forward", "forward and backward")):
-        for i, name in enumerate(names):
-            sides = [row["sides"].get(row.get("best") if name == "fla, best" else name, {}) for row in rows]
-            ax.bar([x + i / 7 for x in range(len(rows))], [side.get(f"{way}_ms", 0) for side in sides], 1 / 7, label=name)
-        least = [row["sides"]["triton"][f"{way}_ms"] * row["sides"]["triton"][f"{way}_of_copy"] for row in rows]
-        ax.hlines(least, [x - 0.1 for x in range(len(rows))], [x + 0.8 for x in range(len(rows))], "k", "dotted", label="least traffic, as fast as a copy")
-        ax.set_xticks([x + 0.36 for x in range(len(rows))], [f"{row['B']}, {row['T']}, {row['H']}" for row in rows])
+        for i, name in enumerate(("triton", "fla's best", "fla", "attention", "chunk", "loop")):
+            sides = [row["sides"].get(row.get("best") if name == "fla's best" else name, {}) for row in rows.values()]
+            ax.bar([x + i / 7 for x in range(len(rows))], [side.get(f"{way}_ms", math.nan) for side in sides], 1 / 7, label=name)
+        ax.set_xticks([x + 0.36 for x in range(len(rows))], rows)
         ax.set(title=title, xlabel="B, T, H", ylabel="ms", yscale="log")
     axes[0].legend(fontsize=7)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def fla_settings(chunk_rwkv7: Callable, ours: Side, tried: set[str], deadline: float) -> dict[str, Side]:
-    """fla in each of its settings that runs; one that was not tried before the deadline is not begun after it."""
-    settings = FLA | ({f"{name}, FLA_TILELANG=0": options | {"tilelang": "0"} for name, options in FLA.items()} if find_spec("tilelang") else {})
-    sides = {}
-    for name, options in settings.items():
-        if name not in tried and time.perf_counter() > deadline:
-            print(f"{name} is left out: --fla_minutes are over")
-            continue
-        start, side = time.perf_counter(), fla_side(chunk_rwkv7, ours, **options)
-        if attempt(name, side.both):
-            sides[name] = side
-            print(f"{name} runs, after {time.perf_counter() - start:.0f} s", flush=True)
-        tried.add(name)
-    return sides
+def kernel_row(B: int, T: int, H: int, chunk_rwkv7: Callable | None, cfg: BenchConfig, device: str, copy: float) -> dict:
+    """All that is measured at one shape; of fla its default and, by the time of both passes, its best setting."""
+    clock = gpu_clock if device == "cuda" else stopwatch
+    sides, row = operator_sides(B, T, H, 64, device, torch.bfloat16), {"B": B, "T": T, "H": H}
+    if B * T * H > LOOP_LIMIT:
+        del sides["loop"]
+    sides = {name: side for name, side in sides.items() if attempt(name, side.both)}
+    if chunk_rwkv7:
+        settings = {name: fla_side(chunk_rwkv7, sides["triton"], **options) for name, options in FLA.items()}
+        settings = {name: side for name, side in settings.items() if attempt(name, side.both)}
+        row["fla_ms"] = {name: 1e3 * s for name, s in in_turns({name: side.both for name, side in settings.items()}, 3, clock).items()}
+        row["best"] = min(settings, key=row["fla_ms"].get, default=None)
+        sides |= {name: side for name, side in settings.items() if name in ("fla", row["best"])}
+    row["sides"] = measure(sides, cfg, clock, copy)
+    row["goals"] = kernel_goals(row)
+    print_kernels(row)
+    return row
 
 
 def bench_kernels(cfg: BenchConfig, device: str, results: dict) -> None:
-    """Fill in and write the results step by step, ours first: whatever comes after, they are not lost."""
-    shapes, clock = (KERNEL_SHAPES, gpu_clock()) if device == "cuda" else (TINY_SHAPES, stopwatch)
-    copy = copy_rate(2**31 if device == "cuda" else 2**22, device, cfg.repeat, clock)
-    results |= {"copy_GB_per_s": copy / 1e9, "least_bytes": least_bytes(64), "kernels": []}
-    print("\nwkv7, N = 64, bfloat16: at least {forward:,} bytes per token and head forward, {both:,} with backward;".format(**least_bytes(64))
-          + f" a copy in memory moves {copy / 1e9:,.0f} GB/s" + ("" if device == "cuda" else "\nTriton's interpreter: this shows that it runs, and not its speed"))
-    chunk_rwkv7, tried, deadline = None, set(), time.perf_counter() + 60 * cfg.fla_minutes
-    if find_spec("fla") is None:
-        print("fla is not installed, so it is left out: pip install fla-core==0.6.0 einops")
-    else:
-        chunk_rwkv7 = attempt("fla", lambda: import_module("fla.ops.rwkv7").chunk_rwkv7)
-    for B, T, H in shapes:
-        others = operator_sides(B, T, H, 64, device, torch.bfloat16)
-        ours = {"triton": replace(others.pop("triton"), exact=by_definition)}
-        if not attempt("triton", ours["triton"].both):
-            continue
-        row = {"B": B, "T": T, "H": H, "sides": measure(ours, cfg, copy, clock)}
-        results["kernels"].append(row)
-        save(cfg, results)
-        if B * T * H > LOOP_LIMIT:
-            del others["loop"]
-        others = {name: side for name, side in others.items() if attempt(name, side.both)}
-        if chunk_rwkv7 and (fla := fla_settings(chunk_rwkv7, ours["triton"], tried, deadline)):
-            row["fla_ms"] = {name: 1e3 * took for name, took in in_turns({name: side.both for name, side in fla.items()}, 3, clock).items()}
-            row["best"] = min(fla, key=row["fla_ms"].get)
-            others |= {name: fla[name] for name in fla if name in ("fla", row["best"])}
-        row["sides"] = measure(ours | others, cfg, copy, clock)
-        row["goals"] = kernel_goals(row)
-        print_kernels(row)
-        save(cfg, results)
-    if cfg.json:
+    """Two rounds over the shapes, the second with fla, which compiles for long: what the first has written is not lost."""
+    shapes, clock, size = (KERNEL_SHAPES, gpu_clock, 2**29) if device == "cuda" else (TINY_SHAPES, stopwatch, 2**20)
+    source, target = torch.rand(2, size, device=device)
+    copy = 8 * size / in_turns({"copy": lambda: target.copy_(source)}, cfg.repeat, clock)["copy"]  # 4 bytes read and 4 written
+    results |= {"copy_GB_per_s": copy / 1e9, "least_bytes": least_bytes(64), "fla_settings": FLA, "kernels": {}}
+    print("\nwkv7, N = 64, bfloat16: per token and head at least {forward:,} bytes forward, {both:,} with backward;".format(**least_bytes(64)),
+          f"a copy in memory moves {copy / 1e9:,.0f} GB/s" + "\nTriton's interpreter: this shows that everything runs, not how fast" * (device == "cpu"))
+    chunk_rwkv7 = attempt("fla (pip install fla-core==0.6.0)", lambda: import_module("fla.ops.rwkv7").chunk_rwkv7)
+    for theirs in (None, chunk_rwkv7) if chunk_rwkv7 else (None,):
+        for B, T, H in shapes:
+            if row := attempt(f"B {B} T {T} H {H}", lambda: kernel_row(B, T, H, theirs, cfg, device, copy)):
+                results["kernels"][f"{B}, {T}, {H}"] = row
+                save(cfg, results)
+    if cfg.json and results["kernels"]:
         plot_kernels(results["kernels"], Path(cfg.json).with_suffix(".png"))
 
 

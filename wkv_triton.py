@@ -33,6 +33,7 @@ from torch import Tensor
 SIZES = (16, 32, 64, 128)                                        # head sizes N
 MODES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_LOG = 40.0                                                   # as in wkv.py: the most that log W may fall within a chunk
+LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)       # TRITON_INTERPRET=1 when this file was imported
 
 
@@ -41,28 +42,36 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)       # TRITON_INTERP
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in `dtype`, rounded to nearest; left to itself, the interpreter cuts bfloat16 off."""
+    """x in `dtype`, rounded to nearest. The interpreter would cut bfloat16 off, and slowly: there it is rounded by hand and stays float32."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
 def dot(x, y, MODE: tl.constexpr):
     """Where values meet: in the inputs' precision. 1/W leaves float16's range, so float16 takes tf32: as many digits."""
     if MODE == "bf16":
-        x, y = cast(x, tl.bfloat16), cast(y, tl.bfloat16)
-        if not INTERPRETED:  # which would multiply the bit patterns, and does not know bf16x3
-            return tl.dot(x, y)
-    return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee" if MODE == "fp32" else "tf32")
+        return tl.dot(cast(x, tl.bfloat16), cast(y, tl.bfloat16))
+    else:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee" if MODE == "fp32" else "tf32")
 
 
 @triton.jit
 def dot32(x, y, MODE: tl.constexpr):
-    """Among keys: near float32. bf16x3 and tf32x3 multiply high and low parts, in three products, for 16 and 21 bits."""
-    x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, input_precision="ieee" if MODE == "fp32" or INTERPRETED else "bf16x3" if MODE == "bf16" else "tf32x3")
+    """Among keys: near float32. A float32 number is split into a high and a low half of 8 (bfloat16) or 11 bits (tf32x3)."""
+    if MODE == "bf16":
+        x1, y1 = cast(x, tl.bfloat16), cast(y, tl.bfloat16)
+        out = tl.dot(x1, y1)
+        if x.dtype != tl.bfloat16:
+            out += tl.dot(cast(x - x1.to(tl.float32), tl.bfloat16), y1)
+        if y.dtype != tl.bfloat16:
+            out += tl.dot(x1, cast(y - y1.to(tl.float32), tl.bfloat16))
+        return out
+    else:
+        return tl.dot(x, y, input_precision="ieee" if MODE == "fp32" else "tf32x3")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,13 +90,16 @@ def store(x, value, t, T, stride, n):
 
 @triton.jit
 def weigh(r, w, k, kk, a, t, T, stride, n, MODE: tl.constexpr):
-    """z~, r~, b~, k~ (L, N), log W (L, N), log D (N). The first four are rounded here, once: all later steps see the same."""
-    w, kk = load(w, t, T, stride, n), load(kk, t, T, stride, n)
+    """z~, r~, b~, k~ (L, N), log W (L, N), log D (N). The first four are rounded here, once: all later steps see the same.
+
+    Logarithms are to base 2 in this file, the base in which the hardware takes powers.
+    """
+    w, kk = load(w, t, T, stride, n) * LOG2E, load(kk, t, T, stride, n)
     logW = tl.cumsum(w, 0)
-    z_ = -kk * tl.exp(logW - w)
-    r_ = load(r, t, T, stride, n) * tl.exp(logW)
-    b_ = kk * load(a, t, T, stride, n) * tl.exp(-logW)
-    k_ = load(k, t, T, stride, n) * tl.exp(-logW)
+    z_ = -kk * tl.exp2(logW - w)
+    r_ = load(r, t, T, stride, n) * tl.exp2(logW)
+    b_ = kk * load(a, t, T, stride, n) * tl.exp2(-logW)
+    k_ = load(k, t, T, stride, n) * tl.exp2(-logW)
     if MODE == "bf16":
         z_, r_, b_, k_ = cast(z_, tl.bfloat16), cast(r_, tl.bfloat16), cast(b_, tl.bfloat16), cast(k_, tl.bfloat16)
     return z_, r_, b_, k_, logW, tl.sum(w, 0)
@@ -112,20 +124,14 @@ def inverse(A, L: tl.constexpr, MODE: tl.constexpr):
 def fold(z_, r_, b_, k_, L: tl.constexpr, MODE: tl.constexpr):
     """The chunk's matrices, float32: X, A_rb, P, E, R, F, K. What a kernel does not use the compiler leaves out."""
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    A_zb = tl.where(i > j, dot_rounded(z_, b_, MODE), 0.0)
-    A_zk = tl.where(i > j, dot_rounded(z_, k_, MODE), 0.0)
-    A_rb = tl.where(i >= j, dot_rounded(r_, b_, MODE), 0.0)
-    A_rk = tl.where(i >= j, dot_rounded(r_, k_, MODE), 0.0)
+    A_zb = tl.where(i > j, dot32(z_, tl.trans(b_), MODE), 0.0)
+    A_zk = tl.where(i > j, dot32(z_, tl.trans(k_), MODE), 0.0)
+    A_rb = tl.where(i >= j, dot32(r_, tl.trans(b_), MODE), 0.0)
+    A_rk = tl.where(i >= j, dot32(r_, tl.trans(k_), MODE), 0.0)
     X = inverse(A_zb, L, MODE)
     P, E = dot32(X, z_, MODE), dot32(X, A_zk, MODE)
     R, F, K = r_ + dot32(A_rb, P, MODE), A_rk + dot32(A_rb, E, MODE), k_ + dot32(tl.trans(E), b_, MODE)
     return X, A_rb, P, E, R, F, K
-
-
-@triton.jit
-def dot_rounded(x, y, MODE: tl.constexpr):
-    """x y^T of tensors from `weigh`: bfloat16 numbers multiply exactly in one product."""
-    return dot(x, tl.trans(y), MODE) if MODE == "bf16" else dot32(x, tl.trans(y), MODE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, 
             tl.store(y + start + t[:, None] * stride + rows[None, :], cast(out, y.dtype.element_ty), mask=valid)
         # S_L = (S + (P S^T)^T b~ + v^T K) diag(D)
         S += dot(tl.trans(dot(P, tl.trans(S), MODE)), b_, MODE) + dot(tl.trans(values), K, MODE)
-        S *= tl.exp(logD)[None, :]
+        S *= tl.exp2(logD)[None, :]
 
     if PROBE:
         tl.store(jumps + (head * segments + segment) * 2 * N * N + square, S)
@@ -205,7 +211,7 @@ def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first,
         if not PROBE:
             tl.store(dstates + (head * chunks + c) * N * N + square, cast(dS, dstates.dtype.element_ty))
         # dS = dC + (dC b~^T) P + dy^T R, dC = dS_L diag(D)
-        dS *= tl.exp(logD)[None, :]
+        dS *= tl.exp2(logD)[None, :]
         dS += dot(dot(dS, tl.trans(b_), MODE), P, MODE) + dot(tl.trans(load(dy + start, t, T, stride, rows)), R, MODE)
 
     if PROBE:
@@ -231,7 +237,7 @@ def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T
         rows = first + tl.arange(0, BV)
         square = tl.program_id(0).to(tl.int64) * N * N + rows[:, None] * N + n[None, :]
         S = tl.load(states + square).to(tl.float32)                                             # (BV, N)
-        dC = tl.load(dstates + square).to(tl.float32) * tl.exp(logD)[None, :]                   # (BV, N)
+        dC = tl.load(dstates + square).to(tl.float32) * tl.exp2(logD)[None, :]                   # (BV, N)
         values, dout = load(v + start, t, T, stride, rows), load(dy + start, t, T, stride, rows)  # (L, BV)
         store(dv + start, dot(tl.trans(F), dout, MODE) + dot(K, tl.trans(dC), MODE), t, T, stride, rows)
         dR += dot(dout, S, MODE)
@@ -258,10 +264,10 @@ def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T
     # The four A = tril((z~, r~) (b~, k~)^T). Q~ = Q e^{+-log W}, so d log W is +- Q~ dQ~
     dr_ = dR + dot32(dA_rb, b_, MODE) + dot32(dF, k_, MODE)
     dlogW = r_ * dr_
-    store(dr + start, dr_ * tl.exp(logW), t, T, stride, n)
+    store(dr + start, dr_ * tl.exp2(logW), t, T, stride, n)
     dk_ = dK + dot32(tl.trans(dA_zk), z_, MODE) + dot32(tl.trans(dF), r_, MODE)
     dlogW -= k_ * dk_
-    store(dk + start, dk_ * tl.exp(-logW), t, T, stride, n)
+    store(dk + start, dk_ * tl.exp2(-logW), t, T, stride, n)
     db += dot32(tl.trans(dA_zb), z_, MODE) + dot32(tl.trans(dA_rb), r_, MODE)
     dlogW -= b_ * db
     dz += dot32(dA_zb, b_, MODE) + dot32(dA_zk, k_, MODE)
@@ -269,8 +275,8 @@ def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T
     # log W_t is the sum of w up to t (for z~: up to t-1), log D the sum of all
     store(dw + start, tl.cumsum(dlogW, 0, reverse=True) + dlogD[None, :] - z_ * dz, t, T, stride, n)
     # z = -kk, b = kk * a
-    db *= tl.exp(-logW)
-    dz *= tl.exp(logW - load(w + start, t, T, stride, n))
+    db *= tl.exp2(-logW)
+    dz *= tl.exp2(logW - load(w + start, t, T, stride, n) * LOG2E)
     store(da + start, load(kk + start, t, T, stride, n) * db, t, T, stride, n)
     store(dkk + start, load(a + start, t, T, stride, n) * db - dz, t, T, stride, n)
 

@@ -1,13 +1,16 @@
 """The benchmark measures what it says: equal sides, in turns. Nothing here depends on how long anything takes."""
 
 import json
+import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import bench
-from bench import decode_sides, in_turns, main, operator_sides, random_rwkv, train_side
-from common import one_line, tiny_model
+from bench import decode_sides, errors, fla_side, in_turns, least_bytes, main, operator_sides, random_rwkv, train_side
+from common import one_line, start, tiny_model
 from model import LM, ModelConfig
 from sample import kv_bytes
 
@@ -28,7 +31,7 @@ def test_sides_run_in_turns_and_the_median_leaves_the_first_round_out(monkeypatc
 
 def test_the_operators_sides_do_one_work_forward_and_backward():
     sides = operator_sides(2, 40, 3, 64, "cpu", torch.float32)
-    loop, chunk, attention = (sides[name]() for name in ("loop", "chunk", "attention"))
+    loop, chunk, attention = (sides[name].both() for name in ("loop", "chunk", "attention"))
     assert [len(g) for g in (loop, chunk, attention)] == [6, 6, 3] and all(g.shape == (2, 40, 3, 64) for g in loop)
     assert all(g.shape == (2, 3, 40, 64) and g.abs().sum() > 0 for g in attention)
     for a, b in zip(loop, chunk):
@@ -103,10 +106,113 @@ def test_the_script_prints_tables_and_writes_what_they_say(installed, tmp_path, 
 
 def test_one_part_alone_and_bad_options_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", ((1, 20, 1, 3.0),))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     main(["--only", "operator", "--repeat", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "wkv7" in out and "training" not in out and "memory" not in out
-    for args, word in ((["--only", "speed"], "choose operator"), (["--repeat", "0"], "at least 1"), (["--device", "tpu"], "choose auto")):
+    for args, word in ((["--only", "speed"], "choose operator"), (["--repeat", "0"], "at least 1"), (["--device", "tpu"], "choose auto"),
+                       (["--kernels", "--device", "cpu"], "needs tensors on an NVIDIA GPU")):
         with pytest.raises(ValueError) as e:
             main(args)
         assert word in one_line(e.value)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels' benchmark. What it says of a GPU is for a GPU to say; here are its bytes, its errors and its course
+
+FLA = """
+import torch
+
+def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None,
+                safe_gate=False, chunk_size=None, disable_recompute=False, cp_context=None, lower_bound=None):
+    '''S_t = diag(e^w) S + b (a^T S) + k v^T, y = S^T r, S (B, H, K, V): fla's own definition, one token after another.'''
+    if chunk_size == 32:
+        raise RuntimeError("out of\\nshared memory")
+    r, w, k, v, a, b = (x.float() for x in (r, w, k, v, a, b))
+    S, ys = (0 if initial_state is None else initial_state) + 0 * k[:, 0, ..., None] * v[:, 0, :, None], []
+    for t in range(r.shape[1]):
+        S = S * w[:, t, ..., None].exp() + b[:, t, ..., None] * (a[:, t, ..., None] * S).sum(-2, keepdim=True) + k[:, t, ..., None] * v[:, t, :, None]
+        ys.append((r[:, t, ..., None] * S).sum(-2))
+    return torch.stack(ys, 1).bfloat16(), S if output_final_state else None
+"""
+
+
+@pytest.fixture
+def fla(tmp_path):
+    """A folder with a package fla that has the one function of the real one that is measured."""
+    (tmp_path / "fla" / "ops" / "rwkv7").mkdir(parents=True)
+    (tmp_path / "fla" / "ops" / "rwkv7" / "__init__.py").write_text(FLA)
+    return tmp_path
+
+
+def test_least_traffic_at_a_head_of_64():
+    assert least_bytes(64) == {"forward": 896, "both": 2816}
+
+
+def test_errors_are_relative_to_the_definition_for_us_and_in_flas_terms():
+    chunk = operator_sides(2, 40, 3, 16, "cpu", torch.float32)["chunk"]
+    assert errors(chunk).keys() == set(bench.OUTPUTS) and max(errors(chunk).values()) < 1e-5
+    more = replace(chunk, run=lambda *inputs: (1.01 * chunk.run(*inputs)[0], chunk.run(*inputs)[1]))
+    assert errors(more)["y"] == pytest.approx(0.01, rel=1e-3) and errors(more)["S"] < 1e-5
+    exec(FLA.replace(".bfloat16()", ""), namespace := {})
+    assert max(errors(fla_side(namespace["chunk_rwkv7"], chunk)).values()) < 1e-5
+
+
+def test_what_is_not_written_is_not_taken_for_right():
+    """Not even one number of a head that no one compares: memory is NaN before it is written."""
+    chunk = operator_sides(2, 20, 3, 16, "cpu", torch.float32)["chunk"]
+
+    def forgetful(*inputs):
+        y, S = chunk.run(*inputs)
+        mask = torch.ones_like(y, dtype=torch.bool)
+        mask[0, 5, 1, 3] = False
+        return torch.where(mask, y, torch.empty_like(y)), S
+
+    assert all(map(math.isnan, errors(replace(chunk, run=forgetful)).values()))
+    assert not torch.are_deterministic_algorithms_enabled() and torch.empty(3).shape == (3,)
+
+
+def test_the_kernels_benchmark_in_the_interpreter_beside_a_stand_in_for_fla(fla, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", str(fla))
+    process = start("bench.py", "--kernels", "--repeat", "1", "--json", fla / "new" / "k.json")
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    results = json.loads((fla / "new" / "k.json").read_text())
+    (row,) = results["kernels"].values()
+    working = {name for name in bench.FLA if "32" not in name}
+    assert results["copy_GB_per_s"] > 0 and row["fla_ms"].keys() == working and row["best"] in working
+    assert row["sides"].keys() == {"loop", "chunk", "triton", "attention", "fla", row["best"]}
+    for name in ("triton", row["best"]):
+        side = row["sides"][name]
+        assert max(side["errors"].values()) < 6e-3 and side["errors"].keys() == set(bench.OUTPUTS)
+        for way, least in (("forward", 896), ("both", 2816)):
+            assert side[f"{way}_GB_per_s"] == pytest.approx(1 * 20 * 2 * least / side[f"{way}_ms"] / 1e6)
+            assert side[f"{way}_of_copy"] == pytest.approx(side[f"{way}_GB_per_s"] / results["copy_GB_per_s"])
+    value, most = row["goals"]["both ms, of fla's best"]
+    assert most == 0.5 and value == pytest.approx(row["sides"]["triton"]["both_ms"] / row["sides"][row["best"]]["both_ms"])
+    assert "not how fast" in out and "fla, chunk 32 is left out: RuntimeError: out of shared memory" in out and "MISSED" in out
+    assert (fla / "new" / "k.png").exists() or "no plot" in out
+
+
+def test_without_fla_a_line_says_so(capsys, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.setattr(bench, "TINY_SHAPES", ())
+    main(["--kernels"])
+    assert "fla (pip install fla-core==0.6.0) is left out: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_a_side_that_fails_costs_no_other_side_anything(capsys, monkeypatch):
+    """Neither in running, nor in its errors; our own failure leaves out a shape, and the script goes on."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sides = operator_sides(1, 8, 1, 16, "cpu", torch.bfloat16)
+    sides["triton"] = sides["chunk"]  # which is faster here
+    broken = replace(sides["loop"], exact=lambda *inputs: 1 / 0)
+    monkeypatch.setattr(bench, "operator_sides", lambda *shape: sides | {"loop": broken, "chunk": replace(broken, run=broken.exact)})
+    row = bench.kernel_row(1, 8, 1, None, bench.BenchConfig(repeat=1), "cpu", 1e9)
+    assert row["sides"].keys() == {"loop", "triton", "attention"} and all(map(math.isnan, row["sides"]["loop"]["errors"].values()))
+    assert max(row["sides"]["triton"]["errors"].values()) < 6e-3
+    out = capsys.readouterr().out
+    assert "chunk is left out: ZeroDivisionError" in out and "errors of loop is left out: ZeroDivisionError" in out

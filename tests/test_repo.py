@@ -33,7 +33,8 @@ def blocks(document: str, *languages: str) -> list[str]:
 MAY_IMPORT = {
     "config": set(),
     "data": {"data"},
-    "wkv": set(),
+    "wkv_triton": set(),
+    "wkv": {"wkv_triton"},
     "model": {"wkv"},
     "evaluate": {"config", "data", "model", "wkv"},
     "train": {"config", "data", "model", "wkv", "evaluate"},
@@ -56,14 +57,15 @@ def test_imports_form_a_dag_and_leaves_are_leaves():
 
 
 BUDGETS = {  # lines; about the file's present length. Whoever needs more raises the number in the same commit
-    "wkv.py": 190,
+    "wkv.py": 220,
+    "wkv_triton.py": 400,    # out of wkv.py: Triton is not everywhere, and the definition is read without it
     "model.py": 480,         # beyond 400: official initial values and one-line refusals of bad folders are both long lists
     "train.py": 550,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks and interrupts
     "distill.py": 600,       # beyond 330: three stages with RWKVInside's options, each a switch, and the controls
     "evaluate.py": 300,      # beyond 180: the table over seeds
     "decode.py": 200,        # taken out of sample.py: 36 operations a layer instead of 71
     "sample.py": 230,        # beyond 150: four samplers, penalties, streaming of bytes that are not yet characters
-    "bench.py": 240,         # beyond 180: three benchmarks, each beside its rivals
+    "bench.py": 480,         # beyond 180: four benchmarks, each beside its rivals, one of them for a GPU seen once a session
     "data/loader.py": 210,   # the package beyond 300: three kinds of data, and line numbers in every complaint
     "data/prepare.py": 230,
     "data/sources.py": 250,
