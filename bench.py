@@ -4,6 +4,7 @@
     python bench.py --only operator            wkv7 in chunks against its loop and against causal attention
     python bench.py --only train               a training step of a GPT and of an RWKV-7
     python bench.py --only decode              generation against the PyPI package `rwkv`, on the same weights
+    python bench.py --only memory              peak memory and speed of training against the length of the sequence (alone: minutes)
     python bench.py --json out/bench.json
     python bench.py --kernels --repeat 20 --json out/kernels.json      on a GPU: the Triton kernels beside their rivals, and a plot
     TRITON_INTERPRET=1 python bench.py --kernels                       on any machine: shows that this runs, not how fast
@@ -18,7 +19,10 @@ import json
 import math
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,10 +33,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from bptt import backward_in_pieces
 from config import cli, run
-from decode import Decoder, kv_bytes
+from data.loader import Batch
+from decode import kv_bytes, optimize_for_inference
 from model import LM, ModelConfig
+from train import Step, cross_entropy_chunk
 from wkv import why_not_triton, wkv7
 
 SHAPES = ((16, 256, 4, 3.0), (4, 1024, 4, 4.0), (1, 4096, 4, 6.0))  # B, T, H, and how much faster than the loop we want to be
@@ -46,10 +54,15 @@ DECODE = {"small": (replace(RWKV, n_layer=4, n_embd=128, n_head=2, rwkv_head_siz
 class BenchConfig:
     """What to measure. None means off."""
 
-    only: str | None = None     # operator, train, decode
+    only: str | None = None     # operator, train, decode; or memory, which is not among the three
     repeat: int = 5             # repetitions of each side
     json: str | None = None     # also write the results here
-    device: str = "auto"        # auto, cpu, cuda; for operator and train, decoding is measured on the CPU
+    device: str = "auto"        # auto, cpu, cuda; rwkv is measured on the CPU alone
+    lengths: str | None = None  # of memory: tokens per sequence; None = 1024,2048,4096,8192,16384, on a GPU up to 65536
+    bptt_chunk: int = 1024      # of memory: tokens at a time
+    layers: int = 3             # of memory: the model's shape
+    embd: int = 96
+    limit: float = 60.0         # of memory: seconds; a side that took longer is left out at greater lengths
     kernels: bool = False       # only this: the operator's Triton kernels beside fla's and others
 
 
@@ -159,6 +172,83 @@ def bench_train(cfg: BenchConfig, device: str, B: int = 8, T: int = 256) -> list
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory of a training step against the length of the sequence
+
+SIDES = {"GPT": "a", "RWKV-7": "r", "RWKV-7, checkpointed": "r", "RWKV-7, in pieces": "r"}  # checkpointed: each block runs again on the way back
+
+
+def length_side(name: str, T: int, cfg: BenchConfig, device: str) -> dict[str, float]:
+    """Tokens/s of one AdamW step on one sequence of T tokens, and the process's peak memory above what it had before, in MB.
+
+    The step before, on 16 tokens, has made gradients and moments: what is left are activations. For a process of its own.
+    """
+    shape = replace(GPT if SIDES[name] == "a" else RWKV, n_layer=cfg.layers, n_embd=cfg.embd, n_head=max(1, cfg.embd // 32), block_size=T)
+    torch.manual_seed(0)
+    model = LM(shape).to(device)
+    if name.endswith("checkpointed"):
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    module = Step(model, cross_entropy_chunk)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(shape.vocab_size, (1, T + 1), device=device)
+
+    def step(n: int):
+        batch = Batch(tokens[:, :n], tokens[:, 1 : n + 1], torch.ones(1, n, device=device))
+        backward_in_pieces(module, batch, None, cfg.bptt_chunk if name.endswith("in pieces") else None, 1 / n, True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    def peak() -> float:
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS says bytes, Linux kB
+
+    step(16)
+    before = peak()
+    seconds = stopwatch(lambda: step(T))
+    high = peak()
+    if seconds < 5:  # the first time includes making room
+        seconds = statistics.median(stopwatch(lambda: step(T)) for _ in range(3))
+    return {"parameters": model.n_params(), "MB": (high - before) / 1e6, "tokens_per_s": T / seconds, "seconds": seconds}
+
+
+def bench_memory(cfg: BenchConfig, device: str) -> list[dict]:
+    """Each side at each length in a process of its own, whose peak is nobody else's."""
+    lengths = sorted(parse_lengths(cfg.lengths or ",".join(str(1024 * 2**i) for i in range(7 if device == "cuda" else 5))))
+    print(f"\ntraining on one sequence of T tokens, {cfg.layers} layers, C {cfg.embd}, {device}: MB above the idle model, tokens/s; pieces of {cfg.bptt_chunk}")
+    print(f"{'T':>8}" + "".join(f"{name:>26}" for name in SIDES))
+    rows, over = [], set()
+    for T in lengths:
+        row: dict = {"T": T}
+        for name in SIDES:
+            if name in over:
+                continue
+            code = f"import json, bench; print(json.dumps(bench.length_side({name!r}, {T}, bench.{cfg!r}, {device!r})))"
+            try:
+                child = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=4 * cfg.limit + 60)
+                failed = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"] if child.returncode else []
+            except subprocess.TimeoutExpired:
+                failed = ["too slow"]
+            if failed:  # out of memory, most likely; longer sequences need more
+                print(f"{name} is left out from T = {T} on: {failed[0][:120]}", flush=True)
+            else:
+                row[name] = json.loads(child.stdout.splitlines()[-1])
+            if failed or row[name]["seconds"] > cfg.limit:
+                over.add(name)
+        rows.append(row)
+        print(f"{T:8}" + "".join(f"{row[name]['MB']:12,.0f} MB{row[name]['tokens_per_s']:9,.0f}/s" if name in row else f"{'-':>26}" for name in SIDES),
+              flush=True)
+    return rows
+
+
+def parse_lengths(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= 16 for part in parts):
+        raise ValueError(f"lengths = {text!r}: write numbers of at least 16 with commas, such as 1024,4096")
+    return list(map(int, parts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
 def random_rwkv(cfg: ModelConfig) -> LM:
@@ -184,17 +274,23 @@ def official(model: LM, folder: str | Path) -> Callable:
 def decode_sides(model: LM, tokens: list[int], folder: str | Path) -> dict[str, Callable[[], torch.Tensor]]:
     """Ways to read `tokens` one by one, after having read them at once; each returns the last logits (V,)."""
     with torch.no_grad():
-        _, start = model(torch.tensor([tokens]))
-    decoder, threads = Decoder(model), torch.get_num_threads()
+        _, start = model(torch.tensor([tokens], device=model.emb.weight.device))
+    decoder, threads = optimize_for_inference(model), torch.get_num_threads()
+    device = model.emb.weight.device
 
     @torch.inference_mode()
-    def ours(step: Callable, shape: tuple[int, ...]):
+    def ours(step: Callable, shape: tuple[int, ...], n: int = threads):
+        torch.set_num_threads(n)
         state = start
         for t in tokens:
-            logits, state = step(torch.tensor(t).view(shape), state)
+            logits, state = step(torch.tensor(t, device=device).view(shape), state)
+        torch.set_num_threads(threads)
         return logits.flatten()
 
-    sides = {"ours": lambda: ours(decoder, (1,)), "LM": lambda: ours(model, (1, 1))}
+    sides = {"ours": lambda: ours(decoder, (1,)), "ours, 1 thread": lambda: ours(decoder, (1,), 1), "LM": lambda: ours(model, (1, 1))}
+    if device.type == "cuda":  # threads are the CPU's, and the package's kernels are not compared here
+        half = optimize_for_inference(model, torch.bfloat16)
+        return {"ours": sides["ours"], "ours, bfloat16": lambda: ours(half, (1,)), "LM": sides["LM"]}
     try:
         forward = official(model, folder)
     except ImportError:
@@ -213,22 +309,27 @@ def decode_sides(model: LM, tokens: list[int], folder: str | Path) -> dict[str, 
     return sides | {"rwkv": lambda: theirs(threads), "rwkv, 1 thread": lambda: theirs(1)}
 
 
-def bench_decode(cfg: BenchConfig) -> list[dict]:
-    print("\none text, one token at a time, CPU, float32: tokens/s; how many times faster than rwkv at its best; largest difference of logits")
-    print(f"{'':22}{'ours':>10}{'LM':>10}{'rwkv':>10}{'rwkv, 1 thread':>16}{'than rwkv':>21}{'difference':>12}")
+def bench_decode(cfg: BenchConfig, device: str) -> list[dict]:
+    print(f"\none text, one token at a time, {device}, float32: tokens/s; weights read once for each token, at the best of ours; largest difference of logits")
+    print(f"{'':22}{'ours':>10}{'1 thread':>10}{'bfloat16':>10}{'LM':>10}{'GB/s':>8}{'rwkv':>10}{'1 thread':>10}{'than rwkv':>20}{'difference':>12}")
     rows = []
     for name, (shape, n) in DECODE.items():
-        model = random_rwkv(shape)
+        model = random_rwkv(shape).to(device)
         with tempfile.TemporaryDirectory() as folder:
             sides = decode_sides(model, torch.randint(shape.vocab_size, (n,)).tolist(), folder)
             speed = {side: n / seconds for side, seconds in in_turns(sides, cfg.repeat).items()}
-        row = {"model": name, "n_layer": shape.n_layer, "n_embd": shape.n_embd, "parameters": model.n_params(), "tokens_per_s": speed}
+        read = model.n_params() - model.emb.weight.numel()  # of the embedding it is one row
+        bandwidth = max(speed[side] * read * (2 if "bfloat16" in side else 4) for side in speed if side.startswith("ours")) / 1e9
+        row = {"model": name, "n_layer": shape.n_layer, "n_embd": shape.n_embd, "parameters": model.n_params(), "tokens_per_s": speed, "GB_per_s": bandwidth}
+        line = "".join(cell(speed, side, 10) for side in ("ours", "ours, 1 thread", "ours, bfloat16", "LM")) + f"{bandwidth:8.1f}"
+        line += cell(speed, "rwkv", 10) + cell(speed, "rwkv, 1 thread", 10)
         if "rwkv" in sides:
             a, b = sides["ours"](), sides["rwkv"]()
-            row |= {"ratio": speed["ours"] / max(speed["rwkv"], speed["rwkv, 1 thread"]), "difference": ((a - b).abs().max() / b.abs().max()).item()}
-        print(f"{name:8}L {shape.n_layer:<4}C {shape.n_embd:<6}" + cell(speed, "ours", 10) + cell(speed, "LM", 10) + cell(speed, "rwkv", 10) +
-              cell(speed, "rwkv, 1 thread", 16) + (f"{row['ratio']:10.2f} (goal 1.5){row['difference']:12.1e}" if "ratio" in row else ""), flush=True)
-        _, state = model(torch.zeros(1, 1, dtype=torch.long))
+            best = {who: max(v for side, v in speed.items() if side.startswith(who)) for who in ("ours", "rwkv")}
+            row |= {"ratio": best["ours"] / best["rwkv"], "difference": ((a - b).abs().max() / b.abs().max()).item()}
+            line += f"{row['ratio']:11.2f} (goal 2){row['difference']:12.1e}"
+        print(f"{name:8}L {shape.n_layer:<4}C {shape.n_embd:<6}" + line, flush=True)
+        _, state = model(torch.zeros(1, 1, dtype=torch.long, device=device))
         rows.append(row | {"state_bytes": state.nbytes(), "kv_bytes": {T: kv_bytes(shape, T) for T in (1024, 8192, 65536)}})
 
     print(f"\nmemory of one text in bytes, float32\n{'':22}{'RWKV-7':>12}" + "".join(f"{f'attention, {T}':>19}" for T in rows[0]["kv_bytes"]))
@@ -443,8 +544,12 @@ def save(cfg: BenchConfig, results: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(BenchConfig, argv)
-    if cfg.only not in (None, "operator", "train", "decode"):
-        raise ValueError(f"only = {cfg.only!r}: choose operator, train or decode")
+    if cfg.only not in (None, "operator", "train", "decode", "memory"):
+        raise ValueError(f"only = {cfg.only!r}: choose operator, train, decode or memory")
+    for name, least in (("bptt_chunk", 1), ("layers", 1), ("embd", 32), ("limit", 0)):
+        if not least <= getattr(cfg, name) < math.inf or name == "embd" and cfg.embd % 32:
+            raise ValueError(f"{name} = {getattr(cfg, name)}: it must be at least {least}" + ", and a multiple of 32" * (name == "embd"))
+    parse_lengths(cfg.lengths or "16")
     if cfg.repeat < 1:
         raise ValueError(f"repeat = {cfg.repeat}: it must be at least 1")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -465,7 +570,9 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.only in (None, "train"):
         results["train"] = bench_train(cfg, device)
     if cfg.only in (None, "decode"):
-        results["decode"] = bench_decode(cfg)
+        results["decode"] = bench_decode(cfg, device)
+    if cfg.only == "memory":
+        results["memory"] = bench_memory(cfg, device)
     save(cfg, results)
 
 

@@ -1,13 +1,15 @@
 """One token at a time, fast: what generation runs for a pure RWKV-7 model in place of LM.forward.
 
 A step costs reading every weight once, and a microsecond or two for each operation, view and new tensor. LM, written to be
-read and trained, takes 71 operations and 62 views for a layer; here they are 36 and 5, on weights that lie ready, in memory
-that is allocated once. The numbers are the same, and model.py is the place to understand them. What it is not: another
-model, or faster for more than one token at a time.
+read and trained, takes 71 operations and 62 views for a layer; here they are 36 and 4, on weights that lie ready, in memory
+that is allocated once. What can be computed once is: ln0 of the embedding, -e^-0.5, 1 - k_a, half of the gate's maps; r, k
+and v are one product, and so is each half of the four low-rank maps. The numbers are the same, and model.py is the place to
+understand them. What it is not: another model, or faster for more than one token at a time.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -21,15 +23,22 @@ from model import LM, Block, ModelConfig, State
 class Decoder:
     """tokens (B,), state -> logits (B, V), state, as LM(tokens[:, None], state) gives them. Holds copies of the weights.
 
+    `dtype`: of the matrices alone, None = the model's; all between them, the state too, is float32.
     A model with attention, with rotary positions or norms in its RWKV heads, or in half precision goes through LM itself.
     """
 
     @torch.no_grad()
-    def __init__(self, model: LM):
+    def __init__(self, model: LM, dtype: torch.dtype | None = None):
         self.model, self.cfg, self.layers, self.scratch, self.B = model, model.cfg, None, None, 0
         if "a" not in self.cfg.mixers and not (self.cfg.rwkv_rope or self.cfg.qk_norm) and model.emb.weight.dtype.itemsize >= 4:
-            self.layers, self.emb, self.head = [pack(b) for b in model.blocks], model.emb.weight.detach(), product(model.head.weight.T)
-            self.ln0, self.ln_out = norm(model.blocks[0].ln0) if self.cfg.ln0 else torch.clone, norm(model.ln_out)
+            self.product = partial(product, dtype=dtype)
+            self.layers, self.emb, self.head = [pack(b, self.product) for b in model.blocks], model.emb.weight.detach(), self.product(model.head.weight.T)
+            self.ln0, self.ln_out = norm(model.blocks[0].ln0) if self.cfg.ln0 else None, norm(model.ln_out)
+            if self.ln0 and self.cfg.positions != "learned":  # else the position comes in between
+                self.emb, self.ln0 = self.ln0(self.emb), None
+        elif dtype is not None:
+            raise ValueError(f"dtype = {dtype}: only the matrices of a pure RWKV-7 model in float32, without rotary positions and norms in its heads, "
+                             "can be of another; use model.to(dtype) for this one")
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -38,8 +47,10 @@ class Decoder:
             return logits[:, 0], state
         if self.B != len(tokens):
             self.B, self.scratch = len(tokens), scratch(self.layers[0], len(tokens))
+            self.shared = self.layers[0].output.parts > 1
         threads = torch.get_num_threads()
-        torch.set_num_threads(1 if self.B == 1 else threads)  # one token is too little work to share: waiting would take longer
+        if self.B == 1 and not self.shared:
+            torch.set_num_threads(1)  # one token of a small model is too little work to share: waiting would take longer
         try:
             return self.step(tokens, state)
         finally:
@@ -49,7 +60,7 @@ class Decoder:
         x, v_first, after = self.emb[tokens], None, []                                             # x (B, C)
         if self.cfg.positions == "learned":
             x = x + self.model.pos(self.model.position_ids(state.position, 1))
-        x = self.ln0(x)
+        x = self.ln0(x) if self.ln0 else x
         for p, (att, ffn) in zip(self.layers, state.layers):
             x, v_first, att = time_mix(p, self.scratch, x, v_first, att)
             x, ffn = channel_mix(p, x, ffn)
@@ -62,10 +73,10 @@ def time_mix(p: SimpleNamespace, s: SimpleNamespace, x: Tensor, v_first: Tensor 
     last, S, position = state
     x1 = p.ln1(x)
     torch.lerp(x1, last, p.mix, out=s.mixed)                        # token shift for r, k, v; g, w, a, v      (7, B, C)
-    p.rkv(s.mixed_rkv, p.rkv_bias, s.rkv)                           #                                          (3, B, A)
-    low = p.down(s.mixed_low)                                       # the low-rank maps, side by side          (4, B, rank)
-    low[:2].tanh_()
-    p.up(low, p.up_bias, s.low)                                     #                                          (4, B, A)
+    p.rkv(s.mixed_rkv, p.rkv_bias, out=s.rkv)                          #                                          (3, B, A)
+    p.down(s.mixed_low, out=s.inner)                                # the low-rank maps, side by side          (4, B, rank)
+    s.inner_g_w.tanh_()
+    p.up(s.inner, p.up_bias, out=s.low)                                   #                                          (4, B, A)
     s.w_a_nu.sigmoid_()
     if v_first is None:
         v_first = s.v.clone()
@@ -76,7 +87,7 @@ def time_mix(p: SimpleNamespace, s: SimpleNamespace, x: Tensor, v_first: Tensor 
     s.k.mul_(torch.addcmul(p.k_1, s.a, p.k_a))                      # k (1 + (a - 1) k_a)
     # S <- S diag(e^w) - (S kk)(kk * a)^T + v k^T, y = S r; in rows, S kk is kk^T S^T
     torch.bmm(s.kk_row, S.flatten(0, 1).mT, out=s.stored_row)
-    S = S * s.w.mul_(-math.exp(-0.5)).exp_()
+    S = S * s.w.mul_(p.minus).exp_()
     S.addcmul_(s.stored, s.kk.mul_(s.a), value=-1).addcmul_(s.v_column, s.k)
     torch.bmm(s.r_row, S.flatten(0, 1).mT, out=s.y_row)
     s.v.mul_(s.r.mul_(s.k).mul_(p.r_k).sum(-1, keepdim=True))       # the bonus
@@ -98,7 +109,7 @@ def channel_mix(p: SimpleNamespace, x: Tensor, last: Tensor | None) -> tuple[Ten
     return p.ffn_value(k, x), None if last is None else x2
 
 
-def pack(block: Block) -> SimpleNamespace:
+def pack(block: Block, product: Callable) -> SimpleNamespace:
     """A block's weights as the two functions above want them. What a switch leaves out becomes zeros, which do nothing."""
     m, f, cfg = block.att, block.ffn, block.att.cfg
     C, A, head = m.key.in_features, m.key.out_features, (m.H, 1, m.N)
@@ -109,10 +120,11 @@ def pack(block: Block) -> SimpleNamespace:
     downs, ups = (get("g1", C, 1) / 2, m.w1, m.a1, get("v1", C, 1)), (g2, m.w2, m.a2, get("v2", 1, A))
     rank = max(map(len, ups))
     return SimpleNamespace(
-        H=m.H, N=m.N, kind=cfg.ffn, ln1=norm(block.ln1), ln2=norm(block.ln2), ln_x=norm(m.ln_x) if cfg.group_norm else torch.clone,
+        H=m.H, N=m.N, rank=rank, kind=cfg.ffn, minus=m.w0.new_tensor(-math.exp(-0.5)),  # a tensor: a number costs a microsecond more
+        ln1=norm(block.ln1), ln2=norm(block.ln2), ln_x=norm(m.ln_x) if cfg.group_norm else torch.clone,
         mix=torch.cat([get("x_" + c, 1, 1, C) for c in "rkvgwav"]),
         rkv=product(torch.stack([q.weight.T for q in rkv])),
-        rkv_bias=torch.stack([q.bias for q in rkv])[:, None] if cfg.qkv_bias else torch.zeros_like(m.w0),
+        rkv_bias=torch.stack([q.bias for q in rkv])[:, None] if cfg.qkv_bias else None,
         down=product(torch.stack([F.pad(d, (0, rank - d.shape[1])) for d in downs])),
         up=product(torch.stack([F.pad(u, (0, 0, 0, rank - len(u))) for u in ups])),
         up_bias=torch.stack((g2.sum(0, keepdim=True) if cfg.gate else torch.ones_like(m.w0[0]), m.w0[0], m.a0[0], get("v0", 1, 1, A)[0])),
@@ -127,9 +139,9 @@ def pack(block: Block) -> SimpleNamespace:
 def scratch(p: SimpleNamespace, B: int) -> SimpleNamespace:
     """The memory of one step, used by layer after layer, with every view of it that time_mix needs."""
     H, N, A, new = p.H, p.N, p.H * p.N, p.mix.new_empty
-    s = SimpleNamespace(mixed=new(7, B, p.mix.shape[2]), rkv=new(3, B, A), low=new(4, B, A), kk=new(B, H, 1, N),
+    s = SimpleNamespace(mixed=new(7, B, p.mix.shape[2]), rkv=new(3, B, A), inner=new(4, B, p.rank), low=new(4, B, A), kk=new(B, H, 1, N),
                         stored_row=new(B * H, 1, N), y=new(B, A))
-    s.mixed_rkv, s.mixed_low, s.gate, s.w_a_nu = s.mixed[:3], s.mixed[3:], s.low[0], s.low[1:]
+    s.mixed_rkv, s.mixed_low, s.inner_g_w, s.gate, s.w_a_nu = s.mixed[:3], s.mixed[3:], s.inner[:2], s.low[0], s.low[1:]
     s.r, s.k, s.v = s.rkv.view(3, B, H, 1, N)
     s.w, s.a, s.nu = s.w_a_nu.view(3, B, H, 1, N)
     s.r_row, s.kk_row, s.y_row = s.r.flatten(0, 1), s.kk.flatten(0, 1), s.y.view(B * H, 1, N)
@@ -137,27 +149,37 @@ def scratch(p: SimpleNamespace, B: int) -> SimpleNamespace:
     return s
 
 
-def product(W: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
+def product(W: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
     """The function x, add -> x W + add + bias, x (B, C) and W (C, A), or G of them at once, x (G, B, C) and W (G, C, A).
 
     One text on a CPU: W's rows are added up by embedding_bag, which streams memory at 1.5 times the speed of the BLAS's
-    matrix-vector product (measured 32 against 20 GB/s). Otherwise a matrix product.
+    matrix-vector product (measured 32 against 20 GB/s), and in `parts`, one for each thread, where W has a megabyte or more
+    (measured 52 GB/s with two). Otherwise a matrix product. A W in another dtype than x gets x in its own and gives it back in x's.
     """
-    W = W.detach().contiguous()
-    A, G = W.shape[-1], W.shape[:-2].numel()
-    rows, index = W.view(-1, A), torch.arange(W.numel() // A)
-    starts, shape = index[:: len(rows) // G].clone(), (*W.shape[:-2], 1, A)
-    by_rows = W.device.type == "cpu" and W.numel() >= 2**17  # below, the call costs more than the reading
+    W = W.detach().to(dtype or W.dtype).contiguous()
+    A, C, G = W.shape[-1], W.shape[-2], W.shape[:-2].numel()
+    parts = max(1, min(torch.get_num_threads(), C)) if W.numel() >= 2**18 else 1
+    rows, index, shape = W.view(-1, A), torch.arange(G * C), (*W.shape[:-2], 1, A)
+    starts = torch.tensor([g * C + C * part // parts for g in range(G) for part in range(parts)])
+    by_rows = W.device.type == "cpu" and W.dtype == torch.float32 and W.numel() >= 2**17  # below, the call costs more than the reading
     multiply, multiply_add = (torch.mm, torch.addmm) if W.ndim == 2 else (torch.bmm, torch.baddbmm)
 
     def apply(x: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if by_rows and x.shape[-2] == 1:
-            y = torch.embedding_bag(rows, index, starts, mode=0, per_sample_weights=x.view(-1))[0].view(shape)
-            y = y if add is None else torch.add(y, add, out=out)
+            y = torch.embedding_bag(rows, index, starts, mode=0, per_sample_weights=x.view(-1))[0]
+            y = y.view(G, parts, A).sum(1).view(shape) if parts > 1 else y.view(shape)
+        elif W.dtype != x.dtype:
+            y = multiply(x.to(W.dtype), W).to(x.dtype)
         else:
-            y = multiply(x, W) if add is None else multiply_add(add, x, W, out=out)
+            y = multiply(x, W, out=out) if add is None else multiply_add(add, x, W, out=out)
+            return y if bias is None else y.add_(bias)
+        if add is not None:
+            y = torch.add(y, add, out=out)
+        elif out is not None:
+            y = out.copy_(y)
         return y if bias is None else y.add_(bias)
 
+    apply.parts = parts if by_rows else 1
     return apply
 
 
@@ -171,6 +193,14 @@ def norm(m: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.group_norm(x, groups, w, b, eps)
     shape = m.normalized_shape
     return lambda x: torch.layer_norm(x, shape, w, b, eps)
+
+
+def optimize_for_inference(model: LM, dtype: torch.dtype | None = None) -> Decoder:
+    """A model made ready to generate: the Decoder above. Change the weights afterwards and it goes on with the old ones.
+
+    Raises ValueError for a dtype where LM itself has to do the work.
+    """
+    return Decoder(model, dtype)
 
 
 def kv_bytes(cfg: ModelConfig, T: int, itemsize: int = 4) -> int:

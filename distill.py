@@ -2,6 +2,7 @@
 
     python distill.py                                          the whole job; makes data and teacher where they are missing
     python distill.py --teacher out/teacher --out out/rwkv     three stages on a teacher of your own
+    python distill.py --rank_layers --keep 1                   which layers to leave attention, if one may stay
     torchrun --nproc_per_node=8 distill.py
 
     stage    what trains        teacher                                   loss
@@ -39,12 +40,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tyro.conf import OmitArgPrefixes
 
+from bptt import forward_in_pieces
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from evaluate import as_markdown, check_vocabulary, compare, global_sum, make_report, same_tokenizer, write_report
-from model import LM, CausalSelfAttention, ChannelMix, ModelConfig, TimeMixer, load_model
-from train import RUN, FitConfig, TrainConfig, check_free, claim, cross_entropy_loss, fit, joined, main_first, publish, restore, setup, train
+from model import LM, CausalSelfAttention, ChannelMix, ModelConfig, State, TimeMixer, load_model
+from plan import describe
+from train import (RUN, FitConfig, TrainConfig, check_free, claim, cross_entropy_chunk, cross_entropy_loss, fit, joined, main_first, publish, restore,
+                   setup, train)
 
 STAGES = ("align", "distil", "finish")
 
@@ -140,7 +144,7 @@ def wrap(student: LM, teacher: LM | None) -> LM:
 class StudentConfig:
     """What the student is, beside what it takes over from its teacher."""
 
-    mixer: str = "r"               # r = RWKV-7, a = the teacher's attention stays; repeated over the layers
+    mixer: str = "r"               # r = RWKV-7, a = the teacher's attention stays; or all, every:K, ... as model.mixer_letters has them
     ffn: str | None = None         # None: channelmix where the teacher has relu2, else the teacher's
     gate: bool = True
     group_norm: bool = True
@@ -329,9 +333,16 @@ def divergence(t: Tensor, s: Tensor, kind: str) -> Tensor:
     return weight * forward + (1 - weight) * reverse
 
 
-def distil_loss(student: LM, batch: Batch, teacher: LM, kind: str = "forward", kl_weight: float = 1.0, ce_weight: float = 0.0,
-                chunk: int | None = None) -> dict[str, Tensor]:
-    """Stage 2: kl_weight KL + ce_weight CE over the masked targets, and the teacher's own CE to look at.
+def distil_loss(student: LM, batch: Batch, teacher: LM, *how, **named) -> dict[str, Tensor]:
+    """Stage 2 on whole sequences; see distil_chunk."""
+    return distil_chunk(student, batch, None, True, teacher, *how, **named)[0]
+
+
+def distil_chunk(student: LM, batch: Batch, state: tuple | None, losses: bool, teacher: LM, kind: str = "forward",
+                 kl_weight: float = 1.0, ce_weight: float = 0.0, chunk: int | None = None) -> tuple[dict[str, Tensor], tuple]:
+    """Stage 2 on a piece of the sequences: kl_weight KL + ce_weight CE over the masked targets, and the teacher's own CE to look at.
+
+    `state` is (student's, teacher's), each from its own reading of what came before; without `losses` it alone is returned.
 
     The heads run on `chunk` tokens at a time and again in the backward pass, so that (B, T, V) float32 logits of both
     models never exist together; None chooses chunks of about 2^24 logits. A teacher with more tokens than the student is
@@ -339,8 +350,11 @@ def distil_loss(student: LM, batch: Batch, teacher: LM, kind: str = "forward", k
     """
     V = student.cfg.vocab_size
     with torch.no_grad():
-        ht = teacher.hidden(batch.x)[0].flatten(0, 1)                                # (BT, C)
-    hs = student.hidden(batch.x)[0].flatten(0, 1)
+        ht, theirs = teacher.hidden(batch.x, state and state[1])
+    hs, ours = student.hidden(batch.x, state and state[0])
+    if not losses:
+        return {}, (ours, theirs)
+    hs, ht = hs.flatten(0, 1), ht.flatten(0, 1)                                      # (BT, C)
     y, mask = batch.y.flatten(), batch.mask.flatten()
 
     def piece(hs, ht, y, mask):
@@ -357,30 +371,46 @@ def distil_loss(student: LM, batch: Batch, teacher: LM, kind: str = "forward", k
     pieces = list(zip(*(x.split(n) for x in (hs, ht, y, mask))))
     sums = [piece(*p) if len(pieces) == 1 else checkpoint(piece, *p, use_reentrant=False) for p in pieces]
     kl, ce, teacher_ce = (sum(column) for column in zip(*sums))
-    return {"loss": kl_weight * kl + ce_weight * ce, "kl": kl, "ce": ce, "teacher_ce": teacher_ce}
+    return {"loss": kl_weight * kl + ce_weight * ce, "kl": kl, "ce": ce, "teacher_ce": teacher_ce}, (ours, theirs)
 
 
-def sequence_logp(model: LM, batch: Batch) -> Tensor:
-    """Per row, the sum over its targets of log p(target): (B,)."""
-    logp = model(batch.x)[0].float().log_softmax(-1).gather(-1, batch.y[..., None])[..., 0]
-    return (logp * batch.mask).sum(1)
+def sequence_logp(model: LM, batch: Batch, state: State | None = None) -> tuple[Tensor, State]:
+    """Per row, the sum over its targets of log p(target), (B,), and the state behind them."""
+    logits, state = model(batch.x, state)
+    logp = logits.float().log_softmax(-1).gather(-1, batch.y[..., None])[..., 0]
+    return (logp * batch.mask).sum(1), state
 
 
-def dpo_loss(policy: LM, batch: Batch, reference: LM, beta: float = 0.1, kind: str = "sigmoid", smoothing: float = 0.0) -> dict[str, Tensor]:
-    """Stage 3 on preferences (arXiv 2305.18290); the first half of the rows is chosen, the second rejected.
+def dpo_loss(policy: LM, batch: Batch, reference: LM, *how, **named) -> dict[str, Tensor]:
+    """Stage 3 on whole preferences; see dpo_chunk."""
+    return dpo_chunk(policy, batch, None, True, reference, *how, **named)[0]
+
+
+def dpo_chunk(policy: LM, batch: Batch, state: tuple | None, losses: bool, reference: LM, beta: float = 0.1, kind: str = "sigmoid",
+              smoothing: float = 0.0) -> tuple[dict[str, Tensor], tuple]:
+    """Stage 3 on a piece of preferences (arXiv 2305.18290); the first half of the rows is chosen, the second rejected.
 
     With d = beta (log-ratio of chosen - log-ratio of rejected), ratios of policy to reference, and label smoothing e:
-    (1-e) f(d) + e f(-d), where f(d) is -log s(d) for sigmoid and max(0, 1 - d) for hinge.
+    (1-e) f(d) + e f(-d), where f(d) is -log s(d) for sigmoid and max(0, 1 - d) for hinge. That is no sum over pieces, but what
+    each adds is: `state` is (policy's, reference's, log-ratios so far (B,), targets so far (B,)), and a piece's loss is f's increase.
     """
+    def terms(ratio: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        chosen, rejected = ratio.chunk(2)
+        d = beta * (chosen - rejected)
+        f = (lambda d: -F.logsigmoid(d)) if kind == "sigmoid" else (lambda d: F.relu(1 - d))
+        loss = (1 - smoothing) * f(d) + smoothing * f(-d)
+        real = targets.chunk(2)[0] > 0                                                # rows without a target (yet) teach nothing
+        return {"loss": (loss * real).sum(), "accuracy": ((d > 0) & real).sum(), "margin": (d * real).sum()}
+
     with torch.no_grad():
-        before = sequence_logp(reference, batch)
-    after = sequence_logp(policy, batch)
-    chosen, rejected = (after - before).chunk(2)
-    d = beta * (chosen - rejected)
-    f = (lambda d: -F.logsigmoid(d)) if kind == "sigmoid" else (lambda d: F.relu(1 - d))
-    loss = (1 - smoothing) * f(d) + smoothing * f(-d)
-    real = batch.mask.sum(1).chunk(2)[0] > 0                                          # padding rows teach nothing
-    return {"loss": (loss * real).sum(), "accuracy": ((d > 0) & real).sum(), "margin": (d * real).sum()}
+        before, theirs = sequence_logp(reference, batch, state and state[1])
+    after, ours = sequence_logp(policy, batch, state and state[0])
+    ratio, targets = after - before, batch.mask.sum(1)
+    if state is None:
+        return terms(ratio, targets), (ours, theirs, ratio, targets)
+    ratio, targets = state[2] + ratio, state[3] + targets
+    earlier = terms(*state[2:])
+    return {key: value - earlier[key] for key, value in terms(ratio, targets).items()}, (ours, theirs, ratio, targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,6 +445,8 @@ class DistillConfig:
     teacher_model: ModelConfig = ModelConfig()
     teacher_fit: FitConfig = FitConfig(max_steps=3000, batch_size=4, eval_every=1000)
     controls: bool = False                 # afterwards, what the same tokens give without each idea
+    rank_layers: bool = False              # instead: what replacing each layer costs, after stage 1 of all; see rank_layers
+    keep: int = 1                          # how many layers --rank_layers proposes to leave as attention
     eval_tokens: int | None = 65536        # of the held-out half; None = all
     resume: bool = False
     overwrite: bool = False
@@ -433,6 +465,11 @@ class DistillConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be a number of at least 0")
         if not 0 <= self.dpo_smoothing < 0.5:
             raise ValueError(f"dpo_smoothing = {self.dpo_smoothing}: it must be in [0, 0.5)")
+        if self.align.bptt_chunk is not None:
+            raise ValueError(f"align.bptt_chunk = {self.align.bptt_chunk}: stage 1 learns each layer alone, without a loss by pieces; "
+                             "run it alone at a shorter block_size, then the others with --resume and --distil.bptt_chunk, --finish.bptt_chunk")
+        if any(getattr(self, stage).bptt_truncate for stage in STAGES):
+            raise ValueError("bptt_truncate: the teacher cannot carry its cache from step to step; it is for train.py, here use bptt_chunk")
         if self.kl_weight == self.ce_weight == 0:
             raise ValueError("kl_weight and ce_weight are both 0: stage 2 would learn nothing")
         if not self.stages or list(filter(self.stages.split(",").__contains__, STAGES)) != self.stages.split(","):
@@ -450,21 +487,26 @@ def train_teacher(cfg: DistillConfig) -> None:
         dist.barrier()
 
 
-def prepare_stage(stage: str, cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, kind: str) -> tuple[LM, Callable]:
-    """What a stage is: the model with only its parameters set to train, and its loss. `kind` of the data decides SFT or DPO."""
+def prepare_stage(stage: str, cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, kind: str) -> tuple[LM, Callable, Callable | None]:
+    """What a stage is: the model with only its parameters set to train, its loss, and its loss by pieces (train.py).
+
+    `kind` of the data decides SFT or DPO.
+    """
     model = wrap(student, teacher if stage == "align" else None)
     if stage == "align":
         set_training(model, lambda name: ".att.student." in name)
-        return model, partial(align_loss, kind=cfg.align_kind)
+        return model, partial(align_loss, kind=cfg.align_kind), None
     if stage == "distil":
         frozen = [part for part in cfg.freeze.split(",") if part]
         set_training(model, lambda name: not any(part in name for part in frozen))
-        return model, partial(distil_loss, teacher=logit_teacher, kind=cfg.kl_kind, kl_weight=cfg.kl_weight, ce_weight=cfg.ce_weight, chunk=cfg.kl_chunk)
+        how = dict(teacher=logit_teacher, kind=cfg.kl_kind, kl_weight=cfg.kl_weight, ce_weight=cfg.ce_weight, chunk=cfg.kl_chunk)
+        return model, partial(distil_loss, **how), partial(distil_chunk, **how)
     set_training(model, lambda name: True)
     if kind == "preference":
         reference = copy.deepcopy(student).eval().requires_grad_(False)
-        return model, partial(dpo_loss, reference=reference, beta=cfg.dpo_beta, kind=cfg.dpo_kind, smoothing=cfg.dpo_smoothing)
-    return model, cross_entropy_loss
+        how = dict(reference=reference, beta=cfg.dpo_beta, kind=cfg.dpo_kind, smoothing=cfg.dpo_smoothing)
+        return model, partial(dpo_loss, **how), partial(dpo_chunk, **how)
+    return model, cross_entropy_loss, cross_entropy_chunk
 
 
 @torch.no_grad()
@@ -479,9 +521,9 @@ def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | N
     return {name: (global_sum(value) / global_sum(count)).item() for name, value in sums.items()}
 
 
-def measure(teacher: LM, student: LM, val: Loader, max_tokens: int | None) -> dict[str, float]:
+def measure(teacher: LM, student: LM, val: Loader, max_tokens: int | None, chunk: int | None = None) -> dict[str, float]:
     """A row of the report: how the student does on held-out text."""
-    result = compare(teacher, student.eval(), val, max_tokens)
+    result = compare(teacher, student.eval(), val, max_tokens, chunk)
     return {key: result[key] for key in ("val_loss", "gap", "kl", "top1", "top5")}
 
 
@@ -509,7 +551,7 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
     say = print if val.rank == 0 else lambda *_: None
 
     def validate() -> dict[str, float]:  # in metrics.jsonl "kl" is the training loss's
-        row = measure(teacher, student, val, min(cfg.eval_tokens or 16384, 16384))
+        row = measure(teacher, student, val, min(cfg.eval_tokens or 16384, 16384), cfg.distil.bptt_chunk)
         return {key if key == "val_loss" else f"val_{key}": value for key, value in row.items()}
 
     def note(row: dict, path: Path) -> dict:
@@ -524,7 +566,7 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
     if start.exists():
         rows = [read_row(start)]
     else:
-        rows = [note({"name": "start", "tokens": 0, "minutes": 0.0, **measure(teacher, student, val, cfg.eval_tokens)}, start)]
+        rows = [note({"name": "start", "tokens": 0, "minutes": 0.0, **measure(teacher, student, val, cfg.eval_tokens, cfg.distil.bptt_chunk)}, start)]
     for stage in STAGES:
         folder = out / stage
         if (folder / "stage.json").exists():  # done before, whether or not it was asked for again
@@ -536,13 +578,14 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
         if stage not in cfg.stages.split(","):
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        model, loss_fn = prepare_stage(stage, cfg, student, teacher, logit_teacher, loaders[stage].kind)
+        model, loss_fn, chunk_fn = prepare_stage(stage, cfg, student, teacher, logit_teacher, loaders[stage].kind)
         held_out = loaders["finish_val"] if stage == "finish" else None
-        before = held_out and mean_terms(loss_fn, model.eval(), held_out, cfg.eval_tokens)
-        done = fit(model, loss_fn, loaders[stage], getattr(cfg, stage), folder, student, meta, validate if stage == "distil" else None, stage)
-        row = {"name": stage, "tokens": done["tokens"], "minutes": done["minutes"], **measure(teacher, student, val, cfg.eval_tokens)}
+        look = partial(forward_in_pieces, chunk_fn, cfg.finish.bptt_chunk) if cfg.finish.bptt_chunk else loss_fn
+        before = held_out and mean_terms(look, model.eval(), held_out, cfg.eval_tokens)
+        done = fit(model, loss_fn, loaders[stage], getattr(cfg, stage), folder, student, meta, validate if stage == "distil" else None, stage, chunk_fn)
+        row = {"name": stage, "tokens": done["tokens"], "minutes": done["minutes"], **measure(teacher, student, val, cfg.eval_tokens, cfg.distil.bptt_chunk)}
         if held_out:
-            row["finish"] = {"before": before, "after": mean_terms(loss_fn, model.eval(), held_out, cfg.eval_tokens)}
+            row["finish"] = {"before": before, "after": mean_terms(look, model.eval(), held_out, cfg.eval_tokens)}
             say("held-out loss of stage 3: {before[loss]:.4f} before, {after[loss]:.4f} after".format(**row["finish"]))
         if val.rank == 0:
             publish(folder, out)
@@ -551,12 +594,16 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
 
 
 def distill(cfg: DistillConfig) -> dict:
-    """Teacher in, RNN out: run the stages into `cfg.out` and return the report."""
+    """Teacher in, RNN out: run the stages into `cfg.out` and return the report. With cfg.rank_layers the ranking, made in OUT/rank."""
     rank, world, device = setup(cfg.device)
+    if cfg.rank_layers:
+        if cfg.student.mixer not in ("r", "all"):
+            raise ValueError(f"mixer = {cfg.student.mixer!r}: --rank_layers replaces every layer once, so leave --mixer away")
+        cfg = replace(cfg, out=str(Path(cfg.out) / "rank"), stages="align", controls=False, student=replace(cfg.student, mixer="all"))
     out, stages = Path(cfg.out), cfg.stages.split(",")
     if cfg.controls and not cfg.stages.startswith("align,distil"):
         raise ValueError(f"--controls compares with the stages align,distil, but stages = {cfg.stages!r}: add them")
-    writes = (*RUN, *STAGES, "controls", "start.json", "report.json", "report.md", "report.png")
+    writes = (*RUN, *STAGES, "controls", "start.json", "ranking.json", "report.json", "report.md", "report.png")
     with main_first(rank):
         if rank == 0:
             check_free(out, cfg.resume, cfg.overwrite, writes, "checkpoints", (cfg.teacher, cfg.logit_teacher))
@@ -575,7 +622,9 @@ def distill(cfg: DistillConfig) -> dict:
     torch.manual_seed(cfg.seed)
     student = make_student(teacher, cfg.student, calibration_batch(cfg, T, device), T).to(device)
     if "r" not in student.cfg.mixers:
-        raise ValueError(f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand")
+        raise ValueError(f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand, or name layers such as first:1")
+    if cfg.rank_layers and not 0 <= cfg.keep < teacher.cfg.n_layer:
+        raise ValueError(f"keep = {cfg.keep}: of {teacher.cfg.n_layer} layers 0 to {teacher.cfg.n_layer - 1} can stay attention")
     for part in filter(None, cfg.freeze.split(",")):
         if not any(part in name for name, _ in student.named_parameters()):
             raise ValueError(f"freeze = {cfg.freeze!r}: no parameter has {part!r} in its name; try emb, att, ffn, ln or head")
@@ -598,17 +647,25 @@ def distill(cfg: DistillConfig) -> dict:
             loaders[name] = load(cfg.finish_data, half, cfg.finish, cfg.finish_block_size or T, cfg.seed + 2)
     if rank == 0:
         print(json.dumps(asdict(cfg)))
-        print(f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}, layers {student.cfg.mixers}", flush=True)
+        print(f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}", flush=True)
+        print(describe(student.cfg, T), flush=True)
     with main_first(rank):
         if rank == 0:
             claim(out, cfg.overwrite, writes)
     meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
     rows = run_stages(cfg, student, teacher, logit_teacher, loaders, out, meta)
+    if cfg.rank_layers:
+        ranking = propose(rank_layers(student, teacher, loaders["val"], cfg.eval_tokens), cfg.keep)
+        if rank == 0:
+            (out / "ranking.json").write_text(json.dumps(ranking, indent=1) + "\n")
+            print("\n".join("layer {layer}: replaced alone it costs KL {kl:.4f}, top-1 {top1:.1%}".format(**row) for row in ranking["layers"]))
+            print(f"{out}/ranking.json; attention stays best in {ranking['attention']}: python distill.py --mixer {ranking['mixer']}")
+        return ranking
 
     # the report: the distilled student in full (the last stage may teach it something else), and a row per stage
     described = "distil" if "distil" in stages else stages[-1]
     train_half = Loader(cfg.data, "train", 1, T, 0, rank, world)
-    report = make_report(teacher, load_model(out / described, device).eval(), train_half, loaders["val"], cfg.eval_tokens)
+    report = make_report(teacher, load_model(out / described, device).eval(), train_half, loaders["val"], cfg.eval_tokens, cfg.distil.bptt_chunk)
     report["student"]["stage"] = described
     report["stages"] = rows
     if cfg.controls:
@@ -618,6 +675,27 @@ def distill(cfg: DistillConfig) -> dict:
         print(as_markdown(report))
         print(f"{out}: model, report.json, report.md, report.png. Now: python sample.py --ckpt {out} --prompt \"The \"")
     return report
+
+
+@torch.no_grad()
+def rank_layers(student: LM, teacher: LM, val: Loader, max_tokens: int | None) -> list[dict]:
+    """What replacing each layer alone costs: KL(teacher || teacher with that mixer), dearest first. `student` has been aligned everywhere.
+
+    v_first is layer 0's, as in stage 1, whichever layer is replaced.
+    """
+    model, rows = wrap(student, teacher).eval(), []
+    for i, block in enumerate(model.blocks):
+        block.att.teacher = None                       # here the student's output flows on, elsewhere the teacher's
+        result = compare(teacher, model, val, max_tokens)
+        block.att.teacher = teacher.blocks[i].att
+        rows.append({"layer": i, **{key: result[key] for key in ("kl", "gap", "top1")}})
+    return sorted(rows, key=lambda row: -row["kl"])
+
+
+def propose(rows: list[dict], keep: int) -> dict:
+    """Leave the `keep` dearest layers attention: as if costs added up, which they do only roughly."""
+    stay = sorted(row["layer"] for row in rows[:keep])
+    return {"layers": rows, "keep": keep, "attention": stay, "mixer": "".join("a" if i in stay else "r" for i in range(len(rows)))}
 
 
 def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> dict:

@@ -8,7 +8,7 @@ the same token (top-1) and the teacher's choice is among the student's five best
     recovered = (unigram loss - student loss) / (unigram loss - teacher loss)
 
 (0: knows only how frequent each token is; 1: all the teacher knows), loss by position, and per layer how far each mixer
-is from the attention it replaced, on the teacher's own inputs. What it is not: a benchmark suite.
+is from the attention it replaced, on the teacher's own inputs. What it is not: a benchmark suite (recall and length: recall.py).
 """
 
 import contextlib
@@ -44,36 +44,41 @@ def global_sum(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: LM, loader: Loader, max_tokens: int | None = None) -> float:
-    """Mean loss in nats per target over the split; every process takes its share."""
+def mean_loss(model: LM, loader: Loader, max_tokens: int | None = None, chunk: int | None = None) -> float:
+    """Mean loss in nats per target over the split, read `chunk` tokens at a time; every process takes its share."""
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in loader.windows(max_tokens):
-        batch = batch.to(device)
-        total += torch.stack([cross_entropy(model(batch.x)[0], batch), batch.mask.sum()])
+        state = None
+        for piece in batch.to(device).split(chunk or loader.T):
+            logits, state = model(piece.x, state)
+            total += torch.stack([cross_entropy(logits, piece), piece.mask.sum()])
     loss, count = global_sum(total).tolist()
     return loss / max(1.0, count)
 
 
 @torch.no_grad()
-def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = None) -> dict:
-    """Losses, gap, KL and agreement over the split, and both losses by position (lists of T floats)."""
+def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = None, chunk: int | None = None) -> dict:
+    """Losses, gap, KL and agreement over the split, and both losses by position (lists of T floats); read `chunk` tokens at a time."""
     device = next(student.parameters()).device
     V, T = student.cfg.vocab_size, loader.T
     sums = torch.zeros(5, T, dtype=torch.float64, device=device)  # teacher's loss, student's, KL, top-1, top-5; by position
     count = torch.zeros(T, dtype=torch.float64, device=device)
     for batch in loader.windows(max_tokens):
-        batch = batch.to(device)
-        t = teacher(batch.x)[0][..., :V].float().log_softmax(-1)                            # (B, T, V)
-        s = student(batch.x)[0].float().log_softmax(-1)
-        target = batch.y[..., None]
-        best = t.argmax(-1, keepdim=True)
-        top5 = s.topk(min(5, V), -1).indices
-        rows = torch.stack([-t.gather(-1, target)[..., 0], -s.gather(-1, target)[..., 0], (t.exp() * (t - s)).sum(-1),
-                            (top5[..., :1] == best).any(-1).float(), (top5 == best).any(-1).float()])  # (5, B, T)
-        n = batch.x.shape[1]
-        sums[:, :n] += (rows * batch.mask).sum(1)
-        count[:n] += batch.mask.sum(0)
+        theirs, ours, at = None, None, 0
+        for piece in batch.to(device).split(chunk or T):
+            t, theirs = teacher(piece.x, theirs)
+            s, ours = student(piece.x, ours)
+            t, s = t[..., :V].float().log_softmax(-1), s.float().log_softmax(-1)            # (B, T, V)
+            target = piece.y[..., None]
+            best = t.argmax(-1, keepdim=True)
+            top5 = s.topk(min(5, V), -1).indices
+            rows = torch.stack([-t.gather(-1, target)[..., 0], -s.gather(-1, target)[..., 0], (t.exp() * (t - s)).sum(-1),
+                                (top5[..., :1] == best).any(-1).float(), (top5 == best).any(-1).float()])  # (5, B, T)
+            n = piece.x.shape[1]
+            sums[:, at : at + n] += (rows * piece.mask).sum(1)
+            count[at : at + n] += piece.mask.sum(0)
+            at += n
     sums, count = global_sum(sums), global_sum(count)
     teacher_loss, student_loss, kl, top1, top5 = (sums.sum(1) / count.sum().clamp(min=1)).tolist()
     reached = int(count.nonzero().max()) + 1 if count.any() else 0  # a short text has no late positions
@@ -129,9 +134,9 @@ def state_bytes(model: LM, n: int) -> int:
 
 
 @torch.no_grad()
-def make_report(teacher: LM, student: LM, train: Loader, val: Loader, max_tokens: int | None = None) -> dict:
+def make_report(teacher: LM, student: LM, train: Loader, val: Loader, max_tokens: int | None = None, chunk: int | None = None) -> dict:
     """Everything this file measures, as the dict of report.json."""
-    result = compare(teacher, student, val, max_tokens)
+    result = compare(teacher, student, val, max_tokens, chunk)
     t, s, unigram = result["teacher_loss"], result["val_loss"], unigram_loss(train, val)
     memory = {str(n): {"teacher": state_bytes(teacher, n), "student": state_bytes(student, n)} for n in (val.T, 16 * val.T, 256 * val.T)}
     return {

@@ -42,7 +42,7 @@ class ModelConfig:
     block_size: int = 256        # tokens per training sequence; a hard limit only for learned positions
     n_layer: int = 3
     n_embd: int = 96
-    mixer: str = "a"             # a = attention, r = RWKV-7, repeated over the layers: "a", "r", "ar", "rrra", ...
+    mixer: str = "a"             # a = attention, r = RWKV-7, repeated over the layers, or the layers that are RWKV-7 by a name: mixer_letters
     # attention
     n_head: int = 3
     n_kv_head: int | None = None  # grouped heads: fewer keys and values than queries; None = n_head
@@ -89,8 +89,7 @@ class ModelConfig:
             value = getattr(self, f.name)
             if "int" in str(f.type) and value is not None and value < 1:
                 raise ValueError(f"{f.name} = {value}: it must be at least 1")
-        if not self.mixer or set(self.mixer) - set("ar") or len(self.mixer) > self.n_layer:
-            raise ValueError(f"mixer = {self.mixer!r}: write a (attention) or r (RWKV-7) for each layer, up to n_layer = {self.n_layer}")
+        self.mixers  # refuses a pattern that it does not understand
         if "a" in self.mixers and self.head_size is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: change one, or set head_size")
         if "a" in self.mixers and self.n_head % self.kv_heads:
@@ -108,7 +107,7 @@ class ModelConfig:
     @property
     def mixers(self) -> str:
         """One letter per layer."""
-        return (self.mixer * self.n_layer)[: self.n_layer]
+        return mixer_letters(self)
 
     @property
     def kv_heads(self) -> int:
@@ -131,6 +130,46 @@ class ModelConfig:
         """Rank of the low-rank map `kind` in w, a, v, g: as set, or the official max(32, 32 round(m sqrt(C) / 32))."""
         m = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}[kind]
         return getattr(self, f"rank_{kind}") or max(32, 32 * round(m * self.n_embd**0.5 / 32))
+
+
+def mixer_letters(cfg: ModelConfig) -> str:
+    """The pattern cfg.mixer as one letter per layer, a for attention and r for RWKV-7; layers count from 0.
+
+    Letters are repeated over the layers ("a", "rrra"). Every name says which layers are RWKV-7; the others are attention:
+    `all`; `every:K`: 0, K, 2K, ...; `alternate`: every:2; `first:K`, `last:K`: K of them; a list such as `0,2,5`.
+    `auto:T` keeps as many attention layers as T tokens have room for in the memory that attention everywhere needs for
+    block_size tokens, and sets each at the end of an equal share of the layers, the last one at the model's end.
+    Raises ValueError for any other pattern, and for layers that the model does not have.
+    """
+    pattern, L = cfg.mixer, cfg.n_layer
+    name, _, number = pattern.partition(":")
+    if pattern and set(pattern) <= set("ar") and len(pattern) <= L:
+        return (pattern * L)[:L]
+    rwkv: set[int] | None = None
+    if pattern in ("all", "alternate"):
+        rwkv = set(range(0, L, 1 if pattern == "all" else 2))
+    elif all(part.isdecimal() and int(part) < L for part in pattern.split(",")):
+        rwkv = set(map(int, pattern.split(",")))
+    elif number.isdecimal() and 1 <= int(number) and (name == "auto" or int(number) <= L):
+        K = int(number)
+        if name == "auto":
+            per_token, fixed = cache_bytes(cfg, "a", 1), cache_bytes(cfg, "r", 1)
+            # a per_token K + (L - a) fixed <= L per_token block_size, for a attention layers
+            room, price = L * (per_token * cfg.block_size - fixed), per_token * K - fixed
+            n = L if K <= cfg.block_size else min(L, max(0, room // max(1, price)))
+            rwkv = set(range(L)) - {(i + 1) * L // n - 1 for i in range(n)}
+        else:
+            rwkv = {"first": set(range(K)), "last": set(range(L - K, L)), "every": set(range(0, L, K))}.get(name)
+    if rwkv is None:
+        raise ValueError(f"mixer = {pattern!r}: with n_layer = {L} write a (attention) and r (RWKV-7) for up to {L} layers, all, alternate, first:K, "
+                         f"last:K or every:K with K up to {L}, numbers of RWKV-7 layers from 0 to {L - 1} with commas, or auto:T for T tokens")
+    return "".join("r" if i in rwkv else "a" for i in range(L))
+
+
+def cache_bytes(cfg: ModelConfig, kind: str, T: int) -> int:
+    """What a mixer of this kind, a or r, remembers of T tokens in float32: keys and values, or the last x and S."""
+    A = cfg.rwkv_size or cfg.n_embd
+    return 4 * (T * 2 * cfg.kv_heads * cfg.att_head_size if kind == "a" else cfg.n_embd + A * cfg.rwkv_head_size)
 
 
 @dataclass(frozen=True)

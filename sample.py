@@ -2,7 +2,10 @@
 
     python sample.py --ckpt out/rwkv --prompt "def shuffle("
     python sample.py --ckpt out/rwkv --prompt FILE:question.txt --num_samples 5 --temperature 0      (0 = greedy)
+    python sample.py --ckpt out/rwkv --prompts questions.txt         one prompt per line, of any lengths, side by side
     python sample.py --ckpt out/chat --chat          reads a message a line, answers each, remembers what was said
+    python sample.py --ckpt out/rwkv --prompt FILE:book.txt --max_tokens 0 --save_state book.state --state_dtype int8
+    python sample.py --ckpt out/rwkv --load_state book.state --prompt " And then"        goes on without the book
 
 What it is: the prompt in pieces, then one token at a time from the state. RWKV-7's state has the same size after ten
 tokens and after ten thousand; the last line on stderr puts it beside what attention would keep. Documents begin behind
@@ -16,7 +19,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +30,11 @@ from torch import Tensor
 from config import cli, run
 from data.chat import encode_turns
 from data.tokenizer import load_tokenizer, opening, stops
-from decode import Decoder, kv_bytes
+from decode import Decoder, kv_bytes, optimize_for_inference
 from model import LM, ModelConfig, State, load_model
+from state import DTYPES, compress, expand, join, load_state, process, process_rows, save_state, select
 
-PREFILL = 512  # prompt tokens per call: fast matrix products, and small activations however long the prompt is
+Batches = list[tuple[list[int], State]]  # the rows that share a state, and it
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class SampleConfig:
 
     ckpt: str = "out/rwkv"        # a model folder
     prompt: str = ""              # text, or FILE:path; empty = a new document
+    prompts: str | None = None    # a text file with one prompt per line, instead of prompt
     chat: bool = False            # messages from stdin, in the model's chat template; the prompt is the first, if there is one
     num_samples: int = 1          # one is printed as it comes; several are generated side by side
     max_tokens: int = 300         # new tokens per sample, or per answer
@@ -49,6 +54,9 @@ class SampleConfig:
     frequency: float = 0.0        # the same, once for each time
     seed: int = 1337
     stop: bool = True             # end at the model's end tokens; --no-stop goes on with another document
+    load_state: str | None = None  # go on behind a text that was read before
+    save_state: str | None = None  # write what the model remembers in the end, for --load_state; with max_tokens 0 that is the prompt
+    state_dtype: str = "float32"  # of a state in a file, and in a chat while it waits: float32, bfloat16, float16, int8
     device: str = "auto"          # auto, cpu, cuda
 
 
@@ -70,11 +78,17 @@ def check(n: int, temperature: float, top_k: int | None, top_p: float | None, pr
 # Choosing tokens
 
 def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           generator: torch.Generator | None = None) -> Tensor:
+           generator: "torch.Generator | Sequence[torch.Generator] | None" = None) -> Tensor:
     """One token (B,) from each row of logits (B, V). top_k first, then top_p; both count in the full distribution.
 
-    top_p keeps the smallest set of likeliest tokens whose probability reaches it, and always the likeliest one.
+    top_p keeps the smallest set of likeliest tokens whose probability reaches it, and always the likeliest one. With a list
+    of generators each row draws by its own, and so what it would draw alone.
     """
+    def draw(p: Tensor) -> Tensor:  # (B, 1)
+        if isinstance(generator, Sequence):
+            return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p.split(1), generator, strict=True)])
+        return torch.multinomial(p, 1, generator=generator)
+
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
@@ -82,19 +96,22 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     if not p.isfinite().all():
         raise ValueError("the model's logits are not finite: its training has diverged, take an earlier checkpoint")
     if top_k is None and top_p is None:
-        return torch.multinomial(p, 1, generator=generator).squeeze(1)
+        return draw(p).squeeze(1)
     p, order = p.topk(min(top_k or p.shape[1], p.shape[1]))                        # likeliest first
     if top_p is not None:
         p = p * (p.cumsum(-1) - p < top_p)                                         # what stands before a token is not enough
-    return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+    return order.gather(1, draw(p)).squeeze(1)
 
 
 @torch.inference_mode()
-def generate(model: "LM | Decoder", tokens: Tensor, n: int, *, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float | None = None, presence: float = 0.0, frequency: float = 0.0, generator: torch.Generator | None = None,
-             state: State | None = None, stop: tuple[int, ...] = ()) -> Iterator[tuple[Tensor, State]]:
+def generate(model: "LM | Decoder", tokens: Tensor | Sequence[Sequence[int]], n: int, *, temperature: float = 1.0, top_k: int | None = None,
+             top_p: float | None = None, presence: float = 0.0, frequency: float = 0.0,
+             generator: "torch.Generator | Sequence[torch.Generator] | None" = None, state: State | None = None,
+             stop: tuple[int, ...] = ()) -> "Iterator[tuple[Tensor, State | Batches]]":
     """Continue `tokens` (B, T >= 1), read from `state`, by up to n tokens; yields (tokens (B,), state) for each.
 
+    Prompts of different lengths come as a list of lists; each gets the tokens that it would get alone, and `state` is then
+    [(rows, their state), ...]: one for RWKV-7, for attention one for each length.
     The state has not read the tokens it comes with. A row that has drawn one of `stop` goes on with the first of them; the
     end is where all rows have.
     `presence` and `frequency` as OpenAI has them: logit -= presence * (count > 0) + frequency * count, over what was generated.
@@ -102,21 +119,31 @@ def generate(model: "LM | Decoder", tokens: Tensor, n: int, *, temperature: floa
     """
     check(n, temperature, top_k, top_p, presence, frequency)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    cfg, (B, T) = decoder.cfg, tokens.shape
-    if T == 0 or tokens.min() < 0 or tokens.max() >= cfg.vocab_size:
-        raise ValueError(f"a prompt needs at least one token, all in 0 ... {cfg.vocab_size - 1}, the model's vocabulary: got {tokens.tolist()}"[:300])
-    longest = (state.position if state else 0) + T + n - 1
+    cfg, device = decoder.cfg, decoder.model.emb.weight.device
+    rows = list(tokens) if isinstance(tokens, Tensor) else [torch.tensor(row, dtype=torch.long, device=device) for row in tokens]
+    for row in rows:
+        if len(row) == 0 or row.min() < 0 or row.max() >= cfg.vocab_size:
+            raise ValueError(f"a prompt needs at least one token, all in 0 ... {cfg.vocab_size - 1}, the model's vocabulary: got {row.tolist()}"[:300])
+    longest = (state.position if state else 0) + max(map(len, rows)) + n - 1
     if cfg.positions == "learned" and "a" in cfg.mixers and longest > cfg.block_size:
         raise ValueError(f"prompt and max_tokens need {longest} positions, the model has learned {cfg.block_size}: shorten one of them")
 
-    for piece in tokens.split(PREFILL, 1):
-        x, state = decoder.model.hidden(piece, state)
-    logits = decoder.model.head(x[:, -1])                                          # (B, V)
+    one = isinstance(tokens, Tensor)
+    if one:
+        logits, state = process(decoder.model, tokens, state)                      # (B, V)
+    else:
+        logits, states = process_rows(decoder.model, rows, state)
+        batches = join(cfg, states)
     counts = torch.zeros_like(logits)
-    done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for i in range(n):
-        if i:
+        if i and one:
             logits, state = decoder(tokens, state)
+        elif i:
+            steps = [(batch, *decoder(tokens[batch], after)) for batch, after in batches]
+            batches, logits = [(batch, after) for batch, _, after in steps], torch.empty_like(logits)
+            for batch, new, _ in steps:
+                logits[batch] = new
         if presence or frequency:
             logits = logits - presence * (counts > 0) - frequency * counts
         tokens = choose(logits, temperature, top_k, top_p, generator)              # (B,)
@@ -124,8 +151,8 @@ def generate(model: "LM | Decoder", tokens: Tensor, n: int, *, temperature: floa
             counts += torch.nn.functional.one_hot(tokens, cfg.vocab_size)
         if stop:
             tokens = torch.where(done, stop[0], tokens)
-            done |= torch.isin(tokens, torch.tensor(stop, device=tokens.device))
-        yield tokens, state
+            done |= torch.isin(tokens, torch.tensor(stop, device=device))
+        yield tokens, state if one else batches
         if done.all():
             return
 
@@ -164,9 +191,15 @@ def read_prompt(prompt: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(SampleConfig, argv)
     options = {name: getattr(cfg, name) for name in ("temperature", "top_k", "top_p", "presence", "frequency")}
-    check(cfg.max_tokens, **options)
+    check(1 if cfg.max_tokens == 0 and cfg.save_state and not cfg.chat else cfg.max_tokens, **options)
     if cfg.num_samples < 1:
         raise ValueError(f"num_samples = {cfg.num_samples}: it must be at least 1")
+    if cfg.prompts and (cfg.prompt or cfg.chat or cfg.num_samples > 1):
+        raise ValueError("--prompts has one text for each line of its file: leave --prompt, --chat and --num_samples away")
+    if cfg.save_state and (cfg.prompts or cfg.num_samples > 1):
+        raise ValueError("--save_state writes the state of one text: leave --prompts and --num_samples away")
+    if cfg.state_dtype not in DTYPES:
+        raise ValueError(f"state_dtype = {cfg.state_dtype!r}: choose one of {', '.join(DTYPES)}")
     if not 0 <= cfg.seed < 2**63:
         raise ValueError(f"seed = {cfg.seed}: it must be in 0 ... 2^63 - 1")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -174,33 +207,50 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"device = {cfg.device!r}: choose auto or {' or '.join(devices)}, which is what this machine has")
     device = devices[-1] if cfg.device == "auto" else cfg.device
 
-    text = read_prompt(cfg.prompt)
+    texts = [read_prompt(cfg.prompt)] * cfg.num_samples
+    if cfg.prompts:
+        texts = read_prompt(f"FILE:{cfg.prompts}").splitlines()
+        if not texts:
+            raise ValueError(f"prompts = {cfg.prompts!r} has no line: write one prompt on each")
     model, enc = load_model(cfg.ckpt, device).eval(), load_tokenizer(cfg.ckpt)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
     try:
-        (chat if cfg.chat else write)(cfg, model, enc, text, device, options)
+        state, unread = load_state(cfg.load_state, model, enc.name) if cfg.load_state else (None, [])
+        state = state and expand(state)
+        state, unread = (chat if cfg.chat else write)(cfg, model, enc, texts, device, options, state, unread)
+        if cfg.save_state:
+            save_state(cfg.save_state, model, compress(state, cfg.state_dtype), enc.name, unread)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; give Python's own flush at exit another place to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def write(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, text: str, device: str, options: dict) -> None:
-    """Print one text as it comes, or several one after another when all are done; then speed and memory to stderr."""
-    prompt = [*opening(enc), *enc.encode_ordinary(text)]
-    if max(prompt) >= model.cfg.vocab_size:
-        raise ValueError(f"the prompt has token {max(prompt)}, the model's vocabulary ends at {model.cfg.vocab_size - 1}: "
+def write(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
+          unread: list[int]) -> tuple[State, list[int]]:
+    """Print one text as it comes, or several one after another when all are done; then speed and memory to stderr.
+
+    Returns the state in the end, and what it has not read.
+    """
+    prompts = [unread + enc.encode_ordinary(text) if state else [*opening(enc), *enc.encode_ordinary(text)] for text in texts]
+    prompts = [prompt or opening(enc) for prompt in prompts]  # behind all that was read, and nothing to go on with: another document
+    highest, longest = max(map(max, prompts)), max(map(len, prompts))
+    if highest >= model.cfg.vocab_size:
+        raise ValueError(f"the prompt has token {highest}, the model's vocabulary ends at {model.cfg.vocab_size - 1}: "
                          f"meta.json in {cfg.ckpt} names another tokenizer ({enc.name}) than the model was trained with")
+    if cfg.max_tokens == 0:
+        return read(model, prompts[0], state, device)
     stop = stops(enc) if cfg.stop else ()
-    n = cfg.max_tokens
+    n, B = cfg.max_tokens, len(texts)
     if model.cfg.positions == "learned" and "a" in model.cfg.mixers:  # attention ends at its last learned position
-        n = min(n, max(1, model.cfg.block_size - len(prompt) + 1))
-    steps = generate(Decoder(model), torch.tensor([prompt] * cfg.num_samples, device=device), n, stop=stop,
-                     generator=torch.Generator(device).manual_seed(cfg.seed), **options)
-    streams = [Characters(enc) for _ in range(cfg.num_samples)]
-    samples, times = [text] * len(streams), [time.perf_counter()]
-    one = len(streams) == 1
+        n = min(n, max(1, model.cfg.block_size - (state.position if state else 0) - longest + 1))
+    generators = [torch.Generator(device).manual_seed(cfg.seed) for _ in texts]
+    steps = generate(optimize_for_inference(model), prompts if cfg.prompts else torch.tensor(prompts, device=device), n, stop=stop,
+                     generator=generators if cfg.prompts else generators[0], state=state and select(state, [0] * B), **options)
+    streams = [Characters(enc) for _ in texts]
+    samples, times = list(texts), [time.perf_counter()]
+    one = B == 1
     if one:
-        print(text, end="", flush=True)
+        print(texts[0], end="", flush=True)
     for tokens, state in steps:
         pieces = ["" if token in stop else stream(token) for token, stream in zip(tokens.tolist(), streams)]
         times.append(time.perf_counter())
@@ -210,38 +260,57 @@ def write(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, text: str, devic
     ends = [stream(None) for stream in streams]
     print(ends[0] if one else "\n---------------\n".join(sample + end for sample, end in zip(samples, ends)), flush=True)
 
-    B, n = len(streams), len(times) - 2
-    speed = f"prefill {B * len(prompt)} tokens, {B * len(prompt) / (times[1] - times[0]):,.0f} tokens/s"
+    n, read_tokens = len(times) - 2, sum(map(len, prompts))
+    speed = f"prefill {read_tokens} tokens, {read_tokens / (times[1] - times[0]):,.0f} tokens/s"
     if n:
         speed += f"; decode {B} x {n} tokens, {B * n / (times[-1] - times[1]):,.0f} tokens/s"
     print(f"{speed}\n{memory(state, model.cfg, B)}", file=sys.stderr)
+    return state, [token for token in tokens.tolist() if token not in stops(enc)]
 
 
-def memory(state: State, cfg: ModelConfig, B: int = 1) -> str:
-    return (f"memory of {state.position:,} tokens: {state.nbytes() // B:,} bytes; attention with as many layers and heads keeps "
-            f"{kv_bytes(cfg, state.position):,}")
+def read(model: LM, prompt: list[int], state: State | None, device: str) -> tuple[State, list[int]]:
+    """Read a prompt but for its last token, which is to be read when there is something to say."""
+    if len(prompt) > 1:
+        _, state = process(model, torch.tensor([prompt[:-1]], device=device), state)
+        print(memory(state, model.cfg), file=sys.stderr)
+    if state is None:
+        raise ValueError("--max_tokens 0 with an empty prompt: there is nothing to read and to remember; give a prompt")
+    return state, prompt[-1:]
 
 
-def chat(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, text: str, device: str, options: dict) -> None:
-    """Answer each line of stdin; one state hears them all. `text`, if there is any, is the first message."""
+def memory(state: State | Batches, cfg: ModelConfig, B: int = 1) -> str:
+    """Bytes for each of B texts, beside attention's for the longest."""
+    states = [state] if isinstance(state, State) else [s for _, s in state]
+    longest = max(s.position for s in states)
+    return (f"memory of {longest:,} tokens: {sum(s.nbytes() for s in states) // B:,} bytes; attention with as many layers and heads keeps "
+            f"{kv_bytes(cfg, longest):,}")
+
+
+def chat(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
+         unread: list[int]) -> tuple[State, list[int]]:
+    """Answer each line of stdin; one state hears them all. texts[0], if there is any, is the first message. Returns as `write`."""
     if not getattr(enc, "chat", None):
         raise ValueError(f"{cfg.ckpt} has no chat template that frames each message: take an instruct model, or leave --chat away to continue a text")
     if cfg.num_samples > 1 or not cfg.stop:
         raise ValueError("--chat has one conversation whose answers end: leave --num_samples and --no-stop away")
-    decoder, generator, stop = Decoder(model), torch.Generator(device).manual_seed(cfg.seed), stops(enc)
-    state, unread = None, []
-    for message in messages(text):
+    decoder, generator, stop = optimize_for_inference(model), torch.Generator(device).manual_seed(cfg.seed), stops(enc)
+    state = state and compress(state, cfg.state_dtype)  # while it waits
+    for message in messages(texts[0]):
         ids, _ = encode_turns(enc, [("user", message)], opens=state is None, reply=True)
         stream = Characters(enc)
-        for tokens, state in generate(decoder, torch.tensor([unread + ids], device=device), cfg.max_tokens, stop=stop, state=state,
-                                      generator=generator, **options):
+        for tokens, state in generate(decoder, torch.tensor([unread + ids], device=device), cfg.max_tokens, stop=stop,
+                                      state=state and expand(state), generator=generator, **options):
             token = tokens.item()
             print("" if token in stop else stream(token), end="", flush=True)
         print(stream(None), flush=True)
+        state = compress(state, cfg.state_dtype)
         _, end, after = enc.chat["assistant"]  # whatever ended the answer, the next message stands behind a whole one
         unread = [token] * (token not in stop) + enc.encode(end + after, allowed_special="all")
     if state:
         print(memory(state, model.cfg), file=sys.stderr)
+    elif cfg.save_state:
+        raise ValueError("--save_state: nothing was said, so there is nothing to save")
+    return state, unread
 
 
 def messages(first: str) -> Iterator[str]:

@@ -4,6 +4,8 @@
     python train.py config/shakespeare-cpu.toml            nanoGPT's CPU setting
     torchrun --nproc_per_node=8 train.py config/gpt2-124m.toml
     python train.py --mixer r --ffn channelmix             RWKV-7 instead of attention
+    python train.py config/rwkv7-3b.toml --plan 8          does not train: parameters and memory per GPU, with 8 of them
+    python train.py --mixer r --ffn channelmix --block_size 16384 --bptt_chunk 1024     long sequences at the memory of short ones
 
 What it is: `fit`, the one loop of this project. Distillation (distill.py) is three more calls of it: a stage is a loss
 function and the parameters that train. What it is not: a framework; whoever needs another loop changes this one.
@@ -12,6 +14,11 @@ function and the parameters that train. What it is not: a framework; whoever nee
 
 `fit` divides by the number of targets in the whole step (all micro-batches of all ranks), which the loader knows. So
 accumulation, padding and data parallelism never change what is computed: two processes give one process's gradients.
+
+    chunk_fn(model, piece, state, losses) -> ({"loss": ..., ...}, state)    the same for a piece of each sequence
+
+is what `bptt_chunk` and `bptt_truncate` (bptt.py) ask for: the sum over the pieces is the loss. Where `losses` is False only the
+state is wanted, and the dict may be empty.
 """
 
 import contextlib
@@ -36,12 +43,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
 
+from bptt import backward_in_pieces, mixed_precision, pack, quiet, tensors, unpack
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from data.tokenizer import copy_tokenizer
 from evaluate import check_vocabulary, cross_entropy, global_sum, mean_loss, read_metrics, same_tokenizer
-from model import LM, ModelConfig, TimeMixer, load_model, save_model
+from model import LM, ModelConfig, State, TimeMixer, load_model, open_model, save_model
+from plan import plan
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ class FitConfig:
     beta2: float = 0.99
     eps: float = 1e-8
     clip: float | None = 1.0                  # of the gradient's norm
+    bptt_chunk: int | None = None             # tokens whose activations exist at once, with exact gradients; None = whole sequences
+    bptt_truncate: bool = False               # the text goes on from step to step: the state is carried over, the gradient is not
     # stop at whichever comes first; the schedules end there
     max_tokens: int | None = None             # inputs seen, over all processes
     max_minutes: float | None = None
@@ -207,7 +218,7 @@ def load_trainer(folder: Path) -> dict:
     """trainer.pt, read without running pickled code. Raises ValueError for a damaged one."""
     try:
         trainer = torch.load(folder / "trainer.pt", weights_only=True)
-        return {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")}
+        return {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")} | {"states": trainer.get("states")}
     except Exception as e:  # torch raises many kinds here; each means the same to the user
         raise ValueError(f"{folder}/trainer.pt is damaged ({type(e).__name__}): remove {folder} and --resume from the checkpoint before") from None
 
@@ -263,18 +274,22 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
 
-    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return self.loss_fn(self.model, batch)
+    def forward(self, *args):
+        return self.loss_fn(self.model, *args)
 
 
 def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out: Path, save: LM, meta: dict,
-        validate: Callable[[], dict] | None = None, name: str = "train") -> dict:
+        validate: Callable[[], dict] | None = None, name: str = "train", chunk_fn: Callable | None = None) -> dict:
     """Train what requires gradients in `model`, from the newest checkpoint in `out` if there is one.
 
     `save` is the LM that checkpoints hold: the model itself, or the student inside it. `validate` gives a dict of floats.
+    `chunk_fn` is the loss of a piece of the sequences, which bptt_chunk and bptt_truncate need.
     Returns {"step", "tokens", "minutes", "loss"} and the last validation. Raises ValueError when the loss is not finite,
     and KeyboardInterrupt, after saving, for Ctrl-C; either way the last good checkpoint stays.
     """
+    in_pieces = cfg.bptt_chunk is not None or cfg.bptt_truncate
+    assert not in_pieces or chunk_fn, "whoever allows bptt_chunk gives the loss of a piece"
+    assert cfg.bptt_truncate == loader.streams, "a state can only be carried along streams"
     rank, world = loader.rank, loader.W
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -282,10 +297,10 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
 
     # where we are: at the start, or where the newest checkpoint ended
     checkpoint = last_checkpoint(out)
-    step, tokens, seconds = resume(checkpoint, save, optimizer) if checkpoint else (0, 0, 0.0)
+    step, tokens, seconds, carried = resume(checkpoint, save, optimizer, loader) if checkpoint else (0, 0, 0.0, None)
     log = MetricsLog(out, step, cfg.wandb) if rank == 0 else None
 
-    module = Step(model, loss_fn)
+    module = Step(model, chunk_fn if in_pieces else loss_fn)
     if cfg.compile:
         torch._functorch.config.enable_autograd_cache = False  # replaying cached view outputs fails in torch 2.13
         module = torch.compile(module)
@@ -304,8 +319,9 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
         return min(1.0, max(done))
 
     def checkpoint_now():
+        states = pack(carried) if cfg.bptt_truncate and carried else None
         if rank == 0:
-            trainer = {"step": step, "tokens": tokens, "seconds": seconds, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+            trainer = {"step": step, "tokens": tokens, "seconds": seconds, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "states": states}
             save_checkpoint(out, save, meta, trainer, cfg.keep_last, loader.folder)
 
     if checkpoint is None and progress() >= 1:
@@ -322,7 +338,11 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
         while progress() < 1:
             lr = set_rates(optimizer, cfg, step, progress())
             batches, targets = loader.step(step)
-            sums = forward_backward(module, batches, targets, world, device)
+            if in_pieces:
+                carried = carried if cfg.bptt_truncate and not loader.begins(step) else [None] * loader.accum
+                sums, carried = forward_backward_in_pieces(module, batches, targets, world, device, cfg.bptt_chunk, carried)
+            else:
+                sums = forward_backward(module, batches, targets, world, device)
             tokens += world * sum(batch.x.numel() for batch in batches)
             norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
             optimizer.step()
@@ -374,16 +394,22 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
     return {"step": step, "tokens": tokens, "minutes": seconds / 60, "loss": loss, **validation}
 
 
-def resume(checkpoint: Path, save: LM, optimizer: torch.optim.Optimizer) -> tuple[int, int, float]:
-    """Put weights, optimizer and random numbers back as the checkpoint has them; returns (step, tokens, seconds)."""
+def resume(checkpoint: Path, save: LM, optimizer: torch.optim.Optimizer, loader: Loader) -> tuple[int, int, float, list[State] | None]:
+    """Put weights, optimizer and random numbers back as the checkpoint has them; returns (step, tokens, seconds, carried states)."""
     trainer = load_trainer(checkpoint)
     restore(save, checkpoint)
     rates = lambda groups: [(g["rate"], g["decay"], len(g["params"])) for g in groups]  # noqa: E731
     if rates(optimizer.param_groups) != rates(trainer["optimizer"]["param_groups"]):
         raise ValueError(f"{checkpoint} had another weight decay, rwkv_lr_multiplier or freeze: resume with the settings it was started with")
+    states = trainer["states"] or []  # one for each micro-batch, each with the rows of all processes
+    rows = sum(tensors(layers)[0].shape[0] for _, layers in states)
+    if trainer["step"] and (len(states), rows) != (loader.streams * loader.accum, loader.streams * loader.accum * loader.W * loader.B):
+        raise ValueError(f"{checkpoint} carries the state of {rows} texts, and these settings another number: "
+                         "resume with the bptt_truncate, batch_size, accum and processes that it was started with")
     optimizer.load_state_dict(trainer["optimizer"])
     torch.set_rng_state(trainer["rng"])
-    return trainer["step"], trainer["tokens"], trainer["seconds"]
+    device = next(save.parameters()).device
+    return trainer["step"], trainer["tokens"], trainer["seconds"], unpack(states, loader.B, loader.rank, device) or None
 
 
 def set_rates(optimizer: torch.optim.Optimizer, cfg: FitConfig, step: int, progress: float) -> float:
@@ -406,13 +432,27 @@ def forward_backward(module: nn.Module, batches: list[Batch], targets: int, worl
     sums: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(batches):
         last = world == 1 or i == len(batches) - 1  # DDP exchanges gradients once, behind the last micro-batch
-        with contextlib.nullcontext() if last else module.no_sync():
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                losses = module(batch.to(device))
+        batch = batch.to(device)
+        with contextlib.nullcontext() if last else quiet(module):
+            with mixed_precision(batch):
+                losses = module(batch)
             (losses["loss"] * (world / targets)).backward()
         for key, value in losses.items():
             sums[key] = sums.get(key, 0) + value.detach().float() / targets
     return sums
+
+
+def forward_backward_in_pieces(module: nn.Module, batches: list[Batch], targets: int, world: int, device: torch.device, chunk: int | None,
+                               states: list) -> tuple[dict[str, torch.Tensor], list]:
+    """The same from a state for each micro-batch, `chunk` tokens at a time; returns also the states behind them."""
+    sums: dict[str, torch.Tensor] = {}
+    after = []
+    for i, (batch, state) in enumerate(zip(batches, states, strict=True)):
+        losses, state = backward_in_pieces(module, batch.to(device), state, chunk, world / targets, exchange=i == len(batches) - 1)
+        after.append(state)
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0) + value / targets
+    return sums, after
 
 
 def agree(values: list[float], device: torch.device) -> list[float]:
@@ -482,6 +522,12 @@ def cross_entropy_loss(model: LM, batch: Batch) -> dict[str, torch.Tensor]:
     return {"loss": cross_entropy(model(batch.x)[0], batch)}
 
 
+def cross_entropy_chunk(model: LM, piece: Batch, state: State | None, losses: bool) -> tuple[dict[str, torch.Tensor], State]:
+    """The same of a piece of each sequence, from a state to a state; without `losses` the head is spared."""
+    x, state = model.hidden(piece.x, state)
+    return {"loss": cross_entropy(model.head(x), piece)} if losses else {}, state
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     data: str = "data/pydoc"      # a folder made by data/prepare.py; the embedded ones are prepared where missing
@@ -492,6 +538,7 @@ class TrainConfig:
     device: str = "auto"
     seed: int = 0
     eval_tokens: int = 65536      # of the held-out half, while training; at the end all of it counts
+    plan: int | None = None       # print what training on so many GPUs takes, and end
     model: Annotated[ModelConfig, OmitArgPrefixes] = ModelConfig()
     fit: Annotated[FitConfig, OmitArgPrefixes] = FitConfig()
 
@@ -508,7 +555,10 @@ def train(cfg: TrainConfig) -> dict:
     if started and cfg.model != ModelConfig() and replace(cfg.model, vocab_size=started.cfg.vocab_size) != started.cfg:
         raise ValueError(f"--init takes the model of {cfg.init} as it is: leave the flags away that describe another one")
     T = (started.cfg if started else cfg.model).block_size
-    loaders = [Loader(cfg.data, half, cfg.fit.batch_size, T, cfg.seed, rank, world, cfg.fit.accum) for half in ("train", "val")]
+    if cfg.fit.bptt_truncate and "a" in (started.cfg if started else cfg.model).mixers:
+        raise ValueError("bptt_truncate carries the state from step to step, where attention's would grow without end: it is for --mixer r alone")
+    loaders = [Loader(cfg.data, half, cfg.fit.batch_size, T, cfg.seed, rank, world, cfg.fit.accum, cfg.fit.bptt_truncate and half == "train")
+               for half in ("train", "val")]
     if loaders[0].kind == "preference":
         raise ValueError(f"{cfg.data} holds preferences, not text: they are for stage 3 of distill.py, --finish_data")
     if started:
@@ -523,16 +573,25 @@ def train(cfg: TrainConfig) -> dict:
     meta = {"tokenizer": loaders[0].meta["tokenizer"], "data": cfg.data}
     if rank == 0:
         print(json.dumps(asdict(cfg)))
-    result = fit(model, cross_entropy_loss, loaders[0], cfg.fit, out, model, meta, lambda: {"val_loss": mean_loss(model, loaders[1], cfg.eval_tokens)})
-    result["val_loss"] = mean_loss(model.eval(), loaders[1])
+
+    def validate() -> dict[str, float]:
+        return {"val_loss": mean_loss(model, loaders[1], cfg.eval_tokens, cfg.fit.bptt_chunk)}
+
+    result = fit(model, cross_entropy_loss, loaders[0], cfg.fit, out, model, meta, validate, chunk_fn=cross_entropy_chunk)
+    result["val_loss"] = mean_loss(model.eval(), loaders[1], chunk=cfg.fit.bptt_chunk)
     if rank == 0:
         print(f"{out}: held-out loss {result['val_loss']:.4f} nats per token after {result['tokens']:,} tokens and {result['minutes']:.1f} minutes")
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
+    cfg = cli(TrainConfig, argv)
+    if cfg.plan is not None:
+        model = open_model(cfg.init)[0].cfg if cfg.init else cfg.model
+        print(plan(model, cfg.fit.batch_size, cfg.fit.accum, min(model.block_size, cfg.fit.bptt_chunk or model.block_size), cfg.plan))
+        return
     with joined():
-        train(cli(TrainConfig, argv))
+        train(cfg)
 
 
 if __name__ == "__main__":

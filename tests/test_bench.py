@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,11 +98,14 @@ def test_the_script_prints_tables_and_writes_what_they_say(installed, tmp_path, 
     assert gpt["parameters"] == LM(bench.GPT).n_params() and f"{rwkv['tokens_per_s']:,.0f}" in out
     assert decode["state_bytes"] == 4 * 2 * (2 * 32 * 32 + 64 + 64) and decode["kv_bytes"]["65536"] == kv_bytes(TINY, 65536)
     speed = decode["tokens_per_s"]
+    read = decode["parameters"] - TINY.vocab_size * TINY.n_embd  # the embedding is one row
+    assert decode["GB_per_s"] == pytest.approx(4e-9 * read * max(speed["ours"], speed["ours, 1 thread"]))
     if installed:
-        assert decode["ratio"] == pytest.approx(speed["ours"] / max(speed["rwkv"], speed["rwkv, 1 thread"])) and decode["difference"] < 1e-4
-        assert "(goal 1.5)" in out
+        ours, theirs = (max(speed[who], speed[f"{who}, 1 thread"]) for who in ("ours", "rwkv"))
+        assert decode["ratio"] == pytest.approx(ours / theirs) and decode["difference"] < 1e-4
+        assert "(goal 2)" in out
     else:
-        assert speed.keys() == {"ours", "LM"} and "ratio" not in decode and out.count("rwkv is not installed") == 1
+        assert speed.keys() == {"ours", "ours, 1 thread", "LM"} and "ratio" not in decode and out.count("rwkv is not installed") == 1
 
 
 def test_one_part_alone_and_bad_options_in_one_line(capsys, monkeypatch):
@@ -115,6 +119,44 @@ def test_one_part_alone_and_bad_options_in_one_line(capsys, monkeypatch):
         with pytest.raises(ValueError) as e:
             main(args)
         assert word in one_line(e.value)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory against the length of the sequence
+
+def test_every_side_of_the_memory_benchmark_is_a_training_step():
+    """The same parameters in the three RWKV-7 sides; what they compute alike is for test_bptt.py to say."""
+    cfg = bench.BenchConfig(layers=2, embd=32, bptt_chunk=20)
+    rows = {name: bench.length_side(name, 50, cfg, "cpu") for name in bench.SIDES}
+    assert len({rows[name]["parameters"] for name in rows if name != "GPT"}) == 1 and len(rows) == 4
+    assert all(row["tokens_per_s"] > 0 and row["MB"] >= 0 for row in rows.values())
+
+
+def test_memory_is_measured_in_processes_of_their_own_and_one_that_fails_or_is_slow_costs_no_other(tmp_path, capsys, monkeypatch):
+    real = bench.subprocess.run
+
+    def children(command, **kwargs):
+        if "'GPT'" in command[-1] and "32" in command[-1].split(",")[2]:
+            return SimpleNamespace(returncode=1, stderr="Traceback\nRuntimeError: out of memory", stdout="")
+        if "checkpointed" in command[-1]:
+            return SimpleNamespace(returncode=0, stderr="", stdout='greetings\n{"parameters": 1, "MB": 7.0, "tokens_per_s": 5.0, "seconds": 61.0}')
+        return real(command, **kwargs) if "in pieces" in command[-1] else SimpleNamespace(
+            returncode=0, stderr="", stdout='{"parameters": 1, "MB": 8.0, "tokens_per_s": 50.0, "seconds": 1.0}')
+
+    monkeypatch.setattr(bench.subprocess, "run", children)
+    main(["--only", "memory", "--device", "cpu", "--lengths", "64,32", "--bptt_chunk", "16", "--layers", "1", "--embd", "32",
+          "--json", str(tmp_path / "m.json")])
+    first, second = json.loads((tmp_path / "m.json").read_text())["memory"]
+    assert (first["T"], second["T"]) == (32, 64)
+    assert first.keys() == {"T", "RWKV-7", "RWKV-7, checkpointed", "RWKV-7, in pieces"} and second.keys() == {"T", "RWKV-7", "RWKV-7, in pieces"}
+    assert first["RWKV-7, in pieces"]["tokens_per_s"] > 0 and first["RWKV-7"]["MB"] == 8
+    out = capsys.readouterr().out
+    assert "GPT is left out from T = 32 on: RuntimeError: out of memory" in out and "training step" not in out
+    for args, word in ((["--lengths", "1k"], "lengths = '1k'"), (["--lengths", "8"], "at least 16"), (["--embd", "33"], "embd = 33"),
+                       (["--limit", "inf"], "limit = inf")):
+        with pytest.raises(ValueError) as e:
+            main(["--only", "memory", *args])
+        assert word in one_line(e.value)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels' benchmark. What it says of a GPU is for a GPU to say; here are its bytes, its errors and its course

@@ -358,7 +358,7 @@ def test_kl_chunks_bound_the_largest_tensor_of_logits():
 
 def test_sequence_logp_is_the_log_probability_of_the_targets():
     model, (batch, rows) = tiny_model(), padded([5, 16])
-    for got, row in zip(sequence_logp(model, batch), rows):
+    for got, row in zip(sequence_logp(model, batch)[0], rows):
         assert got.item() == pytest.approx(-cross_entropy(model(row.x)[0], row).item(), rel=1e-5)
 
 
@@ -371,7 +371,7 @@ def test_dpo_is_ln_2_where_policy_is_reference_and_hinge_1(smoothing):
 
 def test_dpo_by_hand(monkeypatch):
     """Two pairs: policy / reference log-ratios 1 and -1, then -3 and 0; beta 1/2 makes the margins d = 1 and d = -3/2."""
-    monkeypatch.setattr(distill, "sequence_logp", lambda model, batch: model)
+    monkeypatch.setattr(distill, "sequence_logp", lambda model, batch, state: (model, None))
     policy, reference = torch.tensor([-4.0, -9.0, -6.0, -5.0]), torch.tensor([-5.0, -6.0, -5.0, -5.0])
     batch = random_batch(4)
     soft = lambda x: math.log(1 + math.exp(-x))  # noqa: E731   -log sigmoid(x)
@@ -389,11 +389,11 @@ def test_one_dpo_step_raises_the_chosen_and_lowers_the_rejected_log_probability(
     policy, reference = tiny_model(mixer="r"), tiny_model(mixer="r")
     (batch,), pairs = Loader(tiny.dpo, "train", 8, T).step(0)
     assert pairs == 8
-    before = sequence_logp(policy, batch).detach()
+    before = sequence_logp(policy, batch)[0].detach()
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
     (dpo_loss(policy, batch, reference, 0.1, kind)["loss"] / pairs).backward()
     optimizer.step()
-    chosen, rejected = (sequence_logp(policy, batch) - before).chunk(2)
+    chosen, rejected = (sequence_logp(policy, batch)[0] - before).chunk(2)
     assert chosen.mean() > 0 > rejected.mean()
     assert dpo_loss(policy, batch, reference, 0.1, kind)["loss"] < dpo_loss(reference, batch, reference, 0.1, kind)["loss"]
 

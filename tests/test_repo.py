@@ -16,7 +16,7 @@ import config
 import data.prepare
 from common import REPO
 
-SCRIPTS = ("train", "distill", "sample", "evaluate", "convert", "bench")
+SCRIPTS = ("train", "distill", "sample", "evaluate", "recall", "convert", "bench")
 DOCUMENTS = ["README.md", "docs/tutorial.md", "docs/chunking.md"]
 SOURCES = sorted(p for p in REPO.glob("*.py")) + sorted(p for folder in ("data", "config", "tests") for p in (REPO / folder).glob("*.py"))
 
@@ -37,10 +37,14 @@ MAY_IMPORT = {
     "wkv": {"wkv_triton"},
     "model": {"wkv"},
     "evaluate": {"config", "data", "model", "wkv"},
-    "train": {"config", "data", "model", "wkv", "evaluate"},
-    "distill": {"config", "data", "model", "wkv", "evaluate", "train"},
+    "bptt": {"data", "model"},
+    "plan": {"model"},
+    "train": {"bptt", "config", "data", "model", "wkv", "evaluate", "plan"},
+    "distill": {"bptt", "config", "data", "model", "wkv", "evaluate", "plan", "train"},
+    "recall": {"config", "data", "model", "evaluate", "train", "distill"},
     "decode": {"model"},
-    **dict.fromkeys(("sample", "convert", "bench"), {"config", "data", "model", "wkv", "decode", "evaluate", "train", "distill"}),
+    "state": {"model"},
+    **dict.fromkeys(("sample", "convert", "bench"), {"bptt", "config", "data", "model", "wkv", "decode", "state", "evaluate", "train", "distill"}),
 }
 
 
@@ -59,15 +63,19 @@ def test_imports_form_a_dag_and_leaves_are_leaves():
 BUDGETS = {  # lines; about the file's present length. Whoever needs more raises the number in the same commit
     "wkv.py": 220,
     "wkv_triton.py": 400,    # out of wkv.py: Triton is not everywhere, and the definition is read without it
-    "model.py": 540,         # beyond 400: official initial values and one-line refusals of bad folders are both long lists; rope scaling
-    "train.py": 550,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks and interrupts
+    "model.py": 585,         # beyond 400: official initial values and one-line refusals are both long lists; rope scaling; patterns of hybrids
+    "bptt.py": 135,
+    "train.py": 605,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks; steps in pieces, a carried state
     "convert.py": 490,       # beyond 300: five formats with a line for each setting that is refused, and a file format written by hand
-    "distill.py": 660,       # beyond 330: three stages with RWKVInside's options, each a switch, the controls, and a look at the teacher
+    "plan.py": 105,
+    "recall.py": 320,        # three tasks, their report and plots
+    "distill.py": 780,       # beyond 330: three stages with RWKVInside's options, each a switch, the controls, a look at the teacher; losses of pieces; ranks
     "evaluate.py": 300,      # beyond 180: the table over seeds
-    "decode.py": 200,        # taken out of sample.py: 36 operations a layer instead of 71
-    "sample.py": 270,        # beyond 150: four samplers, penalties, streaming of bytes that are not yet characters; chat
-    "bench.py": 480,         # beyond 180: four benchmarks, each beside its rivals, one of them for a GPU seen once a session
-    "data/loader.py": 210,   # the package beyond 300: three kinds of data, and line numbers in every complaint
+    "decode.py": 210,        # taken out of sample.py: 36 operations a layer instead of 71; matrices in 16 bits
+    "state.py": 250,         # of it 100 lines are the file format, which refuses what is foreign or damaged
+    "sample.py": 340,        # beyond 150: four samplers, penalties, streaming of bytes that are not yet characters; chat; states, prompts of any lengths
+    "bench.py": 590,         # beyond 180: five benchmarks, each beside its rivals, one for a GPU seen once a session, one with a process per row
+    "data/loader.py": 230,   # the package beyond 300: three kinds of data, and line numbers in every complaint; streams
     "data/prepare.py": 260,
     "data/sources.py": 270,
     "data/tokenizer.py": 120,

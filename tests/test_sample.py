@@ -15,7 +15,7 @@ from data.bpe import BYTE
 from data.chat import encode_turns
 from data.tokenizer import get_tokenizer, load_tokenizer, write_tokenizer
 from model import LM, ModelConfig, State, load_model, save_model
-from sample import Characters, Decoder, choose, generate, kv_bytes, main
+from sample import Characters, Decoder, choose, generate, kv_bytes, main, optimize_for_inference
 
 BYTES = get_tokenizer("bytes")
 MODELS = {
@@ -65,17 +65,6 @@ def test_greedy_tokens_are_the_argmax_of_whole_sequence_logits(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(name, monkeypatch):
-    model, prompt = tiny_model(std=0.5, **MODELS[name]).eval(), tokens(2, 23)
-    whole = next(generate(model, prompt, 1, temperature=0))
-    monkeypatch.setattr(sample, "PREFILL", 5)
-    pieces = next(generate(model, prompt, 1, temperature=0))
-    assert torch.equal(whole[0], pieces[0]) and pieces[1].position == 23
-    for a, b in zip(tensors(whole[1]), tensors(pieces[1]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_a_text_goes_on_from_its_state(name):
     model, prompt = tiny_model(std=0.5, **MODELS[name]).eval(), tokens(2, 9)
     new = drawn(model, prompt, 12, temperature=0)
@@ -112,15 +101,41 @@ def test_the_decoder_is_the_model(name, B, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_the_decoder_is_the_model_where_weights_are_read_by_rows():
-    model = random_rwkv(ModelConfig(n_layer=2, n_embd=256, mixer="r", ffn="channelmix", rwkv_head_size=64, vocab_size=1000))
-    decoder, text = Decoder(model), tokens(1, 40, 1000)
+@pytest.mark.parametrize("C, threads", ((256, 1), (512, 2), (512, 3)))
+def test_the_decoder_is_the_model_where_weights_are_read_by_rows(C, threads):
+    """Also where each thread reads a part of them."""
+    model = random_rwkv(ModelConfig(n_layer=2, n_embd=C, mixer="r", ffn="channelmix", rwkv_head_size=64, vocab_size=1000))
+    before, text = torch.get_num_threads(), tokens(1, 40, 1000)
+    torch.set_num_threads(threads)
+    try:
+        decoder = Decoder(model)
+        with torch.no_grad():
+            _, state = model(text[:, :20])
+            logits, _ = model(text[:, 20:], state)
+            for i in range(20):
+                ours, state = decoder(text[:, 20 + i], state)
+                torch.testing.assert_close(ours, logits[:, i], rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+        assert decoder.layers[0].ffn_key.parts == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("B", (1, 3))
+@pytest.mark.parametrize("dtype, most", ((torch.bfloat16, 3e-2), (torch.float16, 4e-3), (None, 1e-5)))
+def test_optimize_for_inference_says_what_the_model_says_as_well_as_its_matrices_can(dtype, most, B):
+    """Matrices in 16 bits, all else in float32: the state too. Without a dtype the logits are the model's, to 1e-5."""
+    model, text = tiny_model(mixer="r", ffn="channelmix").eval(), tokens(B, 30)
+    fast = optimize_for_inference(model, dtype)
     with torch.no_grad():
-        _, state = model(text[:, :20])
-        logits, _ = model(text[:, 20:], state)
-        for i in range(20):
-            ours, state = decoder(text[:, 20 + i], state)
-            torch.testing.assert_close(ours, logits[:, i], rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+        logits, _ = model(text)
+        _, state = model(text[:, :10])
+        for i in range(10, 30):
+            ours, state = fast(text[:, i], state)
+            assert (ours - logits[:, i]).norm() < most * logits[:, i].norm()
+    assert {x.dtype for x in tensors(state)} == {torch.float32} == {ours.dtype}
+    with pytest.raises(ValueError, match="model.to") as e:
+        optimize_for_inference(tiny_model(mixer="ra"), torch.bfloat16)
+    one_line(e.value)
 
 
 def test_the_decoder_leaves_a_state_as_it_was_and_the_threads_too():

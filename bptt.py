@@ -1,0 +1,129 @@
+"""Backpropagation through time in pieces: sequences of any length with the activations of one piece, and exact gradients.
+
+A model that remembers takes a piece of the text x_i and its state S_i to a loss and the next state, (l_i, S_{i+1}) = f(x_i, S_i).
+Ordinary backpropagation of l_1 + ... + l_n keeps the activations of all n pieces. Here only the states at the borders are kept:
+
+    there       S_2 = f(x_1, S_1), S_3 = f(x_2, S_2), ...        without gradients, nothing but the states remains
+    and back    for i = n ... 1: run f(x_i, S_i) once more, now with gradients, and go back from
+                    l_i + <S_{i+1}, dS_{i+1}>                    to the parameters, which add it up, and to S_i, which is dS_i
+
+dS_{i+1} = d(l_{i+1} + ... + l_n) / dS_{i+1} is a constant here, so that the sum's gradient is the chain rule, and nothing is
+approximated. The price is one more forward pass (of n - 1 pieces of n), the same as that of activation checkpointing, which
+keeps the inputs of all layers for all tokens.
+
+What a "state" is here: any nest of tuples, State and tensors. For RWKV-7 it is of constant size. Attention's is its cache, and
+the gradient of a cached key is what all later pieces want of it. As caches only grow, the last one holds all others.
+
+What it is not: truncated backpropagation, which forgets dS. train.py has that too (bptt_truncate), between steps.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from data.loader import Batch
+from model import State
+
+
+def each(fn: Callable, *states):
+    """`fn` of the tensors that stand at the same place of states of one structure, in that structure."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return fn(*states)
+    if isinstance(first, State):
+        return State(first.position, each(fn, *(s.layers for s in states)))
+    if isinstance(first, tuple):
+        return tuple(each(fn, *parts) for parts in zip(*states, strict=True))
+    return first  # positions, and None where there is no memory
+
+
+def tensors(state) -> list[Tensor]:
+    """The tensors of a state, in order."""
+    found: list[Tensor] = []
+    each(found.append, state)
+    return found
+
+
+def without_cache(state, after):
+    """`state` with only the shape of what has grown in `after`, the state behind it: there it is still to be had."""
+    return each(lambda s, a: s if s.shape == a.shape else s.to("meta"), state, after)
+
+
+def with_cache(state, last):
+    """The opposite: the first rows of the caches in `last`, (B, Hkv, T, N)."""
+    return each(lambda s, a: a[:, :, : s.shape[2]] if s.is_meta else s, state, last)
+
+
+def backward_in_pieces(module: nn.Module, batch: Batch, state, n: int | None, scale: float, exchange: bool) -> tuple[dict[str, Tensor], object]:
+    """Add the gradients of scale · loss of a whole batch to the parameters, running n tokens at a time (None: all at once).
+
+    module(piece, state, losses) -> ({"loss": sum over the piece's targets, ...}, state) is the model and its loss, perhaps in DDP;
+    without `losses` the dict may be empty. `exchange`: DDP averages gradients at the end, in the backward pass of the first piece,
+    which comes last; every process must have as many pieces. Returns the sums over the whole batch and the state behind it.
+    No gradient goes into the `state` in front of it.
+    """
+    pieces = batch.split(n) if n else [batch]
+    borders = [state]
+    for piece in pieces[:-1]:
+        with torch.no_grad(), mixed_precision(batch):
+            _, after = module(piece, borders[-1], False)
+        borders[-1] = without_cache(borders[-1], after)
+        borders.append(after)
+
+    last, behind, sums, dS = borders[-1], None, {}, []
+    for i in reversed(range(len(pieces))):
+        start = each(lambda s: s.detach().requires_grad_(i > 0 and s.is_floating_point()), with_cache(borders.pop(), last))
+        with quiet(module) if i or not exchange else contextlib.nullcontext():
+            with mixed_precision(batch):  # one per pass: what autocast caches without gradients would get none
+                losses, end = module(pieces[i], start, True)
+            ends = [(s, g) for s, g in zip(tensors(end), dS) if g is not None and s.requires_grad]  # a teacher's state gets no gradient
+            torch.autograd.backward([losses["loss"] * scale, *(s for s, _ in ends)], [None, *(g for _, g in ends)])
+        dS = [s.grad for s in tensors(start)]
+        behind = each(Tensor.detach, end) if i == len(pieces) - 1 else behind
+        sums = {key: sums.get(key, 0) + value.detach().float() for key, value in losses.items()}
+        del losses, end, ends, start  # or the next piece would run beside this one's activations
+    return sums, behind
+
+
+def forward_in_pieces(chunk_fn: Callable, n: int, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The terms of the loss of a whole batch, summed over its pieces of n tokens. For looking, without gradients."""
+    state, sums = None, {}
+    for piece in batch.split(n):
+        losses, state = chunk_fn(model, piece, state, True)
+        sums = {key: sums.get(key, 0) + value for key, value in losses.items()}
+    return sums
+
+
+def mixed_precision(batch: Batch):
+    """bfloat16 compute on GPUs only."""
+    return torch.autocast(batch.x.device.type, torch.bfloat16, enabled=batch.x.is_cuda)
+
+
+def quiet(module: nn.Module):
+    """Around a backward pass after which DDP is not to exchange gradients."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A state that is carried from step to step belongs to the checkpoint: as plain tuples, with the rows of all processes
+
+def pack(states: list[State]) -> list[tuple]:
+    """For each micro-batch (position, layers) on the CPU, rows of all processes one below another. Every process must call it."""
+    def rows(x: Tensor) -> Tensor:
+        parts = [x]
+        if dist.is_initialized():
+            parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts).cpu()
+
+    return [(s.position, each(rows, s.layers)) for s in states]
+
+
+def unpack(packed: list[tuple], B: int, rank: int, device: torch.device) -> list[State]:
+    """This process's B rows of each."""
+    return [State(position, each(lambda x: x[rank * B : (rank + 1) * B].to(device), layers)) for position, layers in packed]

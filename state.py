@@ -1,0 +1,243 @@
+"""What a model remembers, as a value: read a text into it, set rows of it side by side, make it small, keep it in a file.
+
+    logits, book = process(model, tokens)          any length, a piece at a time; no call changes a state
+    a = generate(model, question, 100, state=book)     so both of these go on from the same book
+    b = generate(model, another, 100, state=book)
+    save_state("book.state", model, compress(book, "int8"), "bytes")
+
+What it is: functions on model.State, for attention's growing cache as for RWKV-7's constant one. Dimension 0 of each of its
+tensors is the text in the batch. What it is not: a cache of prompts, or a way to train (detached from autograd).
+
+int8 holds every row x of a tensor (its last dimension) as q s, q = round(x / s) in -127 ... 127 and s = max |x| / 127, one
+scale in bfloat16 for each row: 1 + 2/N bytes for a number instead of 4, and an error of at most s/2 (s/2 + 0.4 % for the largest).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import LM, ModelConfig, State, stored_shapes
+
+PIECE = 512  # tokens per call: fast matrix products, and small activations however long the text is
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+FORMAT = "nanoRWKVInside state, version 1"
+
+
+class Int8(NamedTuple):
+    """A tensor in 8 bits: q int8 of its shape, scale bfloat16 (..., 1)."""
+
+    q: Tensor
+    scale: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+@torch.no_grad()
+def process(model: LM, tokens: Tensor, state: State | None = None, piece: int = PIECE) -> tuple[Tensor, State]:
+    """Read tokens (B, T >= 1) behind `state`: logits (B, V) of what comes next, and the state. Activations are of one piece.
+
+    Raises ValueError for an empty text or piece, and what LM raises.
+    """
+    if tokens.shape[1] == 0 or piece < 1:
+        raise ValueError(f"{tokens.shape[1]} tokens in pieces of {piece}: there must be at least one of each")
+    for part in tokens.split(piece, 1):
+        x, state = model.hidden(part, state)
+    return model.head(x[:, -1]), state
+
+
+def process_rows(model: LM, rows: Sequence[Tensor], state: State | None = None, piece: int = PIECE) -> tuple[Tensor, list[State]]:
+    """Read rows (T_i >= 1,) of any lengths behind `state`: logits (B, V), and each row's state.
+
+    All read as far as the shortest goes; whoever is at the end steps out, the others read on. So nothing is padded, no state
+    sees what is not its text, and every token is computed once.
+    """
+    logits, states = [None] * len(rows), [None] * len(rows)
+    reading, read = list(range(len(rows))), 0
+    for end in sorted({len(row) for row in rows}):
+        out, state = process(model, torch.stack([rows[i][read:end] for i in reading]), state, piece)
+        for j, i in enumerate(reading):
+            if len(rows[i]) == end:
+                logits[i], states[i] = out[j], select(state, [j])
+        stay = [j for j, i in enumerate(reading) if len(rows[i]) > end]
+        reading, state, read = [reading[j] for j in stay], select(state, stay), end
+    return torch.stack(logits), states
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As values
+
+def over(f: Callable[..., Tensor], *trees):
+    """The tree of f(tensors at one place of all trees); of numbers (positions) the largest."""
+    first = trees[0]
+    if isinstance(first, tuple):
+        parts = [over(f, *part) for part in zip(*trees, strict=True)]
+        return Int8(*parts) if isinstance(first, Int8) else tuple(parts)
+    return f(*trees) if isinstance(first, Tensor) else max(trees) if isinstance(first, int) else None
+
+
+def copy(state: State) -> State:
+    """The same in memory of its own, and out of autograd: for whoever writes into a state's tensors."""
+    return State(state.position, over(lambda x: x.detach().clone(), state.layers))
+
+
+def reset(state: State) -> State:
+    """As many texts on the same device, of which nothing is read: gives what None gives."""
+    def empty(att):  # RWKV-7: (last x, S, position); attention: (k, v), each (B, H, T, N)
+        return (torch.zeros_like(att[0]), torch.zeros_like(att[1]), 0) if len(att) == 3 else tuple(x[:, :, :0].clone() for x in att)
+
+    return State(0, tuple((empty(att), over(torch.zeros_like, ffn)) for att, ffn in state.layers))
+
+
+def select(state: State, rows: list[int]) -> State:
+    """The texts `rows` of a batch, in this order, in memory of their own; one may come several times."""
+    return State(state.position, over(lambda x: x[torch.tensor(rows, dtype=torch.long, device=x.device)], state.layers))
+
+
+def join(cfg: ModelConfig, states: Sequence[State]) -> list[tuple[list[int], State]]:
+    """States side by side, as far as one step can serve them all: batches, each with the indices of its states.
+
+    RWKV-7 does not count its tokens, so it is one batch, whose position is the longest text's. Attention does, by its
+    cache's length, and so do rotary and learned positions: there each batch is of states with one position.
+    """
+    counts = "a" in cfg.mixers or cfg.rwkv_rope or cfg.positions == "learned"
+    batches: dict[int, list[int]] = {}
+    for i, state in enumerate(states):
+        batches.setdefault(state.position if counts else 0, []).append(i)
+    return [(rows, State(max(states[i].position for i in rows), over(lambda *xs: torch.cat(xs), *(states[i].layers for i in rows))))
+            for rows in batches.values()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Smaller
+
+def compress(state: State, dtype: str) -> State:
+    """The state in float16, bfloat16 or int8, for keeping, not for computing. In float32, and where it is int8 already, it stays as it is.
+
+    Raises ValueError for another dtype, and for a number that it cannot hold.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"state_dtype = {dtype!r}: choose one of {', '.join(DTYPES)}")
+
+    def small(x):
+        if isinstance(x, tuple) and not isinstance(x, Int8):
+            return tuple(map(small, x))
+        if not isinstance(x, Tensor):
+            return x
+        if dtype == "int8":
+            scale = (x.abs().amax(-1, keepdim=True).float() / 127).bfloat16().clamp_min(torch.finfo(torch.bfloat16).tiny)
+            y = Int8((x.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale)
+        else:
+            y = x.to(DTYPES[dtype])
+        if not (y.scale if dtype == "int8" else y).isfinite().all():
+            raise ValueError(f"the state has numbers that {dtype} cannot hold, up to {x.abs().max():.3g}: keep it in bfloat16, "
+                             "and if they are not finite, take an earlier checkpoint")
+        return y
+
+    return state if dtype == "float32" else State(state.position, small(state.layers))
+
+
+def expand(state: State, dtype: torch.dtype = torch.float32) -> State:
+    """A compressed state for computing: S in float32, all else in `dtype`, the model's."""
+    def full(x, dtype: torch.dtype):
+        if isinstance(x, Int8):
+            x = x.q.float() * x.scale.float()
+        return x.to(dtype) if isinstance(x, Tensor) else x
+
+    def mixer(att):
+        return (full(att[0], dtype), full(att[1], torch.float32), att[2]) if len(att) == 3 else tuple(full(x, dtype) for x in att)
+
+    return State(state.position, tuple((mixer(att), full(ffn, dtype)) for att, ffn in state.layers))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a file
+
+def fingerprint(model: LM) -> str:
+    """SHA-256 of what decides a model's numbers: the settings that are not the defaults, and the weights."""
+    default = {f.name: None if f.default is MISSING else f.default for f in fields(model.cfg)}
+    sha = hashlib.sha256(json.dumps({name: value for name, value in asdict(model.cfg).items() if value != default[name]}, sort_keys=True).encode())
+    weights = model.state_dict()
+    for name in sorted(stored_shapes(model)):
+        sha.update(name.encode())
+        sha.update(raw(weights[name]))
+    return sha.hexdigest()
+
+
+def raw(x: Tensor) -> memoryview:
+    return memoryview(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def named(x, name: str = "blocks") -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a tree, with its path."""
+    if isinstance(x, Tensor):
+        yield name, x
+    elif isinstance(x, tuple):
+        for key, part in zip(x._fields if isinstance(x, Int8) else range(len(x)), x):
+            yield from named(part, f"{name}.{key}")
+
+
+def digest(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
+    sha = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        sha.update(raw(tensors[name]))
+    return sha.hexdigest()
+
+
+def save_state(file: str | Path, model: LM, state: State, tokenizer: str, unread: Sequence[int] = ()) -> None:
+    """Write a state, compressed or not, as a .safetensors file that appears whole or not at all.
+
+    `unread`: tokens that belong to the text and are to be read next; of the last token that was drawn a state knows nothing.
+    """
+    file = Path(file)
+    tensors = {name: x.cpu().contiguous() for name, x in named(copy(state).layers)}
+    meta = {"format": FORMAT, "model": fingerprint(model), "tokenizer": tokenizer, "position": str(state.position), "unread": json.dumps(list(unread))}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".tmp")
+    save_file(tensors, part, meta | {"digest": digest(tensors, meta)})
+    os.replace(part, file)
+
+
+def load_state(file: str | Path, model: LM, tokenizer: str | None = None) -> tuple[State, list[int]]:
+    """Read (state, unread tokens), as they were saved, onto the model's device.
+
+    Raises ValueError, in one line, for a file that is missing, damaged, no state, or that of another model or tokenizer.
+    """
+    file = Path(file)
+    try:
+        if not file.is_file():
+            raise ValueError(f"no state at {file}: check the path, or make one with --save_state")
+        with safe_open(file, "pt") as f:
+            meta, tensors = f.metadata() or {}, {name: f.get_tensor(name).clone() for name in f.keys()}  # not mapped
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"the state {file} is damaged or no state ({e}): save it again") from None
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{file} is no state: its format is {meta.get('format')!r}, expected {FORMAT!r}; give a file that --save_state wrote")
+    if meta.pop("digest", None) != digest(tensors, meta):
+        raise ValueError(f"the state {file} is damaged (its contents are not what was written): save it again")
+    if meta["model"] != fingerprint(model):
+        raise ValueError(f"the state {file} was made by another model ({meta['model'][:12]}..., this is {fingerprint(model)[:12]}...): load it with that one")
+    if tokenizer is not None and meta["tokenizer"] != tokenizer:
+        raise ValueError(f"the state {file} was made with the tokenizer {meta['tokenizer']}, this model has {tokenizer}: take that one")
+    position, device = int(meta["position"]), model.emb.weight.device
+    with torch.no_grad():
+        _, like = model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
+
+    def build(x, name: str):  # the same model's states are all trees of one shape
+        if f"{name}.q" in tensors:
+            return Int8(*(tensors[f"{name}.{part}"].to(device) for part in Int8._fields))
+        if isinstance(x, tuple):
+            return tuple(build(part, f"{name}.{i}") for i, part in enumerate(x))
+        return tensors[name].to(device) if isinstance(x, Tensor) else position if isinstance(x, int) else None
+
+    return State(position, build(like.layers, "blocks")), json.loads(meta["unread"])

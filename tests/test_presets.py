@@ -1,0 +1,131 @@
+"""Sizes on paper: parameters against the paper's formula and the released models, memory against what a small run takes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from common import REPO, one_line, tiny_model
+from config import apply, load_preset
+from decode import kv_bytes
+from model import LM, ModelConfig, save_model
+from plan import activation_floats, describe, on_paper, plan, training_bytes
+from train import TrainConfig
+
+
+def preset(name: str) -> TrainConfig:
+    return apply(TrainConfig(), load_preset(str(REPO / "config" / f"{name}.toml")))
+
+
+@pytest.mark.parametrize("name, released", [("rwkv7-3b", 2_947_735_040), ("rwkv7-1b5", 1_527_404_544), ("rwkv7-124m", None)])
+def test_the_presets_count_what_the_papers_formula_and_the_released_models_have(name, released):
+    """arXiv 2503.14456, appendix: 2 D V + 4 D + L D (12 D + 2 (d_w + d_a + d_v + d_g) + 19) - (2 D d_v + D)."""
+    cfg = preset(name).model
+    D, V, L, (w, a, v, g) = cfg.n_embd, cfg.vocab_size, cfg.n_layer, map(cfg.rank, "wavg")
+    n = on_paper(cfg).n_params()
+    assert n == 2 * D * V + 4 * D + L * D * (12 * D + 2 * (w + a + v + g) + 19) - (2 * D * v + D)
+    assert released in (None, n)
+    assert all(p.is_meta for p in on_paper(cfg).parameters())
+
+
+@pytest.mark.parametrize("name", ["rwkv7-3b", "rwkv7-1b5", "rwkv7-124m"])
+def test_a_preset_prints_its_plan(name, capsys):
+    train.main([str(REPO / "config" / f"{name}.toml"), "--plan", "8"])
+    cfg, said = preset(name), capsys.readouterr().out
+    P = on_paper(cfg.model).n_params()
+    state = cfg.model.n_layer * 4 * (cfg.model.n_embd + cfg.model.n_embd * 64)  # last x, and heads of 64 x 64
+    for number in (f"{P:,} parameters", f"{state / 1e6:.2f} MB", f"{8 * P / 1e9:.2f} GB" if P > 1e9 else f"{8 * P / 1e6:.2f} MB", "per GPU of 8",
+                   f"{8 * cfg.fit.batch_size * cfg.fit.accum * cfg.model.block_size:,} tokens"):
+        assert number in said, (number, said)
+
+
+def test_a_gpu_holds_as_much_however_many_there_are_but_for_ddps_buckets():
+    cfg = ModelConfig(mixer="all")
+    one, two, many = (training_bytes(cfg, 4, 256, n) for n in (1, 2, 1000))
+    assert two == many and sum(two.values()) - sum(one.values()) == 4 * on_paper(cfg).n_params() == one["weights"]
+    assert training_bytes(cfg, 8, 256)["activations"] == 2 * one["activations"]
+
+
+@pytest.mark.parametrize("shape", [
+    {}, {"positions": "learned", "ffn": "gelu"}, {"n_kv_head": 2}, {"mixer": "all", "ffn": "channelmix"}, {"mixer": "all", "gate": False},
+    {"mixer": "all", "bonus": False}, {"mixer": "all", "group_norm": False}, {"mixer": "all", "token_shift": False}, {"mixer": "all", "rwkv_rope": True},
+    {"mixer": "first:1", "qk_norm": True}, {"mixer": "last:2", "norm": "rmsnorm", "ffn": "swiglu"}, {"mixer": "all", "rwkv_size": 256}, {"mixer": "1"},
+    {"mixer": "all", "rwkv_head_size": 64},
+], ids=str)
+def test_the_activations_formula_is_what_autograd_saves(shape):
+    """Oracle: every different storage, the weights' aside, that autograd packs in a forward pass."""
+    B, T = 2, 128
+    model = LM(ModelConfig(**{"n_embd": 128, "n_layer": 3, "n_head": 4, "rwkv_head_size": 32, "block_size": T} | shape))
+    weights, seen, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
+
+    def note(x):
+        alive.append(x)  # so that no address is used twice
+        if x.untyped_storage().data_ptr() not in weights:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    tokens = torch.randint(257, (B, T))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        F.cross_entropy(model(tokens)[0].flatten(0, 1), tokens.flatten())
+    assert 4 * B * T * activation_floats(model.cfg, T) == pytest.approx(sum(seen.values()), rel=0.02)
+
+
+MEASURE = """
+import os, sys, torch
+from data.loader import Batch
+from model import LM, ModelConfig
+from train import FitConfig, cross_entropy_loss, forward_backward, param_groups, Step
+cfg, B = ModelConfig(**eval(sys.argv[1])), int(sys.argv[2])
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def step(cfg, B):
+    model = LM(cfg)
+    optimizer = torch.optim.AdamW(param_groups(model, FitConfig()), lr=1e-4, fused=True)
+    for _ in range(2):  # the second step has moments, its second micro-batch gradients too
+        tokens = torch.randint(cfg.vocab_size, (2, B, cfg.block_size + 1))
+        batches = [Batch(x[:, :-1], x[:, 1:], torch.ones(B, cfg.block_size)) for x in tokens]
+        forward_backward(Step(model, cross_entropy_loss), batches, 2 * B * cfg.block_size, 1, torch.device("cpu"))
+        optimizer.step()
+        optimizer.zero_grad()
+step(ModelConfig(**eval(sys.argv[1]) | dict(n_layer=2, n_embd=64, block_size=64)), 1)  # what the libraries take for themselves
+open("/proc/self/clear_refs", "w").write("5")  # the highest resident size counts anew
+before = resident()
+step(cfg, B)
+print([int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0] * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="counts resident pages as Linux shows them")
+@pytest.mark.parametrize("shape, B", [({"mixer": "all", "ffn": "channelmix"}, 2), ({"mixer": "a"}, 8), ({"mixer": "first:2"}, 3)], ids=str)
+def test_the_memory_formula_is_within_15_percent_of_a_measured_step(shape, B):
+    """Two steps of two micro-batches in a process of their own; the allocator gives every larger piece back at once."""
+    shape = {"n_layer": 4, "n_embd": 256, "n_head": 4, "rwkv_head_size": 64, "block_size": 256} | shape
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", MEASURE, repr(shape), str(B)], cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    formula = sum(training_bytes(ModelConfig(**shape), B, 256).values())
+    assert formula > 1.2e8 and formula == pytest.approx(int(done.stdout), rel=0.15), f"{formula:.3g} bytes on paper, {done.stdout} measured"
+
+
+def test_the_plan_of_a_model_folder_and_of_pieces(tmp_path, capsys):
+    model = tiny_model(mixer="ra")
+    save_model(model, tmp_path, {"tokenizer": "bytes"})
+    train.main(["--init", str(tmp_path), "--plan", "1"])
+    assert f"{model.n_params():,} parameters" in capsys.readouterr().out
+    train.main(["--mixer", "all", "--block_size", "4096", "--bptt_chunk", "512", "--plan", "1"])
+    said = capsys.readouterr().out
+    assert "8 x 512 tokens at once" in said and "32,768 tokens" in said
+    cfg = ModelConfig(mixer="all", block_size=4096)
+    assert plan(cfg, 8, 1, 512, 1) in said and describe(cfg, 4096) in said and "0 bytes" in describe(cfg, 4096)
+    assert kv_bytes(model.cfg, 100) > 0
+
+
+def test_bad_plans_end_in_one_line():
+    for flags, says in ((["--plan", "0"], "number of GPUs"), (["--plan", "-2"], "number of GPUs"), (["--plan", "many"], "plan"),
+                        (["config/none.toml", "--plan", "1"], "there are"), (["--plan", "1", "--init", "out/none"], "no model at")):
+        with pytest.raises(ValueError, match=says) as e:
+            train.main(flags)
+        one_line(e.value)
