@@ -280,10 +280,12 @@ def gguf_rope(values: dict, tensors: dict, N: int) -> dict:
     if kind == "linear":
         rope |= {"rope_scaling": "linear", "rope_factor": take(values, "rope.scaling.factor", float)}
     if "rope_freqs.weight" in tensors:
-        factors = torch.tensor(tensors["rope_freqs.weight"].data)
+        factors = torch.tensor(tensors["rope_freqs.weight"].data).flatten().float()
+        if kind != "none" or len(factors) != max(1, N // 2):
+            raise ValueError(f"rope_freqs.weight has {len(factors)} factors for heads of {N}, beside the rope scaling {kind!r}: not supported")
         rope |= {"rope_scaling": "llama3", "rope_factor": factors.max().item(), "rope_low": 1.0, "rope_high": 4.0, "rope_original": 8192}
         scaled, plain = (rope_frequencies(ModelConfig(**rope | {"rope_scaling": how}), N, "cpu") for how in ("llama3", "default"))
-        if kind != "none" or len(factors) != N // 2 or not torch.allclose(plain / scaled, factors, rtol=1e-4):
+        if not torch.allclose(plain / scaled, factors, rtol=1e-4):
             raise ValueError("rope_freqs.weight is not llama3's (low 1, high 4, original length 8192): other factors are not supported")
     return rope
 
@@ -374,7 +376,7 @@ def import_model(cfg: ImportConfig) -> ModelConfig:
         checkpoint = (from_hugging_face if path.is_dir() else from_gguf if path.suffix == ".gguf" else from_pth)(path)
         shapes = fit_shapes(checkpoint)
         staging.mkdir(parents=True)
-        write_safetensors(staging / "model.safetensors", shapes, dtype, lambda name: checkpoint.arrange(name, checkpoint.read(checkpoint.theirs(name))))
+        write_safetensors(staging / "model.safetensors", shapes, dtype, lambda name: parameter(checkpoint, name))
         (staging / "config.json").write_text(json.dumps(asdict(checkpoint.cfg), indent=1) + "\n")
         (staging / "meta.json").write_text(json.dumps({"source": cfg.path}) + "\n")
         if cfg.tokenizer:
@@ -405,6 +407,15 @@ def fit_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         if names:
             raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}{' ...' * (len(names) > 4)}")
     return shapes
+
+
+def parameter(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Our parameter `name`, read now. Raises ValueError for a tensor that cannot be taken apart or put in order as it should be."""
+    t = checkpoint.read(checkpoint.theirs(name))
+    try:
+        return checkpoint.arrange(name, t)
+    except (RuntimeError, IndexError):
+        raise ValueError(f"{checkpoint.theirs(name)} is {tuple(t.shape)}, which is no shape for {name}") from None
 
 
 def write_safetensors(file: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Tensor]) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from common import REPO, one_line, shake
 from convert import ExportConfig, ImportConfig, export_model, import_model, main, official_names
+from data.tokenizer import load_tokenizer
 from model import LM, ModelConfig, load_model, save_model
 
 hf = pytest.importorskip("transformers")
@@ -186,6 +187,24 @@ def test_every_tensor_is_used_and_every_parameter_filled(tmp_path):
         refused(*words, path=tmp_path / "theirs", tmp_path=tmp_path)
 
 
+def test_the_tokenizer_beside_the_weights_comes_along(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(["the theory of these other things, and then the rest"] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    theirs("Llama", COMMON | dict(vocab_size=280)).save_pretrained(tmp_path / "theirs")
+    bpe.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    bring(tmp_path / "theirs", tmp_path)
+    words = "then the other theory, 12 of \u00e9\u4e16"
+    want = bpe.encode(words).ids
+    assert load_tokenizer(tmp_path / "ours").encode_ordinary(words) == want
+    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+    refused("tokenizer.json", path=tmp_path / "theirs", tmp_path=tmp_path)
+    bring(tmp_path / "theirs", tmp_path, "again", tokenizer=str(tmp_path / "ours"))   # the weights with another model's tokenizer
+    assert load_tokenizer(tmp_path / "again").encode_ordinary(words) == want
+
+
 # --- GGUF --------------------------------------------------------------------------------------------
 
 
@@ -253,6 +272,7 @@ def test_quantised_weights_become_what_they_stand_for(quantise, tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"expert_count": 8}, ["expert_count = 8", "mixture of experts"]), ({"rope.scaling.type": "yarn"}, ["rope scaling 'yarn'"]),
     ({"attention.sliding_window": 64}, ["sliding window"]), ({"rope.dimension_count": 16}, ["rope.dimension_count = 16"]),
+    ({"attention.key_length": 48, "rope.dimension_count": 48}, ["attn_q.weight", "(128, 128)"]),
     ({"block_count": 4}, ["9 tensors are missing", "blk.3"]), ({"block_count": "x"}, ["block_count is 'x'"])])
 def test_ggufs_that_are_not_supported_are_refused_by_name(changes, words, tmp_path):
     write_gguf(tmp_path / "m.gguf", theirs("Llama", WIDE), "llama", **changes)
