@@ -21,13 +21,13 @@ from model import LM, Block, ModelConfig, State
 class Decoder:
     """tokens (B,), state -> logits (B, V), state, as LM(tokens[:, None], state) gives them. Holds copies of the weights.
 
-    A model with attention, with rotary positions in its RWKV heads, or in half precision goes through LM itself.
+    A model with attention, with rotary positions or norms in its RWKV heads, or in half precision goes through LM itself.
     """
 
     @torch.no_grad()
     def __init__(self, model: LM):
         self.model, self.cfg, self.layers, self.scratch, self.B = model, model.cfg, None, None, 0
-        if "a" not in self.cfg.mixers and not self.cfg.rwkv_rope and model.emb.weight.dtype.itemsize >= 4:
+        if "a" not in self.cfg.mixers and not (self.cfg.rwkv_rope or self.cfg.qk_norm) and model.emb.weight.dtype.itemsize >= 4:
             self.layers, self.emb, self.head = [pack(b) for b in model.blocks], model.emb.weight.detach(), product(model.head.weight.T)
             self.ln0, self.ln_out = norm(model.blocks[0].ln0) if self.cfg.ln0 else torch.clone, norm(model.ln_out)
 
@@ -88,10 +88,10 @@ def channel_mix(p: SimpleNamespace, x: Tensor, last: Tensor | None) -> tuple[Ten
     """x + ffn(ln2(x)) for x (B, C), with ChannelMix or MLP."""
     x2 = p.ln2(x)
     k = p.ffn_key(x2 if last is None else torch.lerp(x2, last, p.x_k))
-    if p.kind == "gelu":
-        k = F.gelu(k, approximate="tanh")
-    elif p.kind == "swiglu":
+    if p.kind == "swiglu":
         k.mul_(F.silu(p.ffn_gate(x2)))
+    elif p.kind in ("gelu", "gelu_exact"):
+        k = F.gelu(k, approximate="tanh" if p.kind == "gelu" else "none")
     else:
         k.relu_()
         k.mul_(k)

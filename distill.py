@@ -11,9 +11,10 @@
 
 In `align` the *teacher's* output flows on, so that every layer learns at once and from clean inputs. The student starts
 as the teacher: embedding, norms, feed-forward layers and head are copied, q becomes receptance (with the scale 1/sqrt(N)
-folded in), k key, v value, o output. Of what RWKV-7 has besides, token shift, bonus and gate start with no effect and the
-value residual with almost none; decay, a little erasing and the group norm act from the first step, and stage 1 is there to
-absorb them.
+folded in), k key, v value, o output, with their biases and, where the teacher has norms on q and k, with these; grouped
+heads are repeated. Of what RWKV-7 has besides, token shift, bonus and gate start with no effect and the value residual with
+almost none; decay, a little erasing and the group norm act from the first step, and stage 1 is there to absorb them.
+`--decay lookback` and `--calibrate` start nearer, by looking at what the teacher does on one batch.
 
 `distill` is the job, `distil` its second stage. What it is not: another trainer. Each stage is a call of train.fit with a
 loss function and a list of what trains.
@@ -148,18 +149,22 @@ class StudentConfig:
     rwkv_rope: bool = False
     untie_head: bool = False       # give the student a head of its own where the teacher's is the embedding
     transfer: bool = True          # start from the teacher's weights; without: mixers start as official RWKV-7
-    decay: str = "spread"          # initial decay: spread (each head's channels remember 2 to block_size tokens), official
+    decay: str = "spread"          # initial decay: spread (each head's channels remember 2 to block_size tokens), official,
+                                   # lookback (they remember about as far as the teacher's head looks back on one batch)
+    calibrate: bool = False        # scale each head's output so that the mixer is nearest to the attention on one batch
 
 
-def make_student(teacher: LM, cfg: StudentConfig) -> LM:
+def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None, block_size: int | None = None) -> LM:
     """A copy of the teacher with RWKV-7 mixers that start near what its attention does with q, k, v and o.
 
     Token-shift mixes and bonus start at 0, the gate at exactly 1, the value residual near 0; decay, a share of 0.12 erased,
-    and the group norm do act. Raises ValueError for a student that the teacher's shapes do not allow.
+    and the group norm do act. `tokens` (B, T) are what `lookback` and `calibrate`, which need them, look at; `block_size` is the length that
+    the student will be trained at (None: the teacher's). Raises ValueError for a student that the teacher does not allow.
     """
     t = teacher.cfg
-    if cfg.decay not in ("spread", "official"):
-        raise ValueError(f"decay = {cfg.decay!r}: choose spread or official")
+    if cfg.decay not in ("spread", "official", "lookback"):
+        raise ValueError(f"decay = {cfg.decay!r}: choose spread, official or lookback")
+    assert tokens is not None or cfg.decay != "lookback" and not cfg.calibrate, "lookback and calibrate look at tokens"
     N = t.att_head_size
     ffn = cfg.ffn or ("channelmix" if t.ffn == "relu2" else t.ffn)
     if ffn != t.ffn and (ffn, t.ffn) != ("channelmix", "relu2"):
@@ -179,7 +184,9 @@ def make_student(teacher: LM, cfg: StudentConfig) -> LM:
                 if cfg.transfer:
                     transfer(block.att, source.att)
                 if cfg.decay == "spread":
-                    block.att.w0.copy_(spread_decay(block.att, t.block_size))
+                    block.att.w0.copy_(spread_decay(block.att, block_size or t.block_size))
+    if tokens is not None:
+        look_at_teacher(teacher, student, tokens, cfg)
     return student
 
 
@@ -187,7 +194,10 @@ def make_student(teacher: LM, cfg: StudentConfig) -> LM:
 def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
     """Give the mixer the attention's projections, and silence what can be silenced."""
     per_kv = m.H // t.n_kv  # grouped heads: each key and value head serves this many queries
-    for ours, theirs, repeat, scale in ((m.receptance, t.q_proj, 1, m.N**-0.5), (m.key, t.k_proj, per_kv, 1.0),
+    if t.cfg.qk_norm:       # what follows a norm has to be scaled behind it
+        m.r_norm.weight.copy_(t.q_norm.weight * m.N**-0.5)
+        m.k_norm.weight.copy_(t.k_norm.weight)
+    for ours, theirs, repeat, scale in ((m.receptance, t.q_proj, 1, 1.0 if t.cfg.qk_norm else m.N**-0.5), (m.key, t.k_proj, per_kv, 1.0),
                                         (m.value, t.v_proj, per_kv, 1.0), (m.output, t.o_proj, None, 1.0)):
         for p, q in zip(ours.parameters(), theirs.parameters()):
             rows = q.unflatten(0, (-1, m.N)).repeat_interleave(repeat, 0).flatten(0, 1) if repeat else q
@@ -209,12 +219,67 @@ def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
         m.ln_x.weight.fill_(1.0)
 
 
-def spread_decay(m: TimeMixer, longest: int) -> Tensor:
-    """w0 (1, 1, A) so that a head's channels remember n = 2 ... `longest` tokens, evenly in log n: e^w = 1 - 1/n, whose powers sum to n."""
-    n = 2 * (longest / 2) ** torch.linspace(0, 1, m.N, device=m.w0.device)
+def spread_decay(m: TimeMixer, longest: int | Tensor) -> Tensor:
+    """w0 (1, 1, A) so that a head's channels remember n = 2 ... `longest` tokens, evenly in log n: e^w = 1 - 1/n, whose powers sum to n.
+
+    `longest` is one number, or one for each head (H,).
+    """
+    longest = torch.as_tensor(longest, device=m.w0.device).expand(m.H)[:, None]    # (H, 1)
+    n = 2 * (longest / 2) ** torch.linspace(0, 1, m.N, device=m.w0.device)         # (H, N)
     share = -torch.log1p(-1 / n) * math.exp(0.5)   # = sigmoid(w0), as w = -e^-0.5 sigmoid(w0)
     share = share.clamp(max=0.99)                  # RWKV-7 forgets no faster than e^-0.607, n = 2.2
-    return torch.logit(share).repeat(m.H).view(1, 1, -1)
+    return torch.logit(share).view(1, 1, -1)
+
+
+@torch.no_grad()
+def look_at_teacher(teacher: LM, student: LM, tokens: Tensor, cfg: StudentConfig) -> None:
+    """Set decay and output scale of each head by what the teacher's attention does with `tokens` (B, T); see StudentConfig.
+
+    As in stage 1, each mixer reads what the teacher's attention reads.
+    """
+    seen: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> attention's input and output, (B, T, C)
+    hooks = [block.att.register_forward_hook(lambda _, args, result, i=i: seen.update({i: (args[0], result[0])})) for i, block in enumerate(teacher.blocks)]
+    teacher.hidden(tokens)
+    for hook in hooks:
+        hook.remove()
+    v_first = None
+    for i, (x, target) in seen.items():
+        mixer = student.blocks[i].att
+        if not isinstance(mixer, TimeMixer):
+            continue
+        if cfg.decay == "lookback":
+            # a head that attends to its last n tokens alike looks back d = (n - 1) / 2: let its channels remember 2 ... 2d + 1
+            mixer.w0.copy_(spread_decay(mixer, (2 * lookback(teacher.blocks[i].att, x) + 1).clamp(min=2.5)))
+        heads = []
+        hook = mixer.output.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
+        _, v_first, _ = mixer(x, v_first, None)
+        hook.remove()
+        if cfg.calibrate:
+            target = target if mixer.output.bias is None else target - mixer.output.bias
+            scales = head_scales(heads[0].flatten(0, 1), mixer.output.weight, target.flatten(0, 1), mixer.H)
+            mixer.output.weight.mul_(scales.repeat_interleave(mixer.N))
+
+
+def lookback(att: CausalSelfAttention, x: Tensor) -> Tensor:
+    """How many tokens back each head looks on average, reading x (B, T, C): (H,).
+
+    Attention to position s of all positions 0 ... t, with s itself as the value, says where it looks: sum_s p_ts s.
+    """
+    q, k, _ = att.qkv(x, 0)
+    position = torch.arange(x.shape[1], device=x.device, dtype=q.dtype)
+    where = F.scaled_dot_product_attention(q, k, position[:, None].expand_as(k), is_causal=True, enable_gqa=att.n_kv < att.n_head)[..., 0]  # (B, H, T)
+    return (position - where).mean((0, 2))
+
+
+def head_scales(y: Tensor, W: Tensor, target: Tensor, H: int) -> Tensor:
+    """The factors (H,) of y's heads (M, H N) that bring the sum of their shares y_h W_h^T, W (C, H N), nearest to target (M, C).
+
+    Least squares: with u_h = y_h W_h^T, solve sum_h <u_g, u_h> c_h = <u_g, target>, drawn a little towards 1.
+    """
+    u = torch.stack([y_h @ W_h.T for y_h, W_h in zip(y.chunk(H, 1), W.chunk(H, 1))]).flatten(1).double()     # (H, M C)
+    gram, wish = u @ u.T, u @ target.flatten().double()
+    ridge = 1e-3 * gram.diagonal().mean().clamp(min=1e-9) * torch.eye(H, device=y.device, dtype=u.dtype)
+    return torch.linalg.solve(gram + ridge, wish + ridge.sum(1)).to(y.dtype)
 
 
 def set_training(model: LM, names: Callable[[str], bool]) -> None:
@@ -344,7 +409,8 @@ class DistillConfig:
     align: FitConfig = FitConfig(max_steps=400, batch_size=4, learning_rate=5e-3, eval_every=None)
     distil: FitConfig = FitConfig(max_steps=3000, batch_size=2, learning_rate=5e-4, rwkv_lr_multiplier=2.0, weight_decay=0.0, eval_every=1000)
     finish: FitConfig = FitConfig(max_steps=100, batch_size=8, learning_rate=1e-4, weight_decay=0.0, eval_every=None)
-    finish_block_size: int | None = None   # None = the teacher's
+    block_size: int | None = None          # tokens per sequence in stages 1 and 2; None = the teacher's
+    finish_block_size: int | None = None   # None = block_size
     # the teacher, where it has to be trained
     teacher_model: ModelConfig = ModelConfig()
     teacher_fit: FitConfig = FitConfig(max_steps=3000, batch_size=4, eval_every=1000)
@@ -359,7 +425,7 @@ class DistillConfig:
         for name, choices in (("align_kind", ("relative", "l2norm")), ("kl_kind", ("forward", "reverse", "adaptive")), ("dpo_kind", ("sigmoid", "hinge"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        for name in ("kl_chunk", "finish_block_size", "eval_tokens"):
+        for name in ("kl_chunk", "block_size", "finish_block_size", "eval_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
         for name in ("kl_weight", "ce_weight", "dpo_beta"):
@@ -428,6 +494,15 @@ def read_row(path: Path) -> dict:
         raise ValueError(f"{path} is damaged: remove it, and --resume measures or finishes that stage again") from None
 
 
+def calibration_batch(cfg: DistillConfig, T: int, device: torch.device) -> Tensor | None:
+    """About 4096 tokens of training text, the same in every process, (B, T), where the student wants to look at its teacher."""
+    if cfg.student.decay != "lookback" and not cfg.student.calibrate:
+        return None
+    loader = Loader(cfg.data, "train", max(1, 4096 // T), T, cfg.seed)
+    same_tokenizer(loader, cfg.teacher)
+    return loader.step(0)[0][0].x.to(device)
+
+
 def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> list[dict]:
     """Take the student through the stages named in cfg, one folder each; a stage that is done is read back, not run again."""
     val = loaders["val"]
@@ -485,9 +560,10 @@ def distill(cfg: DistillConfig) -> dict:
     with main_first(rank):
         if rank == 0:
             check_free(out, cfg.resume, cfg.overwrite, writes, "checkpoints", (cfg.teacher, cfg.logit_teacher))
-        ensure_prepared(cfg.data)
+        tokenizer = cfg.teacher if Path(cfg.teacher).exists() else "bytes"
+        ensure_prepared(cfg.data, tokenizer)
         if "finish" in stages:
-            ensure_prepared(cfg.finish_data)
+            ensure_prepared(cfg.finish_data, tokenizer)
     if not Path(cfg.teacher).exists():
         if rank == 0:
             print(f"{cfg.teacher} is missing: training a teacher first", flush=True)
@@ -495,8 +571,9 @@ def distill(cfg: DistillConfig) -> dict:
 
     teacher = load_model(cfg.teacher, device).eval().requires_grad_(False)
     logit_teacher = load_model(cfg.logit_teacher, device).eval().requires_grad_(False) if cfg.logit_teacher else teacher
+    T = cfg.block_size or teacher.cfg.block_size
     torch.manual_seed(cfg.seed)
-    student = make_student(teacher, cfg.student).to(device)
+    student = make_student(teacher, cfg.student, calibration_batch(cfg, T, device), T).to(device)
     if "r" not in student.cfg.mixers:
         raise ValueError(f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand")
     for part in filter(None, cfg.freeze.split(",")):
@@ -511,7 +588,6 @@ def distill(cfg: DistillConfig) -> dict:
         same_tokenizer(loader, cfg.teacher, cfg.logit_teacher or cfg.teacher)
         return loader
 
-    T = teacher.cfg.block_size
     loaders = {"val": load(cfg.data, "val", replace(cfg.distil, batch_size=16), T, 0)}
     if "align" in stages:  # a stage's seed does not depend on which other stages run
         loaders["align"] = load(cfg.data, "train", cfg.align, T, cfg.seed)
@@ -556,10 +632,11 @@ def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: di
                          "cross-entropy only": {"kl_weight": 0.0, "ce_weight": 1.0}}.items():
         control = replace(cfg, **change)
         torch.manual_seed(cfg.seed)
-        student = make_student(teacher, control.student).to(device)
+        student = make_student(teacher, control.student, calibration_batch(cfg, val.T, device), val.T).to(device)
         done = run_stages(control, student, teacher, logit_teacher, loaders, out / "controls" / name.replace(" ", "-"), meta)
         rows[name] = done[-1] | {key: sum(row[key] for row in done) for key in ("tokens", "minutes")}
-    scratch = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=t.att_head_size)
+    N = t.att_head_size
+    scratch = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=N, rwkv_size=t.n_head * N, block_size=val.T)
     at_its_rate = replace(alone, learning_rate=cfg.teacher_fit.learning_rate, rwkv_lr_multiplier=1.0)
     for name, how in {"RWKV-7 from scratch": {"model": scratch, "fit": at_its_rate},
                       "teacher trained on": {"init": cfg.teacher, "fit": alone}}.items():

@@ -249,13 +249,14 @@ def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
     for folder in folders:
         theirs, ours = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
         if theirs != ours:
-            raise ValueError(f"{folder} reads {theirs} tokens, {loader.folder} holds {ours}: prepare the data again with the model's tokenizer")
+            raise ValueError(f"{folder} reads {theirs} tokens, {loader.folder} holds {ours}: "
+                             f"prepare the data again with the model's tokenizer, --tokenizer {folder}")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     teacher: str = "out/teacher"
-    student: str = "out/rwkv"
+    student: str | None = "out/rwkv"  # None = only the teacher's loss
     data: str = "data/pydoc"
     batch_size: int = 16
     block_size: int | None = None     # None = the teacher's
@@ -270,10 +271,14 @@ def main(argv: list[str] | None = None) -> None:
         print(collect(Path(cfg.collect)))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher, student = load_model(cfg.teacher, device).eval(), load_model(cfg.student, device).eval()
+    teacher = load_model(cfg.teacher, device).eval()
+    student = load_model(cfg.student, device).eval() if cfg.student else teacher
     train, val = (Loader(cfg.data, half, cfg.batch_size, cfg.block_size or teacher.cfg.block_size) for half in ("train", "val"))
     check_vocabulary(teacher, student, val)
-    same_tokenizer(val, cfg.teacher, cfg.student)
+    same_tokenizer(val, cfg.teacher, cfg.student or cfg.teacher)
+    if not cfg.student:
+        print(f"{cfg.teacher}: {mean_loss(teacher, val, cfg.max_tokens):.4f} nats per token on the held-out half of {cfg.data}, {val.T} tokens at a time")
+        return
     report = make_report(teacher, student, train, val, cfg.max_tokens)
     print(as_markdown(report))
     if cfg.out:

@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from wkv import wkv7
@@ -49,6 +49,12 @@ class ModelConfig:
     head_size: int | None = None  # None = n_embd / n_head
     positions: str = "rope"      # rope, learned, none
     rope_theta: float = 10000.0
+    rope_scaling: str = "default"  # default, linear, llama3: slower turns, for texts longer than those of the first training
+    rope_factor: float = 1.0     # how many times slower: every pair of channels, or for llama3 only pairs that turn
+    rope_low: float = 1.0        # fewer than rope_low times within rope_original tokens; more than rope_high turns stay
+    rope_high: float = 4.0       # as they are, and in between is between
+    rope_original: int = 8192
+    qk_norm: bool = False        # an RMS norm on every head's query and key
     qkv_bias: bool = False
     # RWKV-7; the switches are what recipes for converting transformers change, all on is the official layer
     rwkv_head_size: int = 32
@@ -63,18 +69,20 @@ class ModelConfig:
     bonus: bool = True
     rwkv_rope: bool = False      # rotate r, k and kk as attention does q and k
     # the rest of a block
-    ffn: str = "relu2"           # gelu, swiglu, relu2, channelmix
+    ffn: str = "relu2"           # gelu (GPT-2's, by tanh), gelu_exact, swiglu, relu2, channelmix
     ffn_size: int | None = None  # None = 4 n_embd; for swiglu two thirds of that
     norm: str = "layernorm"      # layernorm, rmsnorm
     norm_eps: float = 1e-5
     norm_bias: bool = True       # of layernorm
     bias: bool = False           # of the linear maps behind attention and in the MLP
+    o_bias: bool | None = None   # of the map behind attention alone; None = bias
     ln0: bool = True             # a norm behind the embedding, as RWKV has it
     tied: bool = False           # the head is the embedding's weight
 
     def __post_init__(self):
         for name, choices in (("positions", ("rope", "learned", "none")), ("norm", ("layernorm", "rmsnorm")),
-                              ("ffn", ("gelu", "swiglu", "relu2", "channelmix"))):
+                              ("rope_scaling", ("default", "linear", "llama3")),
+                              ("ffn", ("gelu", "gelu_exact", "swiglu", "relu2", "channelmix"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         for f in fields(self):
@@ -91,6 +99,9 @@ class ModelConfig:
             raise ValueError(f"rope turns pairs of channels: head size {self.att_head_size} must be even")
         if "r" in self.mixers and self.rwkv_rope and self.rwkv_head_size % 2:
             raise ValueError(f"rope turns pairs of channels: rwkv_head_size {self.rwkv_head_size} must be even")
+        if not (self.rope_theta > 0 and self.rope_factor > 0 and self.rope_high > self.rope_low):
+            raise ValueError(f"rope_theta = {self.rope_theta}, rope_factor = {self.rope_factor}, rope_low = {self.rope_low}, rope_high = {self.rope_high}: "
+                             "the first two must be positive, and the last one larger than the one before")
         if "r" in self.mixers and (self.rwkv_size or self.n_embd) % self.rwkv_head_size:
             raise ValueError(f"RWKV's width {self.rwkv_size or self.n_embd} is not divisible by rwkv_head_size = {self.rwkv_head_size}: change one")
 
@@ -106,6 +117,10 @@ class ModelConfig:
     @property
     def att_head_size(self) -> int:
         return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def output_bias(self) -> bool:
+        return self.bias if self.o_bias is None else self.o_bias
 
     @property
     def ffn_width(self) -> int:
@@ -135,11 +150,19 @@ class State:
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
-def rotate(x: Tensor, start: int, theta: float) -> Tensor:
-    """Rotary positions (arXiv 2104.09864): turn channel pairs (i, i + N/2) of x (B, H, T, N) by the position."""
-    T, N = x.shape[-2:]
-    freq = theta ** (-torch.arange(0, N, 2, device=x.device, dtype=torch.float32) / N)
-    angle = torch.arange(start, start + T, device=x.device, dtype=torch.float32)[:, None] * freq  # (T, N/2)
+def rope_frequencies(cfg: ModelConfig, N: int, device: torch.device) -> Tensor:
+    """Radians per position for each pair of N channels, theta^(-2i/N), slowed down as cfg.rope_scaling says: (N/2,)."""
+    freq = cfg.rope_theta ** (-torch.arange(0, N, 2, device=device, dtype=torch.float32) / N)
+    if cfg.rope_scaling == "llama3":
+        turns = freq * cfg.rope_original / (2 * math.pi)
+        slow = ((cfg.rope_high - turns) / (cfg.rope_high - cfg.rope_low)).clamp(0, 1)
+        return freq * (1 - slow + slow / cfg.rope_factor)
+    return freq / cfg.rope_factor if cfg.rope_scaling == "linear" else freq
+
+
+def rotate(x: Tensor, start: int, freq: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): turn channel pairs (i, i + N/2) of x (B, H, T, N) by position times freq (N/2,)."""
+    angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * freq  # (T, N/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     x1, x2 = x.chunk(2, -1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
@@ -154,14 +177,24 @@ class CausalSelfAttention(nn.Module):
         self.q_proj = nn.Linear(cfg.n_embd, self.n_head * self.N, bias=cfg.qkv_bias)
         self.k_proj = nn.Linear(cfg.n_embd, self.n_kv * self.N, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.n_embd, self.n_kv * self.N, bias=cfg.qkv_bias)
-        self.o_proj = nn.Linear(self.n_head * self.N, cfg.n_embd, bias=cfg.bias)
+        self.o_proj = nn.Linear(self.n_head * self.N, cfg.n_embd, bias=cfg.output_bias)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.N, eps=cfg.norm_eps) for _ in "qk")
+
+    def qkv(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, N), keys and values (B, Hkv, T, N) of the tokens from position `start` on."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.N)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.cfg.positions == "rope":
+            freq = rope_frequencies(self.cfg, self.N, x.device)
+            q, k = rotate(q, start, freq), rotate(k, start, freq)
+        return q, k, v
 
     def forward(self, x, v_first, state):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.N).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         past = 0 if state is None else state[0].shape[2]
-        if self.cfg.positions == "rope":
-            q, k = rotate(q, past, self.cfg.rope_theta), rotate(k, past, self.cfg.rope_theta)
+        q, k, v = self.qkv(x, past)
         if past:
             k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
         mask = None if past == 0 else torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
@@ -204,7 +237,9 @@ class TimeMixer(nn.Module):
         self.receptance = nn.Linear(C, A, bias=cfg.qkv_bias)
         self.key = nn.Linear(C, A, bias=cfg.qkv_bias)
         self.value = nn.Linear(C, A, bias=cfg.qkv_bias)
-        self.output = nn.Linear(A, C, bias=cfg.bias)
+        self.output = nn.Linear(A, C, bias=cfg.output_bias)
+        if cfg.qk_norm:
+            self.r_norm, self.k_norm = (nn.RMSNorm(N, eps=cfg.norm_eps) for _ in "rk")
         if cfg.group_norm:
             self.ln_x = nn.GroupNorm(self.H, A, eps=64e-5)
         init_time_mixer(self, layer, cfg)
@@ -218,6 +253,8 @@ class TimeMixer(nn.Module):
 
         x_v = mix("x_v")
         r, k, v = self.receptance(mix("x_r")), self.key(mix("x_k")), self.value(x_v)                   # (B, T, A)
+        if self.cfg.qk_norm:
+            r, k = self.r_norm(heads(r)).flatten(2), self.k_norm(heads(k)).flatten(2)
         # log decay w = -e^-0.5 sigmoid(w0 + tanh(x_w w1) w2), in (-0.607, 0)
         w = -math.exp(-0.5) * torch.sigmoid((self.w0 + torch.tanh(mix("x_w") @ self.w1) @ self.w2).float())
         # value residual: v += (v_first - v) sigmoid(v0 + x_v v1 v2)
@@ -233,7 +270,8 @@ class TimeMixer(nn.Module):
 
         r, w, k, v, a = map(heads, (r, w, k, v, a))
         if self.cfg.rwkv_rope:
-            r, k, kk = (rotate(z.transpose(1, 2), start, self.cfg.rope_theta).transpose(1, 2) for z in (r, k, kk))
+            freq = rope_frequencies(self.cfg, self.N, x.device)
+            r, k, kk = (rotate(z.transpose(1, 2), start, freq).transpose(1, 2) for z in (r, k, kk))
         y, S = wkv7(r, w, k, v, kk, a, S, lowest=-math.exp(-0.5))                                     # (B, T, H, N)
         if self.cfg.group_norm:
             y = self.ln_x(y.reshape(B * T, -1)).view_as(y)
@@ -274,8 +312,8 @@ class MLP(nn.Module):
         k = self.key(x)
         if self.kind == "swiglu":
             k = F.silu(self.gate(x)) * k
-        elif self.kind == "gelu":
-            k = F.gelu(k, approximate="tanh")
+        elif self.kind != "relu2":
+            k = F.gelu(k, approximate="tanh" if self.kind == "gelu" else "none")
         else:
             k = torch.relu(k).square()
         return self.value(k), None
@@ -440,7 +478,8 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
     """Write a model folder; `meta` names the tokenizer. Each file appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items() if not (model.cfg.tied and name == "head.weight")}
+    weights = model.state_dict()
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in stored_shapes(model)}
 
     def write(name: str, to: Callable[[Path], object]) -> None:
         to(folder / f"{name}.tmp")
@@ -451,28 +490,50 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
     write("model.safetensors", lambda f: save_file(tensors, f))
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:
-    """Read a model folder. Raises ValueError, in one line, for one that is missing, damaged or of another shape."""
+def open_model(folder: str | Path) -> tuple[LM, Path]:
+    """What a model folder holds: the model without its weights, on the meta device, and the .safetensors file that has them all.
+
+    Raises ValueError, in one line, for a folder that is missing, damaged or of another shape.
+    """
     folder = Path(folder)
+    file = folder / "model.safetensors"
     try:
         cfg = json.loads((folder / "config.json").read_text())
         unknown = set(cfg) - {f.name for f in fields(ModelConfig)}
         if unknown:
             raise ValueError(f"{folder}/config.json has unknown keys: {', '.join(sorted(unknown))}")
-        model = LM(ModelConfig(**cfg))
-        tensors = load_file(folder / "model.safetensors")
+        with torch.device("meta"):  # shapes, but no memory and no initial values
+            model = LM(ModelConfig(**cfg))
+        with safe_open(file, "pt") as tensors:
+            there = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
     except FileNotFoundError as e:
-        raise ValueError(f"no model at {folder}: {Path(e.filename or 'model.safetensors').name} is missing; train one first, or check the path") from None
+        raise ValueError(f"no model at {folder}: {Path(e.filename or file).name} is missing; train one first, or check the path") from None
     except NotADirectoryError:
         raise ValueError(f"no model at {folder}: it is a file; give the folder that holds config.json and model.safetensors") from None
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, TypeError) as e:
         raise ValueError(f"the model at {folder} is damaged ({e}): restore it from a checkpoint") from None
+    want = stored_shapes(model)
+    for name in sorted(want.keys() | there.keys()):
+        if want.get(name) != there.get(name):
+            raise ValueError(f"the model at {folder} does not fit its config.json: {name} is {there.get(name, 'missing')}, expected {want.get(name, 'none')}")
+    return model, file
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:
+    """Read a model folder, weight by weight, into float32 whatever they are stored as. Errors as open_model's."""
+    model, file = open_model(folder)
+    model.load_state_dict({name: read_tensor(file, name).to(device, torch.float32, copy=True) for name in stored_shapes(model)}, strict=False, assign=True)
     if model.cfg.tied:
-        tensors["head.weight"] = tensors.get("emb.weight")
-    want = {name: p.shape for name, p in model.state_dict().items()}
-    for name in sorted(want.keys() | tensors.keys()):
-        if name not in tensors or name not in want or tensors[name].shape != want[name]:
-            raise ValueError(f"the model at {folder} does not fit its config.json: {name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, "
-                             f"expected {tuple(want[name]) if name in want else 'none'}")
-    model.load_state_dict(tensors)
-    return model.to(device)
+        model.head.weight = model.emb.weight
+    return model
+
+
+def stored_shapes(model: LM) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight that a model folder holds: a tied head is not among them."""
+    return {name: tuple(p.shape) for name, p in model.state_dict().items() if not (model.cfg.tied and name == "head.weight")}
+
+
+def read_tensor(file: str | Path, name: str) -> Tensor:
+    """One tensor of a .safetensors file, mapped into memory. Opened anew each time, for an open file keeps what it has read."""
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(name)

@@ -2,11 +2,13 @@
 
     python sample.py --ckpt out/rwkv --prompt "def shuffle("
     python sample.py --ckpt out/rwkv --prompt FILE:question.txt --num_samples 5 --temperature 0      (0 = greedy)
+    python sample.py --ckpt out/chat --chat          reads a message a line, answers each, remembers what was said
 
 What it is: the prompt in pieces, then one token at a time from the state. RWKV-7's state has the same size after ten
 tokens and after ten thousand; the last line on stderr puts it beside what attention would keep. Documents begin behind
-<|endoftext|> in training, so prompts do too.
-What it is not: a chat program or a server.
+<|endoftext|> (or a token that the model has for it) in training, so prompts do too. In a chat the state goes on from
+answer to answer: nothing is read twice.
+What it is not: a server.
 """
 
 import codecs
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor
 
 from config import cli, run
-from data.tokenizer import load_tokenizer
+from data.chat import encode_turns
+from data.tokenizer import load_tokenizer, opening, stops
 from decode import Decoder, kv_bytes
 from model import LM, ModelConfig, State, load_model
 
@@ -36,15 +39,16 @@ class SampleConfig:
 
     ckpt: str = "out/rwkv"        # a model folder
     prompt: str = ""              # text, or FILE:path; empty = a new document
+    chat: bool = False            # messages from stdin, in the model's chat template; the prompt is the first, if there is one
     num_samples: int = 1          # one is printed as it comes; several are generated side by side
-    max_tokens: int = 300         # new tokens per sample
+    max_tokens: int = 300         # new tokens per sample, or per answer
     temperature: float = 0.8      # 0 = always the likeliest token
     top_k: int | None = None      # only the k likeliest tokens
     top_p: float | None = None    # only the likeliest tokens that together have this probability
     presence: float = 0.0         # taken from the logit of every token generated before
     frequency: float = 0.0        # the same, once for each time
     seed: int = 1337
-    stop: bool = True             # end at <|endoftext|>; --no-stop goes on with another document
+    stop: bool = True             # end at the model's end tokens; --no-stop goes on with another document
     device: str = "auto"          # auto, cpu, cuda
 
 
@@ -88,10 +92,11 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
 @torch.inference_mode()
 def generate(model: "LM | Decoder", tokens: Tensor, n: int, *, temperature: float = 1.0, top_k: int | None = None,
              top_p: float | None = None, presence: float = 0.0, frequency: float = 0.0, generator: torch.Generator | None = None,
-             state: State | None = None, stop: int | None = None) -> Iterator[tuple[Tensor, State]]:
+             state: State | None = None, stop: tuple[int, ...] = ()) -> Iterator[tuple[Tensor, State]]:
     """Continue `tokens` (B, T >= 1), read from `state`, by up to n tokens; yields (tokens (B,), state) for each.
 
-    The state has not read the tokens it comes with. A row that has drawn `stop` repeats it; the end is where all rows have.
+    The state has not read the tokens it comes with. A row that has drawn one of `stop` goes on with the first of them; the
+    end is where all rows have.
     `presence` and `frequency` as OpenAI has them: logit -= presence * (count > 0) + frequency * count, over what was generated.
     Raises ValueError for options outside their range, tokens outside the vocabulary, and text beyond learned positions.
     """
@@ -117,11 +122,11 @@ def generate(model: "LM | Decoder", tokens: Tensor, n: int, *, temperature: floa
         tokens = choose(logits, temperature, top_k, top_p, generator)              # (B,)
         if presence or frequency:
             counts += torch.nn.functional.one_hot(tokens, cfg.vocab_size)
-        if stop is not None:
-            tokens = torch.where(done, stop, tokens)
-            done |= tokens == stop
+        if stop:
+            tokens = torch.where(done, stop[0], tokens)
+            done |= torch.isin(tokens, torch.tensor(stop, device=tokens.device))
         yield tokens, state
-        if stop is not None and done.all():
+        if done.all():
             return
 
 
@@ -171,32 +176,33 @@ def main(argv: list[str] | None = None) -> None:
 
     text = read_prompt(cfg.prompt)
     model, enc = load_model(cfg.ckpt, device).eval(), load_tokenizer(cfg.ckpt)
-    prompt = [enc.eot_token, *enc.encode_ordinary(text)]
-    if max(prompt) >= model.cfg.vocab_size:
-        raise ValueError(f"the prompt has token {max(prompt)}, the model's vocabulary ends at {model.cfg.vocab_size - 1}: "
-                         f"meta.json in {cfg.ckpt} names another tokenizer ({enc.name}) than the model was trained with")
-    stop = enc.eot_token if cfg.stop else None
-    n = cfg.max_tokens
-    if model.cfg.positions == "learned" and "a" in model.cfg.mixers:  # attention ends at its last learned position
-        n = min(n, max(1, model.cfg.block_size - len(prompt) + 1))
-    steps = generate(Decoder(model), torch.tensor([prompt] * cfg.num_samples, device=device), cfg.max_tokens, stop=stop,
-                     generator=torch.Generator(device).manual_seed(cfg.seed), **options)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
     try:
-        write(text, steps, [Characters(enc) for _ in range(cfg.num_samples)], stop, len(prompt), model.cfg)
+        (chat if cfg.chat else write)(cfg, model, enc, text, device, options)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; give Python's own flush at exit another place to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def write(text: str, steps: Iterator, streams: list[Characters], stop: int | None, n_prompt: int, cfg: ModelConfig) -> None:
+def write(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, text: str, device: str, options: dict) -> None:
     """Print one text as it comes, or several one after another when all are done; then speed and memory to stderr."""
+    prompt = [*opening(enc), *enc.encode_ordinary(text)]
+    if max(prompt) >= model.cfg.vocab_size:
+        raise ValueError(f"the prompt has token {max(prompt)}, the model's vocabulary ends at {model.cfg.vocab_size - 1}: "
+                         f"meta.json in {cfg.ckpt} names another tokenizer ({enc.name}) than the model was trained with")
+    stop = stops(enc) if cfg.stop else ()
+    n = cfg.max_tokens
+    if model.cfg.positions == "learned" and "a" in model.cfg.mixers:  # attention ends at its last learned position
+        n = min(n, max(1, model.cfg.block_size - len(prompt) + 1))
+    steps = generate(Decoder(model), torch.tensor([prompt] * cfg.num_samples, device=device), n, stop=stop,
+                     generator=torch.Generator(device).manual_seed(cfg.seed), **options)
+    streams = [Characters(enc) for _ in range(cfg.num_samples)]
     samples, times = [text] * len(streams), [time.perf_counter()]
     one = len(streams) == 1
     if one:
         print(text, end="", flush=True)
     for tokens, state in steps:
-        pieces = ["" if token == stop else stream(token) for token, stream in zip(tokens.tolist(), streams)]
+        pieces = ["" if token in stop else stream(token) for token, stream in zip(tokens.tolist(), streams)]
         times.append(time.perf_counter())
         samples = [sample + piece for sample, piece in zip(samples, pieces)]
         if one:
@@ -205,11 +211,53 @@ def write(text: str, steps: Iterator, streams: list[Characters], stop: int | Non
     print(ends[0] if one else "\n---------------\n".join(sample + end for sample, end in zip(samples, ends)), flush=True)
 
     B, n = len(streams), len(times) - 2
-    speed = f"prefill {B * n_prompt} tokens, {B * n_prompt / (times[1] - times[0]):,.0f} tokens/s"
+    speed = f"prefill {B * len(prompt)} tokens, {B * len(prompt) / (times[1] - times[0]):,.0f} tokens/s"
     if n:
         speed += f"; decode {B} x {n} tokens, {B * n / (times[-1] - times[1]):,.0f} tokens/s"
-    print(f"{speed}\nmemory of {state.position:,} tokens: {state.nbytes() // B:,} bytes; attention with as many layers and heads keeps "
-          f"{kv_bytes(cfg, state.position):,}", file=sys.stderr)
+    print(f"{speed}\n{memory(state, model.cfg, B)}", file=sys.stderr)
+
+
+def memory(state: State, cfg: ModelConfig, B: int = 1) -> str:
+    return (f"memory of {state.position:,} tokens: {state.nbytes() // B:,} bytes; attention with as many layers and heads keeps "
+            f"{kv_bytes(cfg, state.position):,}")
+
+
+def chat(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, text: str, device: str, options: dict) -> None:
+    """Answer each line of stdin; one state hears them all. `text`, if there is any, is the first message."""
+    if not getattr(enc, "chat", None):
+        raise ValueError(f"{cfg.ckpt} has no chat template that frames each message: take an instruct model, or leave --chat away to continue a text")
+    if cfg.num_samples > 1 or not cfg.stop:
+        raise ValueError("--chat has one conversation whose answers end: leave --num_samples and --no-stop away")
+    decoder, generator, stop = Decoder(model), torch.Generator(device).manual_seed(cfg.seed), stops(enc)
+    state, unread = None, []
+    for message in messages(text):
+        ids, _ = encode_turns(enc, [("user", message)], opens=state is None, reply=True)
+        stream = Characters(enc)
+        for tokens, state in generate(decoder, torch.tensor([unread + ids], device=device), cfg.max_tokens, stop=stop, state=state,
+                                      generator=generator, **options):
+            token = tokens.item()
+            print("" if token in stop else stream(token), end="", flush=True)
+        print(stream(None), flush=True)
+        _, end, after = enc.chat["assistant"]  # whatever ended the answer, the next message stands behind a whole one
+        unread = [token] * (token not in stop) + enc.encode(end + after, allowed_special="all")
+    if state:
+        print(memory(state, model.cfg), file=sys.stderr)
+
+
+def messages(first: str) -> Iterator[str]:
+    """The first one, if it isn't empty, then the lines of stdin that aren't blank; a person at a terminal is asked for each."""
+    if first.strip():
+        yield first
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
 
 
 if __name__ == "__main__":

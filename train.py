@@ -39,6 +39,7 @@ from tyro.conf import OmitArgPrefixes
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
+from data.tokenizer import copy_tokenizer
 from evaluate import check_vocabulary, cross_entropy, global_sum, mean_loss, read_metrics, same_tokenizer
 from model import LM, ModelConfig, TimeMixer, load_model, save_model
 
@@ -161,12 +162,16 @@ def interpolate(start: float, end: float, progress: float, schedule: str) -> flo
 # Checkpoints: OUT/checkpoints/step_N/ is a model folder with trainer.pt. A folder is written under another name and
 # then renamed, so whatever bears the name is whole. OUT itself is the newest checkpoint's model, for everybody else.
 
-def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int) -> None:
+MODEL = ("config.json", "tokenizer.json", "meta.json", "model.safetensors")  # the second only where a name does not say it all
+
+
+def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int, data: Path) -> None:
     folder = out / "checkpoints" / f"step_{trainer['step']:07d}"
     unfinished = folder.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         save_model(model, unfinished, meta)
+        copy_tokenizer(data, unfinished)
         torch.save(trainer, unfinished / "trainer.pt")
         if folder.exists():  # an interrupted run saved this very step
             shutil.rmtree(folder)
@@ -183,9 +188,10 @@ def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: 
 
 def publish(folder: Path, out: Path) -> None:
     """Make the model in `folder` the model of `out`, file by file, each by one rename."""
-    for name in ("config.json", "meta.json", "model.safetensors"):
-        shutil.copyfile(folder / name, out / f"{name}.tmp")
-        os.replace(out / f"{name}.tmp", out / name)
+    for name in MODEL:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out / f"{name}.tmp")
+            os.replace(out / f"{name}.tmp", out / name)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -218,7 +224,7 @@ def restore(model: LM, folder: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-RUN = ("checkpoints", "config.json", "meta.json", "model.safetensors", "metrics.jsonl")  # what a run of train.py writes
+RUN = ("checkpoints", *MODEL, "metrics.jsonl")  # what a run of train.py writes
 
 
 def check_free(out: Path, resume: bool, overwrite: bool, writes: tuple[str, ...], foreign: str, reads: tuple[str | None, ...]) -> None:
@@ -300,7 +306,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
     def checkpoint_now():
         if rank == 0:
             trainer = {"step": step, "tokens": tokens, "seconds": seconds, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-            save_checkpoint(out, save, meta, trainer, cfg.keep_last)
+            save_checkpoint(out, save, meta, trainer, cfg.keep_last, loader.folder)
 
     if checkpoint is None and progress() >= 1:
         checkpoint_now()
@@ -497,7 +503,7 @@ def train(cfg: TrainConfig) -> dict:
     with main_first(rank):
         if rank == 0:
             check_free(out, cfg.resume, cfg.overwrite, RUN, "start.json", (cfg.init,))
-        ensure_prepared(cfg.data)
+        ensure_prepared(cfg.data, cfg.init or "bytes")
     started = load_model(cfg.init) if cfg.init else None
     if started and cfg.model != ModelConfig() and replace(cfg.model, vocab_size=started.cfg.vocab_size) != started.cfg:
         raise ValueError(f"--init takes the model of {cfg.init} as it is: leave the flags away that describe another one")

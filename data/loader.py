@@ -70,7 +70,7 @@ class Loader:
         self.tokens = self._map("", dtype, n_tokens)
         if n_tokens < 2:
             raise self._damaged(self.path, f"{n_tokens} tokens, but at least 2 are needed")
-        self.end = int(self.tokens[-1])  # every document and example ends with <|endoftext|>: it pads too
+        self.end = int(self.tokens[-1])  # every document ends with <|endoftext|>, every example with a token that stops: it pads too
         if self.kind == "text":
             self.learnt = None
             T, L = self.T, n_tokens

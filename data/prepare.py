@@ -3,13 +3,19 @@
     python -m data.prepare [SOURCE] [--out data/NAME] [--tokenizer bytes] [--val_fraction 0.1] [--split hash]
                            [--overwrite]
 
+TOKENIZER is bytes, one of tiktoken's names, or the folder of a model whose own tokenizer is to be used.
+
 The folder, for each half in (train, val):
 
     {half}.bin        tokens; uint16, or uint32 above 65,536 tokens. Each document is followed by <|endoftext|>
-    {half}.mask.bin   uint8 per token, 1 where a token is to be learnt        } supervised and preference data only,
-    {half}.idx.bin    int64 start of each example, and the end: n + 1         } an example = <|endoftext|> prompt answer
-    meta.json         kind, tokenizer, vocabulary, dtype, source, counts      } <|endoftext|>, learnt from the answer on
+    {half}.mask.bin   uint8 per token, 1 where a token is to be learnt        } supervised and preference data only
+    {half}.idx.bin    int64 start of each example, and the end: n + 1         }
+    meta.json         kind, tokenizer, vocabulary, dtype, source, counts
+    tokenizer.json    the tokenizer itself, where a name does not say it all
 
+Where the tokenizer has a chat template, prompts and answers, or the messages of a conversation, are put into it, and
+every answer is learnt with the token that stops it ("format": "chat" in meta.json). Elsewhere ("plain") an example is
+<|endoftext|> prompt answer <|endoftext|>, learnt from the answer on, and longer conversations are refused.
 Preference data store chosen i as example 2i and rejected i as example 2i + 1.
 
 Split: by the SHA-256 of the document (the prompt; for docstrings, the module or class), so it has its half for life,
@@ -36,13 +42,14 @@ from tqdm import tqdm
 if not __package__:  # run as `python data/prepare.py`: make the repository importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.sources import KINDS, Example, read
-from data.tokenizer import get_tokenizer, save_tokenizer
+from data.chat import Turns, encode_turns
+from data.sources import Example, read
+from data.tokenizer import get_tokenizer, opening, save_tokenizer
 
 HALVES = ("train", "val")
 EMBEDDED = ("pydoc", "pydoc-sft", "pydoc-dpo", "shakespeare")  # sources that need no file; the last one is a download
-Assigned = tuple[bool, bytes | int, tuple[str, ...]]  # in val?, rank in the order within the half, texts
-Record = tuple[bytes | int, list[tuple[int, int, int]]]  # rank, (start, stop, first learnt token) of each stored row
+Assigned = tuple[bool, bytes | int, Example]  # in val?, rank in the order within the half
+Record = tuple[bytes | int, list[tuple[int, int]]]  # rank, (start, stop) of each stored row
 
 
 def prepare(
@@ -69,11 +76,11 @@ def prepare(
     staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
     staging.mkdir(parents=True)
     try:
-        halves, kind = _tokenize(source, split, val_fraction, enc, staging / "spool.bin", dtype)
+        halves, kind = _tokenize(source, split, val_fraction, enc, staging, dtype)
         different = {rank for half in halves for rank, _ in half}
         if split == "hash" and (not all(halves) or len(different) * val_fraction < 1):
             split = "tail"  # too few different documents to leave it to chance
-            halves, kind = _tokenize(source, split, val_fraction, enc, staging / "spool.bin", dtype)
+            halves, kind = _tokenize(source, split, val_fraction, enc, staging, dtype)
         if not all(halves):
             raise ValueError(f"{source} has {'too little' if any(halves) else 'no'} text for two halves: give it more")
         meta = {
@@ -87,7 +94,10 @@ def prepare(
             "documents": {name: len(half) for name, half in zip(HALVES, halves)},
             "tokens": {name: _write(half, kind, staging, name, dtype) for name, half in zip(HALVES, halves)},
         }
-        (staging / "spool.bin").unlink()
+        if kind != "text":
+            meta["format"] = "chat" if getattr(enc, "chat", None) else "plain"
+        for spool in staging.glob("spool.*"):
+            spool.unlink()
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         save_tokenizer(enc, staging)
         if out.exists():
@@ -102,7 +112,7 @@ def prepare(
     return meta
 
 
-def ensure_prepared(folder: str | Path) -> None:
+def ensure_prepared(folder: str | Path, tokenizer: str = "bytes") -> None:
     """Prepare an embedded source (or tiny Shakespeare) whose folder is missing; any other missing folder is an error."""
     folder = Path(folder)
     if folder.exists():
@@ -110,13 +120,13 @@ def ensure_prepared(folder: str | Path) -> None:
     if folder.name not in EMBEDDED:
         raise ValueError(f"no data at {folder}: run python -m data.prepare SOURCE --out {folder}")
     print(f"{folder} is missing: preparing it", flush=True)
-    prepare(folder.name, folder)
+    prepare(folder.name, folder, tokenizer)
 
 
 def _require_replaceable(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    ours = {"meta.json"} | {f"{half}{end}.bin" for half in HALVES for end in ("", ".mask", ".idx")}
+    ours = {"meta.json", "tokenizer.json"} | {f"{half}{end}.bin" for half in HALVES for end in ("", ".mask", ".idx")}
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
     if "meta.json" not in names or names - ours:
         other = sorted(names - ours)[:1] or ["no meta.json"]
@@ -126,9 +136,9 @@ def _require_replaceable(out: Path, overwrite: bool) -> None:
 
 
 def _by_hash(examples: Iterable[Example], val_fraction: float) -> Iterator[Assigned]:
-    for key, texts in examples:
-        position = int.from_bytes(_digest(key)[:8], "big") / 2**64  # uniform in [0, 1)
-        yield position < val_fraction, _digest("\0".join(texts)), texts
+    for example in examples:
+        position = int.from_bytes(_digest(example.key)[:8], "big") / 2**64  # uniform in [0, 1)
+        yield position < val_fraction, _digest("\0".join(example.texts)), example
 
 
 def _by_tail(examples: Iterable[Example], val_fraction: float) -> Iterator[Assigned]:
@@ -136,14 +146,15 @@ def _by_tail(examples: Iterable[Example], val_fraction: float) -> Iterator[Assig
 
     Needs the source in memory. A document that comes again is dropped, for it might be in both halves.
     """
-    unique = list(dict.fromkeys(texts for _, texts in examples))
-    sizes = [len(texts[0]) if len(texts) == 1 else 1 for texts in unique]
+    unique = list({(example.texts, example.roles): example for example in examples}.values())
+    sizes = [len(example.texts[0]) if example.kind == "text" else 1 for example in unique]
     left = min(max(1, int(sum(sizes) * (1 - val_fraction))), sum(sizes) - 1)  # for train
-    for i, (size, texts) in enumerate(zip(sizes, unique)):
+    for i, (size, example) in enumerate(zip(sizes, unique)):
         if 0 < left < size:
-            yield False, i, (texts[0][:left],)
-            texts = (texts[0][left:],)
-        yield left < size, i, texts
+            text = example.texts[0]
+            yield False, i, example._replace(texts=(text[:left],))
+            example = example._replace(texts=(text[left:],))
+        yield left < size, i, example
         left = max(0, left - size)
 
 
@@ -151,20 +162,37 @@ def _digest(text: str) -> bytes:
     return sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _encode(texts: tuple[str, ...], enc: tiktoken.Encoding) -> list[tuple[list[int], int]]:
-    """(tokens, position of the first learnt token) of each row that an example is stored as."""
-    end = [enc.eot_token]
-    ids = [enc.encode_ordinary(text) for text in texts]
-    if len(ids) == 1:
-        return [(ids[0] + end, 0)]
-    prompt, *answers = ids
-    return [(end + prompt + answer + end, 1 + len(prompt)) for answer in answers]
+def _encode(example: Example, enc: tiktoken.Encoding) -> list[tuple[list[int], bytes]]:
+    """(tokens, mask of the learnt ones) of each row that an example is stored as; a text has no mask."""
+    if example.kind == "text":
+        start = opening(enc) if opening(enc) != [enc.eot_token] else []  # the end of one document is the start of the next
+        return [(start + enc.encode_ordinary(example.texts[0]) + [enc.eot_token], b"")]
+    if example.roles:
+        return [_row(list(zip(example.roles, example.texts)), enc)]
+    prompt, *answers = example.texts
+    return [_row([("user", prompt), ("assistant", answer)], enc) for answer in answers]
+
+
+def _row(turns: Turns, enc: tiktoken.Encoding) -> tuple[list[int], bytes]:
+    """A conversation up to its last learnt token, and its mask."""
+    if getattr(enc, "chat", None):
+        ids, learnt = encode_turns(enc, turns)
+        mask = bytes(learnt).rstrip(b"\0")
+        return ids[: len(mask)], mask
+    if [role for role, _ in turns] != ["user", "assistant"]:
+        raise ValueError(
+            f"a conversation of {', '.join(role for role, _ in turns)} needs a chat template, which the tokenizer {enc.name} does not have: "
+            "use --tokenizer with the folder of a model that has one, or records of one prompt and one response"
+        )
+    prompt, answer = (enc.encode_ordinary(text) for _, text in turns)
+    prompt, answer = opening(enc) + prompt, [*answer, enc.eot_token]
+    return prompt + answer, bytes(len(prompt)) + b"\1" * len(answer)
 
 
 def _tokenize(
-    source: str, split: str, val_fraction: float, enc: tiktoken.Encoding, spool: Path, dtype: np.dtype
+    source: str, split: str, val_fraction: float, enc: tiktoken.Encoding, folder: Path, dtype: np.dtype
 ) -> tuple[tuple[list[Record], list[Record]], str]:
-    """Write all tokens to `spool` in the source's order; return where each half's examples are in it, and the kind.
+    """Write all tokens and masks to spool files in the source's order; return where each half's examples are there, and the kind.
 
     Only these records are held in memory, so with the hash split a corpus may be larger than memory.
     """
@@ -172,12 +200,13 @@ def _tokenize(
     assigned = (_by_hash if split == "hash" else _by_tail)(examples, val_fraction)
     halves: tuple[list[Record], list[Record]] = [], []
     position, kind = 0, "text"
-    with open(spool, "wb") as file:
-        for in_val, rank, texts in tqdm(assigned, source, unit=" documents", disable=None):
-            kind, rows = list(KINDS)[len(texts) - 1], []
-            for ids, first in _encode(texts, enc):
+    with open(folder / "spool.bin", "wb") as file, open(folder / "spool.mask", "wb") as masks:
+        for in_val, rank, example in tqdm(assigned, source, unit=" documents", disable=None):
+            kind, rows = example.kind, []
+            for ids, mask in _encode(example, enc):
                 file.write(np.array(ids, dtype).tobytes())
-                rows.append((position, position + len(ids), first))
+                masks.write(mask)
+                rows.append((position, position + len(ids)))
                 position += len(ids)
             halves[in_val].append((rank, rows))
     return halves, kind
@@ -185,17 +214,15 @@ def _tokenize(
 
 def _write(half: list[Record], kind: str, folder: Path, name: str, dtype: np.dtype) -> int:
     """Write one half's files in the order of rank; return its number of tokens."""
-    tokens = np.memmap(folder / "spool.bin", dtype, "r")
     rows = [row for _, rows in sorted(half) for row in rows]
-    lengths = [stop - start for start, stop, _ in rows]
-    with open(folder / f"{name}.bin", "wb") as file:
-        for start, stop, _ in rows:
-            file.write(tokens[start:stop].tobytes())
+    lengths = [stop - start for start, stop in rows]
+    for spool, end, kept in (("spool.bin", ".bin", dtype), ("spool.mask", ".mask.bin", np.dtype(np.uint8)))[: 1 if kind == "text" else 2]:
+        values = np.memmap(folder / spool, kept, "r")
+        with open(folder / f"{name}{end}", "wb") as file:
+            for start, stop in rows:
+                file.write(values[start:stop].tobytes())
     if kind != "text":
         np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / f"{name}.idx.bin")
-        with open(folder / f"{name}.mask.bin", "wb") as file:
-            for length, (_, _, first) in zip(lengths, rows):
-                file.write(bytes(first) + b"\1" * (length - first))
     return sum(lengths)
 
 
@@ -208,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         help="pydoc (default), pydoc-sft, pydoc-dpo, shakespeare, a URL, or a .txt/.md/.jsonl(.gz) file or folder",
     )
     parser.add_argument("--out", help="folder to write (default: data/ and the source's name)")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes (default), gpt2, or another of tiktoken's names")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes (default), gpt2 or another of tiktoken's names, or a model's folder")
     parser.add_argument("--val_fraction", "--val-fraction", type=float, default=0.1)
     parser.add_argument("--split", default="hash", help="hash (default): by document; tail: the source's end is val")
     parser.add_argument("--overwrite", action="store_true", help="replace an already prepared folder")

@@ -1,7 +1,7 @@
 """Where text comes from: every source is a stream of `Example`s, of one of three kinds.
 
     text         (text,)                        a document
-    supervised   (prompt, response)
+    supervised   (prompt, response), or the messages of a conversation
     preference   (prompt, chosen, rejected)
 
 The default source needs no download, for every Python has a book in it: `pydoc_data.topics`, the language manual,
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 KINDS = {"text": ("text",), "supervised": ("prompt", "response"), "preference": ("prompt", "chosen", "rejected")}
+ROLES = ("system", "user", "assistant")  # of a message: {"messages": [{"role": "user", "content": "..."}, ...]}
 SUFFIXES = (".txt", ".md", ".jsonl")
 DOCUMENT = 4096  # characters: about this long are the documents that running text is cut into
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -33,7 +34,12 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 
 class Example(NamedTuple):
     key: str  # examples with the same key go to the same half of the train/val split
-    texts: tuple[str, ...]  # one text, or the fields of the kind in KINDS' order
+    texts: tuple[str, ...]  # one text, the fields of the kind in KINDS' order, or the messages of a conversation
+    roles: tuple[str, ...] = ()  # of a conversation: who says each of them
+
+    @property
+    def kind(self) -> str:
+        return "supervised" if self.roles else list(KINDS)[len(self.texts) - 1]
 
 
 def read(source: str, whole: bool = False) -> Iterator[Example]:
@@ -171,7 +177,7 @@ def _path(path: Path, whole: bool) -> Iterator[Example]:
         raise ValueError(f"the folder {path} holds no {known}")
     # A small text is cut finer, so that something is left for the validation half.
     size = max(1, min(DOCUMENT, sum(p.stat().st_size for p in files) // 20))
-    width = 0
+    kind = ""
     for file in files:
         if file.name.removesuffix(".gz").endswith(".jsonl"):
             examples = _jsonl(file)
@@ -179,12 +185,10 @@ def _path(path: Path, whole: bool) -> Iterator[Example]:
             texts = ["".join(_lines(file))] if whole else _cut(_lines(file), size)
             examples = ((file.name, Example(text, (text,))) for text in texts)
         for place, example in examples:
-            width = width or len(example.texts)
-            if len(example.texts) != width:
-                kinds = list(KINDS)
+            kind = kind or example.kind
+            if example.kind != kind:
                 raise ValueError(
-                    f"{place} is {kinds[len(example.texts) - 1]} data, but what came before it is "
-                    f"{kinds[width - 1]} data: prepare them as separate data sets"
+                    f"{place} is {example.kind} data, but what came before it is {kind} data: prepare them as separate data sets"
                 )
             yield example
 
@@ -204,14 +208,28 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Example]]:
         except ValueError as error:
             raise ValueError(f"{place} is not JSON ({error}): each line must be one JSON object") from None
         fields = record if isinstance(record, dict) else {}
+        if "messages" in fields:
+            yield place, _conversation(fields["messages"], place)
+            continue
         kind = next((names for names in reversed(KINDS.values()) if fields.keys() >= set(names)), None)
         if kind is None:
-            choices = " or ".join("{" + ", ".join(names) + "}" for names in KINDS.values())
+            choices = " or ".join("{" + ", ".join(names) + "}" for names in [*KINDS.values(), ("messages",)])
             raise ValueError(f"{place} has the fields {sorted(fields)}, but needs {choices}")
         for name in kind:
             if not isinstance(fields[name], str):
                 raise ValueError(f"{place}: field {name!r} is {type(fields[name]).__name__}, but must be a string")
         yield place, Example(fields[kind[0]], tuple(fields[name] for name in kind))
+
+
+def _conversation(messages: object, place: str) -> Example:
+    """Its key is the first question, so that a conversation and a prompt that ask the same are in the same half."""
+    fields = [m if isinstance(m, dict) else {} for m in messages] if isinstance(messages, list) else [{}]
+    if not all(m.get("role") in ROLES and isinstance(m.get("content"), str) for m in fields):
+        raise ValueError(f"{place}: messages must be a list of {{role, content}} with the roles {', '.join(ROLES)} and strings as content")
+    texts, roles = tuple(m["content"] for m in fields), tuple(m["role"] for m in fields)
+    if "assistant" not in roles or "system" in roles[1:]:
+        raise ValueError(f"{place} has the roles {', '.join(roles) or 'of no message'}: at least one assistant is needed, and system may only come first")
+    return Example(texts[roles.index("user") if "user" in roles else 0], texts, roles)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -1,29 +1,44 @@
-"""Tokenizers: one interface, `tiktoken.Encoding`, and where a folder says which one it was made with.
+"""Tokenizers by name: one interface, `tiktoken.Encoding`, and where a folder says which one it was made with.
 
-`bytes` needs no download: 256 tokens, id = byte value, and `<|endoftext|>` = 256. Every other name is one of
-tiktoken's (`gpt2`, `cl100k_base`, ...), fetched once and cached. A data or model folder's `meta.json` holds the name
-under "tokenizer".
+`bytes` needs no download: 256 tokens, id = byte value, and `<|endoftext|>` = 256. `gpt2`, `cl100k_base`, ... are
+tiktoken's, fetched once and cached. `bpe-...` is a model's own (`bpe.py`), kept as a `tokenizer.json` beside the weights
+and the data; the name is a fingerprint of all that decides ids. A data or model folder's `meta.json` holds the name under
+"tokenizer": equal names are equal tokens.
 
 Text is always encoded with `encode_ordinary`: a user's text that happens to spell a special token is just text.
 """
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import tiktoken
+
+from data.bpe import ByteLevelBPE, fingerprint, read_gguf_tokenizer, read_json, read_tokenizer_json  # noqa: F401
 
 END = "<|endoftext|>"
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The encoding called `name`. Raises ValueError for an unknown name, or when its files can't be downloaded."""
+    """The encoding called `name`, or that of the folder `name`: one of ours, or a Hugging Face model's.
+
+    Raises ValueError for an unknown name, or when its files can't be downloaded.
+    """
+    if name == "bytes" or name in tiktoken.list_encoding_names() or not Path(name).is_dir():
+        return _named(name)
+    ours = (Path(name) / "meta.json").exists() or not (Path(name) / "tokenizer.json").exists()
+    return load_tokenizer(name) if ours else ByteLevelBPE(read_tokenizer_json(name))
+
+
+def _named(name: str) -> tiktoken.Encoding:
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         # The pattern cuts the text into single characters; with no merges among the ranks each becomes its UTF-8 bytes.
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256})
     if name not in tiktoken.list_encoding_names():
         choices = ", ".join(["bytes", *tiktoken.list_encoding_names()])
-        raise ValueError(f"unknown tokenizer {name!r}: choose one of {choices}")
+        raise ValueError(f"unknown tokenizer {name!r}: choose one of {choices}, or a model's folder")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # requests' errors, a hash mismatch, a full disk: the remedy is the same
@@ -33,11 +48,33 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         ) from error
 
 
+def opening(enc: tiktoken.Encoding) -> list[int]:
+    """What stands before a document or a prompt: a token of its own, or the end of the document before."""
+    start = enc.spec["start"] if isinstance(enc, ByteLevelBPE) else None
+    return [enc.eot_token if start is None else start]
+
+
+def stops(enc: tiktoken.Encoding) -> tuple[int, ...]:
+    """The tokens that end a generated text."""
+    return tuple(enc.spec["stop"]) if isinstance(enc, ByteLevelBPE) else (enc.eot_token,)
+
+
+def write_tokenizer(spec: dict, folder: str | Path) -> str:
+    """Write `spec` as `folder/tokenizer.json`, and its name, which is returned, into `folder/meta.json`."""
+    (Path(folder) / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False) + "\n", encoding="utf-8")
+    _name(fingerprint(spec), folder)
+    return fingerprint(spec)
+
+
 def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path) -> None:
-    """Write `enc`'s name into `folder/meta.json`, beside whatever else that file already says."""
-    path = Path(folder) / "meta.json"
-    meta = read_meta(folder) if path.exists() else {}
-    path.write_text(json.dumps({**meta, "tokenizer": enc.name}, indent=2) + "\n", encoding="utf-8")
+    """Make `folder` one of `enc`'s: its name in `meta.json`, beside whatever else that file already says, and its files."""
+    write_tokenizer(enc.spec, folder) if isinstance(enc, ByteLevelBPE) else _name(enc.name, folder)
+
+
+def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
+    """The file of the tokenizer in `source`, if it needs one, into `folder`; `meta.json` is the caller's."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copyfile(Path(source) / "tokenizer.json", Path(folder) / "tokenizer.json")
 
 
 def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
@@ -45,7 +82,23 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     name = read_meta(folder).get("tokenizer")
     if not isinstance(name, str):
         raise ValueError(f'{Path(folder) / "meta.json"} has no "tokenizer": add its name, for example "bytes"')
-    return get_tokenizer(name)
+    if not name.startswith("bpe-"):
+        return _named(name)
+    path = Path(folder) / "tokenizer.json"
+    spec = read_json(path)
+    try:
+        enc = ByteLevelBPE(spec)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): copy it from where the folder comes from") from None
+    if enc.name != name:
+        raise ValueError(f"{path} holds the tokenizer {enc.name}, but meta.json beside it names {name}: copy it from where the folder comes from")
+    return enc
+
+
+def _name(name: str, folder: str | Path) -> None:
+    path = Path(folder) / "meta.json"
+    meta = read_meta(folder) if path.exists() else {}
+    path.write_text(json.dumps({**meta, "tokenizer": name}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_meta(folder: str | Path) -> dict:

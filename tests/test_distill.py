@@ -19,9 +19,9 @@ import distill
 import evaluate
 from common import T, assert_same_run, metrics, moments, newest, one_line, padded, random_batch, shake, start, state_dict, tiny, tiny_model  # noqa: F401
 from data.loader import Loader
-from distill import (AllGather, DistillConfig, StudentConfig, VFirstHolder, align_loss, distil_loss, divergence, dpo_loss, make_student,
-                     sequence_logp, set_training, wrap)
-from evaluate import cross_entropy
+from distill import (AllGather, DistillConfig, StudentConfig, VFirstHolder, align_loss, distil_loss, divergence, dpo_loss, head_scales,
+                     lookback, make_student, sequence_logp, set_training, wrap)
+from evaluate import cross_entropy, layer_errors
 from model import LM, load_model, save_model
 from test_evaluate import pretend
 from train import FitConfig
@@ -154,6 +154,67 @@ def test_spread_decay_gives_half_lives_from_two_tokens_to_the_block():
         want = torch.tensor([2 * 256 ** (i / 15) for i in range(16)], dtype=torch.float64)
         torch.testing.assert_close(n[:, 1:], want[1:].expand(2, 15), rtol=1e-3, atol=0)
         assert (n[:, 0] >= 2).all() and (n[:, 0] < want[1]).all()
+
+
+@torch.no_grad()
+def test_norms_of_queries_and_keys_come_along_with_the_scale_behind_them():
+    teacher = tiny_model(n_head=2, n_kv_head=1, head_size=24, qk_norm=True, qkv_bias=True, positions="none", norm="rmsnorm")
+    mixer, att, x = make_student(teacher, StudentConfig()).blocks[1].att, teacher.blocks[1].att, torch.randn(2, T, 32)
+    q, k, _ = att.qkv(x, 0)                                                           # (B, H, T, N)
+    r, key = (norm(proj(x).view(2, T, 2, 24)) for norm, proj in ((mixer.r_norm, mixer.receptance), (mixer.k_norm, mixer.key)))
+    torch.testing.assert_close(r.transpose(1, 2), q / 24**0.5)
+    torch.testing.assert_close(key.transpose(1, 2), k.expand(2, 2, T, 24))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 1, "qk_norm": True}, {"positions": "none"}], ids=str)
+def test_lookback_is_the_mean_distance_that_attention_looks(changes):
+    att, x = tiny_model(**changes).blocks[0].att, torch.randn(3, T, 32)
+    q, k, _ = att.qkv(x, 0)
+    scores = q @ k.expand_as(q).mT / 16**0.5
+    p = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)   # (B, H, T, T)
+    distance = (torch.arange(T)[:, None] - torch.arange(T)).float()
+    torch.testing.assert_close(lookback(att, x), (p * distance).sum(-1).mean((0, 2)), rtol=1e-4, atol=1e-4)
+    att.q_proj.weight.zero_()                                                         # all tokens alike: t / 2 back from position t
+    if "qk_norm" not in changes:
+        torch.testing.assert_close(lookback(att, x), torch.full((2,), (T - 1) / 4))
+
+
+@torch.no_grad()
+def test_heads_that_look_further_back_remember_longer():
+    teacher, tokens = tiny_model(positions="none"), random_batch(4).x
+    near, far = teacher.blocks[0].att.q_proj.weight.chunk(2)
+    far.zero_()                                                                       # looks everywhere alike: 2 d + 1 = (T + 1) / 2 tokens
+    mixer = make_student(teacher, StudentConfig(decay="lookback"), tokens).blocks[0].att
+    n = 1 / -torch.expm1(-math.exp(-0.5) * torch.sigmoid(mixer.w0.view(2, 16)))
+    assert n[1, -1].item() == pytest.approx((T + 1) / 2, rel=1e-3) and n.min() >= 2
+    back = lookback(teacher.blocks[0].att, teacher.blocks[0].ln1(teacher.blocks[0].ln0(teacher.emb(tokens))))
+    assert n[0, -1].item() == pytest.approx(max(2 * back[0].item() + 1, 2.5), rel=1e-3)
+
+
+@torch.no_grad()
+def test_head_scales_are_those_of_least_squares():
+    y, W, c = torch.randn(200, 12), torch.randn(8, 12), torch.tensor([0.2, -1.0, 3.0])
+    target = y * c.repeat_interleave(4) @ W.T
+    torch.testing.assert_close(head_scales(y, W, target, 3), c, rtol=0.01, atol=0.01)
+    noise = target + 5 * torch.randn_like(target)
+    u = torch.stack([y[:, i : i + 4] @ W[:, i : i + 4].T for i in (0, 4, 8)]).flatten(1)
+    torch.testing.assert_close(head_scales(y, W, noise, 3), torch.linalg.lstsq(u.T, noise.flatten()).solution, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(head_scales(torch.zeros(5, 12), W, target[:5], 3), torch.ones(3))
+
+
+def test_calibration_brings_every_mixer_nearer_to_its_attention():
+    teacher, batch = tiny_model(n_layer=3, bias=True, n_kv_head=1), random_batch(4)
+    for mixer in ("r", "ra"):
+        students = []
+        for calibrate in (False, True):
+            torch.manual_seed(0)
+            students.append(make_student(teacher, StudentConfig(mixer=mixer, calibrate=calibrate), batch.x))
+        plain, near = students
+        before, after = (layer_errors(teacher, student, batch) for student in (plain, near))
+        assert len(after) == near.cfg.mixers.count("r") and all(b["error"] < a["error"] and b["error"] < 1 for a, b in zip(before, after))
+        changed = {name for name, p in plain.state_dict().items() if not torch.equal(p, near.state_dict()[name])} 
+        assert changed == {f"blocks.{i}.att.output.weight" for i, m in enumerate(near.cfg.mixers) if m == "r"}
 
 
 def test_students_that_their_teacher_does_not_allow_are_refused():
@@ -590,12 +651,17 @@ def test_two_processes_are_one_with_the_doubled_batch_in_all_stages(job, tiny, t
     ({}, {"mixer": "ra", "gate": False, "group_norm": False, "rwkv_rope": True}),
     ({"tied": True, "positions": "learned", "ffn": "gelu"}, {"untie_head": True, "token_shift": False, "bonus": False}),
     ({"block_size": 1, "n_kv_head": 1, "ffn": "swiglu", "norm": "rmsnorm"}, {"transfer": False, "decay": "official"}),
-], ids=["one layer", "attention first", "bare mixers", "own head", "one token"])
+    ({"block_size": 512, "n_kv_head": 1, "qkv_bias": True, "o_bias": False, "ffn": "swiglu", "norm": "rmsnorm", "ln0": False, "tied": True},
+     {"decay": "lookback", "calibrate": True, "rwkv_rope": True}),
+    ({"head_size": 24, "n_kv_head": 1, "qk_norm": True, "rope_scaling": "llama3", "rope_factor": 8.0, "ffn": "swiglu", "norm": "rmsnorm"},
+     {"mixer": "ar", "decay": "lookback", "calibrate": True}),
+], ids=["one layer", "attention first", "bare mixers", "own head", "one token", "as qwen2, long context", "as qwen3"])
 def test_odd_teachers_and_students_go_through_all_stages(job, tmp_path, model, student):
     lm = tiny_model(**model)
     save_model(lm, tmp_path / "odd", {"tokenizer": "bytes"})
     one = loop(2, 1)
     report = distill.distill(job("out", teacher=str(tmp_path / "odd"), student=StudentConfig(**student), align=one, distil=one, finish=one, eval_tokens=60,
+                                 block_size=T if lm.cfg.block_size > T else None,
                                  finish_block_size=16 if lm.cfg.positions != "learned" else None, kl_kind="reverse", align_kind="l2norm"))
     assert [row["name"] for row in report["stages"]] == ["start", "align", "distil", "finish"] and math.isfinite(report["kl"])
     saved = load_model(tmp_path / "out")

@@ -14,7 +14,7 @@ from common import T, padded, random_batch, tiny, tiny_model  # noqa: F401   (ti
 from data.loader import Loader
 from evaluate import (as_markdown, check_vocabulary, collect, compare, cross_entropy, layer_errors, make_report, mean_loss, state_bytes, unigram_loss,
                       write_report)
-from model import CausalSelfAttention
+from model import CausalSelfAttention, save_model
 
 
 def nll(model, tokens: list[int], t: int) -> float:
@@ -210,3 +210,10 @@ def test_data_teacher_and_student_must_share_their_tokens():
         check_vocabulary(large, small, loader)
     with pytest.raises(ValueError, match="the teacher has 100 tokens, fewer than the student's 257"):
         check_vocabulary(small, large, loader)
+
+
+def test_one_model_alone_gives_its_loss(tmp_path, tiny, capsys):
+    save_model(tiny_model(), tmp_path / "m", {"tokenizer": "bytes"})
+    evaluate.main(["--teacher", str(tmp_path / "m"), "--student", "None", "--data", tiny.text, "--block_size", "8", "--max_tokens", "200"])
+    want = mean_loss(tiny_model(), Loader(tiny.text, "val", 16, 8), 200)
+    assert f"{want:.4f} nats per token" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model import LM, ModelConfig, State, load_model, save_model
+from model import LM, ModelConfig, State, load_model, rope_frequencies, save_model
 
 GPT = ModelConfig(vocab_size=50, block_size=64, n_layer=3, n_embd=32, n_head=4, rwkv_head_size=16, ln0=False)
 RWKV = replace(GPT, mixer="r", ffn="channelmix", positions="none", ln0=True)  # the official RWKV-7
@@ -25,6 +25,9 @@ VARIANTS = {
     "gpt2": replace(GPT, positions="learned", ffn="gelu", bias=True, qkv_bias=True, tied=True),
     "llama": replace(GPT, positions="rope", ffn="swiglu", norm="rmsnorm", n_kv_head=2),
     "qwen2, one kv head": replace(GPT, ffn="swiglu", norm="rmsnorm", n_kv_head=1, qkv_bias=True, rope_theta=1e6, tied=True),
+    "qwen3, llama3's rope": replace(GPT, ffn="swiglu", norm="rmsnorm", n_kv_head=2, head_size=12, qk_norm=True, rope_scaling="llama3", rope_factor=8.0,
+                                    rope_original=32),
+    "linear rope, bias of o alone, exact gelu": replace(GPT, ffn="gelu_exact", rope_scaling="linear", rope_factor=3.0, o_bias=True),
     "no positions, free head size": replace(GPT, positions="none", head_size=12, norm_bias=False, ln0=True),
     "attention with channelmix": replace(GPT, ffn="channelmix"),
     "rwkv7": RWKV,
@@ -35,6 +38,7 @@ VARIANTS = {
     "no token shift": replace(RWKV, token_shift=False),
     "no bonus": replace(RWKV, bonus=False),
     "rwkv with rope": replace(RWKV, rwkv_rope=True),
+    "rwkv with norms and linear rope": replace(RWKV, rwkv_rope=True, qk_norm=True, rope_scaling="linear", rope_factor=2.0, o_bias=True),
     "rwkv in llama's clothes": replace(GPT, mixer="r", ffn="swiglu", norm="rmsnorm", gate=False, group_norm=False, token_shift=False,
                                        bonus=False, rwkv_rope=True, qkv_bias=True, bias=True, tied=True),
     "rwkv in gpt2's clothes": replace(GPT, mixer="r", ffn="gelu", positions="learned", bias=True, qkv_bias=True),
@@ -438,6 +442,24 @@ def test_logits_are_llama_s_and_qwen2_s(kind, kv, tied):
         assert relative(model(text(60))[0], theirs(text(60)).logits) < 1e-5
 
 
+def test_llama3_scaling_slows_the_slow_pairs_and_leaves_the_fast_ones():
+    """Pairs with more than 4 turns within 32 tokens stay, with fewer than 1 turn 8 times slower; in between is in between."""
+    cfg = replace(GPT, head_size=64, rope_theta=1e4, rope_factor=8.0, rope_original=32)
+    plain, scaled = (rope_frequencies(replace(cfg, rope_scaling=how), 64, "cpu") for how in ("default", "llama3"))
+    turns, slower = plain * 32 / (2 * math.pi), plain / scaled
+    assert (slower[turns > 4] == 1).all() and torch.allclose(slower[turns < 1], torch.tensor(8.0)) and (slower.diff() >= -1e-5).all()
+    assert ((turns > 4).any() and (turns < 1).any() and ((slower > 1.01) & (slower < 7.9)).any())
+    torch.testing.assert_close(rope_frequencies(replace(cfg, rope_scaling="linear"), 64, "cpu"), plain / 8)
+
+
+def test_an_older_config_without_the_newer_settings_is_read(tmp_path):
+    new = {"rope_scaling", "rope_factor", "rope_low", "rope_high", "rope_original", "qk_norm", "o_bias"}
+    save_model(model := lively(VARIANTS["gpt2"]), tmp_path, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in new}))
+    assert new < set(config) and torch.equal(load_model(tmp_path)(text())[0], model(text())[0])
+
+
 @torch.no_grad()
 def test_norms_divide_by_the_root_of_the_variance_plus_eps():
     x = 0.01 * torch.randn(5, 32) + 0.02
@@ -595,6 +617,10 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path):
     ("positions = 'alibi': choose one of rope, learned, none", dict(positions="alibi")),
     ("norm = 'batchnorm': choose one of", dict(norm="batchnorm")),
     ("ffn = 'relu': choose one of", dict(ffn="relu")),
+    ("rope_scaling = 'yarn': choose one of default, linear, llama3", dict(rope_scaling="yarn")),
+    ("rope_factor = 0", dict(rope_factor=0.0)),
+    ("rope_theta = -1", dict(rope_theta=-1.0)),
+    ("rope_low = 4.0, rope_high = 4.0", dict(rope_low=4.0)),
 ])
 def test_a_config_that_cannot_be_gives_one_line(says, changes):
     one_line_error(lambda: replace(GPT, **changes), says)

@@ -59,17 +59,20 @@ def test_imports_form_a_dag_and_leaves_are_leaves():
 BUDGETS = {  # lines; about the file's present length. Whoever needs more raises the number in the same commit
     "wkv.py": 220,
     "wkv_triton.py": 400,    # out of wkv.py: Triton is not everywhere, and the definition is read without it
-    "model.py": 480,         # beyond 400: official initial values and one-line refusals of bad folders are both long lists
+    "model.py": 540,         # beyond 400: official initial values and one-line refusals of bad folders are both long lists; rope scaling
     "train.py": 550,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks and interrupts
-    "distill.py": 600,       # beyond 330: three stages with RWKVInside's options, each a switch, and the controls
+    "convert.py": 500,       # beyond 300: five formats with a line for each setting that is refused, and a file format written by hand
+    "distill.py": 660,       # beyond 330: three stages with RWKVInside's options, each a switch, the controls, and a look at the teacher
     "evaluate.py": 300,      # beyond 180: the table over seeds
     "decode.py": 200,        # taken out of sample.py: 36 operations a layer instead of 71
-    "sample.py": 230,        # beyond 150: four samplers, penalties, streaming of bytes that are not yet characters
+    "sample.py": 270,        # beyond 150: four samplers, penalties, streaming of bytes that are not yet characters; chat
     "bench.py": 480,         # beyond 180: four benchmarks, each beside its rivals, one of them for a GPU seen once a session
     "data/loader.py": 210,   # the package beyond 300: three kinds of data, and line numbers in every complaint
-    "data/prepare.py": 230,
-    "data/sources.py": 250,
-    "data/tokenizer.py": 70,
+    "data/prepare.py": 260,
+    "data/sources.py": 270,
+    "data/tokenizer.py": 120,
+    "data/bpe.py": 320,      # two formats of strangers' files, and a line for each thing that would give other ids
+    "data/chat.py": 110,
     "config/__init__.py": 90,
 }
 

@@ -1,5 +1,6 @@
 """Generation: what is drawn is what the whole-sequence logits say, and the memory of an RNN stays as it is."""
 
+import io
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import torch
 import sample
 from bench import official, random_rwkv
 from common import REPO, one_line, tiny_model
-from data.tokenizer import get_tokenizer
-from model import LM, ModelConfig, State, save_model
+from data.bpe import BYTE
+from data.chat import encode_turns
+from data.tokenizer import get_tokenizer, load_tokenizer, write_tokenizer
+from model import LM, ModelConfig, State, load_model, save_model
 from sample import Characters, Decoder, choose, generate, kv_bytes, main
 
 BYTES = get_tokenizer("bytes")
@@ -227,10 +230,10 @@ def test_penalties_by_hand():
 
 def test_a_row_that_has_stopped_repeats_its_stop_and_the_end_is_when_all_have():
     model, prompt = constant_model([1.0, 1.0, 1.0, 1.0]), torch.zeros(6, 1, dtype=torch.long)
-    rows = drawn(model, prompt, 500, stop=2, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = drawn(model, prompt, 500, stop=(2,), generator=torch.Generator().manual_seed(0)).tolist()
     first = [row.index(2) for row in rows]
     assert len(set(first)) > 1 and max(first) == len(rows[0]) - 1 < 400 and all(set(row[i:]) == {2} for row, i in zip(rows, first))
-    assert drawn(constant_model([1.0, 2.0]), prompt, 9, temperature=0, stop=1).shape == (6, 1)
+    assert drawn(constant_model([1.0, 2.0]), prompt, 9, temperature=0, stop=(1,)).shape == (6, 1)
     assert drawn(constant_model([1.0, 2.0]), prompt, 9, temperature=0).shape == (6, 9)
 
 
@@ -304,7 +307,7 @@ def test_a_prompt_is_what_training_saw_behind_the_end_of_a_document(folder, caps
     main([*base, "--prompt", f"FILE:{tmp_path / 'p.txt'}", "--no-stop", "--num_samples", "2"])
     text = "a<|endoftext|>\nA<|endoftext|>"
     assert capsys.readouterr().out == f"{text}\n---------------\n{text}\n"
-    assert seen == [([[256]], 256), ([[256, *b"a<|endoftext|>\n"]] * 2, None)]  # what a user writes is text, not the special token
+    assert seen == [([[256]], (256,)), ([[256, *b"a<|endoftext|>\n"]] * 2, ())]  # what a user writes is text, not the special token
 
 
 def test_bad_input_is_one_line(folder, tmp_path):
@@ -333,3 +336,73 @@ def test_a_reader_who_has_seen_enough_ends_it_quietly(folder):
     assert process.stdout.read(1) == b"a"
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model of bytes with a chat template: <u> question </u> <a> answer </a>."""
+    path = tmp_path_factory.mktemp("talker")
+    save_model(tiny_model(mixer="r", ffn="channelmix", vocab_size=270), path, {})
+    letters = [letter for letter, _ in sorted(BYTE.items(), key=lambda item: item[1])]
+    frames = {"default": "<s>", "system": None, "user": ["<u>", "</u>"], "assistant": ["<a>", "</a>", "\n"], "trim": True}
+    write_tokenizer({"tokens": letters, "split": ["(?s:.)"], "normalizer": None, "unknown": None, "added": {}, "start": None, "end": 256, "stop": [256, 261],
+                     "special": {name: 256 + i for i, name in enumerate(("<s>", "<u>", "</u>", "<x>", "<a>", "</a>"))}, "chat": frames}, path)
+    return path
+
+
+def test_a_chat_reads_each_word_once_and_as_the_template_has_it(talker, capsys, monkeypatch):
+    """What the model is fed, piece by piece, is the whole conversation; whatever ends an answer, the next question stands behind a whole one."""
+    fed, answers = [], iter([b"yes", b"no", b"cut"])
+    ends = iter([[261], [256], []])  # its own end of a turn, the end of a document, max_tokens
+
+    def generate(model, tokens, n, *, stop, state, **options):
+        assert stop == (256, 261) and (state is None) == (not fed)
+        answer = [*next(answers), *next(ends)]
+        fed.extend([*tokens[0].tolist(), *answer[:-1]])  # the last one is not read yet
+        yield from ((torch.tensor([token]), State(len(fed), ())) for token in answer)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(sample.State, "nbytes", lambda self: 0)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" a </a>\n\n  \nb\n"))
+    main(["--ckpt", str(talker), "--chat", "--prompt", "first"])
+    talk = [("user", "first"), ("assistant", "yes"), ("user", "a </a>"), ("assistant", "no"), ("user", "b"), ("assistant", "cut")]
+    expected, _ = encode_turns(load_tokenizer(talker), talk)
+    assert fed == expected[: len(fed)] and expected[len(fed) :] == [ord("t"), 261, 10]
+    out, err = capsys.readouterr()
+    assert out == "yes\nno\ncut\n" and f"memory of {len(fed)} tokens" in err
+
+
+def test_a_chat_goes_on_in_one_state(talker, capsys, monkeypatch):
+    model, enc = load_model(talker).eval(), load_tokenizer(talker)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo"))
+    main(["--ckpt", str(talker), "--chat", "--max_tokens", "5", "--temperature", "0"])
+    tokens, answers = [], []
+    for question in ("one", "two"):  # the same without a state: all is read anew
+        ids, _ = encode_turns(enc, [("user", question)], opens=not tokens, reply=True)
+        tokens += ids
+        answer = drawn(model, torch.tensor([tokens]), 5, temperature=0, stop=(256, 261))[0].tolist()
+        answers.append(b"".join(enc.decode_single_token_bytes(t) for t in answer if t < 256))
+        tokens += [t for t in answer if t not in (256, 261)] + [261, 10]
+    assert capsys.readouterr().out == "".join(answer.decode(errors="replace") + "\n" for answer in answers)
+
+
+def test_a_text_ends_at_each_of_the_models_end_tokens(talker, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(sample, "generate", lambda model, tokens, n, **options: seen.append(options["stop"]) or iter([(torch.tensor([261]), State(1, ()))]))
+    main(["--ckpt", str(talker), "--prompt", "a"])
+    assert seen == [(256, 261)] and capsys.readouterr().out == "a\n"
+    model, generator = constant_model([1.0, 1.0, 1.0, 1.0]), torch.Generator().manual_seed(0)
+    rows = drawn(model, torch.zeros(8, 1, dtype=torch.long), 500, stop=(2, 3), generator=generator).tolist()
+    firsts = [next(token for token in row if token > 1) for row in rows]
+    assert {*firsts} == {2, 3} and len(rows[0]) < 400 and all(row[-1] > 1 for row in rows)
+
+
+def test_a_chat_that_cannot_be_is_one_line(folder, talker):
+    for args, word in ((["--ckpt", str(folder), "--chat"], "no chat template"), (["--ckpt", str(talker), "--chat", "--num_samples", "2"], "num_samples"),
+                       (["--ckpt", str(talker), "--chat", "--no-stop"], "no-stop")):
+        with pytest.raises(ValueError, match=word) as e:
+            main(args)
+        one_line(e.value)
