@@ -137,6 +137,27 @@ def test_half_precision_is_kept_on_disk_and_rounded_once(dtype, tmp_path):
     refused("ln_out.weight", "float16", call=lambda: bring(tmp_path / "large", tmp_path, dtype="float16"))
 
 
+@torch.no_grad()
+def test_a_head_of_its_own_is_used_even_where_the_config_says_tied(tmp_path):
+    """As transformers does: fine-tuned heads are found beside a flag from before."""
+    model = theirs(*KINDS["qwen2"])
+    model.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": model.lm_head.weight.clone()}, file)
+    assert bring(tmp_path / "theirs", tmp_path).cfg.tied
+    save_file(load_file(file) | {"lm_head.weight": 2 * model.lm_head.weight}, file)
+    ours = bring(tmp_path / "theirs", tmp_path)
+    assert not ours.cfg.tied and relative(ours(text())[0], 2 * model(text()).logits) < 1e-4
+
+
+def test_a_tokenizer_too_large_for_the_model_is_told_and_a_killed_import_is_swept_up(tmp_path, capsys):
+    theirs(*KINDS["llama"]).save_pretrained(tmp_path / "theirs")
+    left = tmp_path / ".ours.999999999.partial"
+    left.mkdir()
+    bring(tmp_path / "theirs", tmp_path, tokenizer="bytes")
+    assert not left.exists() and "tokenizer bytes has 257 tokens, the model 97" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind, changes, words", [
     ("llama", dict(model_type="gemma2"), ["gemma2", "not supported"]),
     ("llama", dict(model_type=...), ["model_type is missing"]),
@@ -162,6 +183,10 @@ def test_half_precision_is_kept_on_disk_and_rounded_once(dtype, tmp_path):
     ("mistral", dict(sliding_window=...,  max_position_embeddings=32768), ["sliding window of 4096"]),
     ("qwen2", dict(use_sliding_window=True, sliding_window=64, layer_types=...), ["sliding window of 64"]),
     ("qwen2", dict(layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=64), ["sliding_attention"]),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=64, layer_types=None), ["sliding window of 64"]),
+    ("mistral", dict(sliding_window=64, layer_types=["full_attention"] * 3), ["sliding window of 64"]),
+    ("llama", dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), ["rope_parameters and rope_scaling", "differ"]),
+    ("llama", dict(rms_norm_eps=float("nan")), ["norm_eps = nan"]),
     ("qwen2", dict(layer_types=["linear_attention"] * 3), ["linear_attention"]),
     ("qwen3", dict(num_experts=64), ["mixture of experts"]),
     ("gpt2", dict(activation_function="relu"), ["activation_function = 'relu'"]),
