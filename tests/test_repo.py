@@ -59,7 +59,7 @@ def test_imports_form_a_dag_and_leaves_are_leaves():
 BUDGETS = {  # lines; about the file's present length. Whoever needs more raises the number in the same commit
     "wkv.py": 220,
     "wkv_triton.py": 400,    # out of wkv.py: Triton is not everywhere, and the definition is read without it
-    "model.py": 540,         # beyond 400: official initial values and one-line refusals of bad folders are both long lists; rope scaling
+    "model.py": 545,         # beyond 400: official initial values and one-line refusals of bad folders are both long lists; rope scaling
     "train.py": 550,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks and interrupts
     "convert.py": 540,       # beyond 300: five formats with a line for each setting that is refused, and a file format written by hand
     "distill.py": 660,       # beyond 330: three stages with RWKVInside's options, each a switch, the controls, and a look at the teacher
