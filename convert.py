@@ -18,11 +18,12 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import struct
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from data.tokenizer import get_tokenizer, read_gguf_tokenizer, read_tokenizer_js
 from model import LM, ModelConfig, open_model, read_tensor, rope_frequencies, stored_shapes
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name: safetensors'
-FILES = {"config.json", "meta.json", "model.safetensors", "tokenizer.json"}  # a model folder
+FILES = ("tokenizer.json", "meta.json", "model.safetensors", "config.json")  # a model folder; without the last it is none
 
 NAMES = """
 ours        llama                     gpt2          gguf
@@ -129,6 +130,9 @@ def from_hugging_face(folder: Path) -> Checkpoint:
             raise ValueError(f"{name} is damaged ({e})") from None
 
     cfg = (gpt2_config if kind == "gpt2" else llama_config)(config, kind)
+    emb, head = where.get("wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"), where.get("lm_head.weight")
+    if cfg.tied and emb and head and not torch.equal(read_tensor(*emb), read_tensor(*head)):
+        cfg = replace(cfg, tied=False)  # the file has a head of its own, whatever its config says
     ignored = r"h\.\d+\.attn\.(masked_)?bias" if kind == "gpt2" else r".*\.rotary_emb\.inv_freq"  # masks and frequencies
     table = TABLE["gpt2" if kind == "gpt2" else "llama"]
     return Checkpoint(cfg, set(where), lambda ours: rename(ours, table), lambda name: read_tensor(*where[name]), split_conv1d if kind == "gpt2" else keep,
@@ -158,15 +162,14 @@ def llama_config(config: dict, kind: str) -> ModelConfig:
     # a window as long as the context changes nothing
     layers = set(map(str, take(config, "layer_types", list, ()))) - {"full_attention"}
     window = None if config.get("sliding_window", 4096) is None else take(config, "sliding_window", int, 4096)
-    if layers or "layer_types" not in config and (kind == "mistral" or config.get("use_sliding_window")):
+    if layers or kind == "mistral" or config.get("layer_types") is None and config.get("use_sliding_window"):
         if layers - {"sliding_attention"} or window is not None and window < block_size:
             raise ValueError(f"attention of {', '.join(sorted(layers)) or f'a sliding window of {window}'}, in a context of {block_size}, is not supported")
     bias = take(config, "attention_bias", bool, False) if kind in ("llama", "qwen3") else False
     return ModelConfig(
         vocab_size=take(config, "vocab_size", int), block_size=block_size, n_layer=take(config, "num_hidden_layers", int),
         n_embd=take(config, "hidden_size", int), n_head=take(config, "num_attention_heads", int),
-        n_kv_head=take(config, "num_key_value_heads", int, defaults.get("num_key_value_heads")),
-        head_size=take(config, "head_dim", int, defaults.get("head_dim")), **rope_config(config),
+        n_kv_head=take(defaults | config, "num_key_value_heads", int, None), head_size=take(defaults | config, "head_dim", int, None), **rope_config(config),
         qk_norm=kind == "qwen3", qkv_bias=bias or kind == "qwen2", o_bias=bias, bias=kind == "llama" and take(config, "mlp_bias", bool, False),
         ffn="swiglu", ffn_size=take(config, "intermediate_size", int), norm="rmsnorm", norm_eps=take(config, "rms_norm_eps", float, 1e-6),
         ln0=False, tied=take(config, "tie_word_embeddings", bool, False))
@@ -175,6 +178,8 @@ def llama_config(config: dict, kind: str) -> ModelConfig:
 def rope_config(config: dict) -> dict:
     """The rotary settings: since transformers 5 all in rope_parameters, before in rope_theta and rope_scaling."""
     values = take(config, "rope_parameters", dict, take(config, "rope_scaling", dict, {}))
+    if values != take(config, "rope_scaling", dict, values):
+        raise ValueError("rope_parameters and rope_scaling are both there and differ: leave one of them in config.json")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind not in ("default", "linear", "llama3") or any(isinstance(v, dict) for v in values.values()):
         raise ValueError(f"rope scaling {kind!r} is not supported: default, linear and llama3 are, the same for all layers")
@@ -280,10 +285,12 @@ def gguf_rope(values: dict, tensors: dict, N: int) -> dict:
     if kind == "linear":
         rope |= {"rope_scaling": "linear", "rope_factor": take(values, "rope.scaling.factor", float)}
     if "rope_freqs.weight" in tensors:
-        factors = torch.tensor(tensors["rope_freqs.weight"].data)
+        factors = torch.tensor(tensors["rope_freqs.weight"].data).flatten().float()
+        if kind != "none" or len(factors) != max(1, N // 2):
+            raise ValueError(f"rope_freqs.weight has {len(factors)} factors for heads of {N}, beside the rope scaling {kind!r}: not supported")
         rope |= {"rope_scaling": "llama3", "rope_factor": factors.max().item(), "rope_low": 1.0, "rope_high": 4.0, "rope_original": 8192}
         scaled, plain = (rope_frequencies(ModelConfig(**rope | {"rope_scaling": how}), N, "cpu") for how in ("llama3", "default"))
-        if kind != "none" or len(factors) != N // 2 or not torch.allclose(plain / scaled, factors, rtol=1e-4):
+        if not torch.allclose(plain / scaled, factors, rtol=1e-4):
             raise ValueError("rope_freqs.weight is not llama3's (low 1, high 4, original length 8192): other factors are not supported")
     return rope
 
@@ -297,8 +304,8 @@ def from_pth(file: Path) -> Checkpoint:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch, pickle and zipfile raise many kinds here
         raise ValueError(f"damaged, or it holds more than tensors ({type(e).__name__}): only a dict of tensors in torch's zip format is read") from None
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and type(t) is Tensor and t.layout == torch.strided for k, t in tensors.items()):
-        raise ValueError("it is not a flat dict of tensors: save model.state_dict() alone")
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and plain(t) for k, t in tensors.items()):
+        raise ValueError("it is not a flat dict of tensors that hold their own numbers: save model.state_dict() alone")
     shape = lambda name, n: tensors[name].shape if name in tensors and tensors[name].ndim == n else no(name)  # noqa: E731
 
     def no(name: str):
@@ -310,6 +317,12 @@ def from_pth(file: Path) -> Checkpoint:
     cfg = ModelConfig(vocab_size=V, block_size=4096, n_layer=n_layer, n_embd=C, mixer="r", positions="none", rwkv_head_size=N, rwkv_size=H * N, **rank,
                       ffn="channelmix", ffn_size=shape("blocks.0.ffn.key.weight", 2)[0])
     return Checkpoint(cfg, set(tensors), lambda ours: ours, tensors.get, keep, r"blocks\.0\.att\.v[012]")
+
+
+def plain(t: object) -> bool:
+    """Whether this is a tensor whose numbers all stand in memory: not on another device, not a view that repeats or negates others."""
+    return type(t) is Tensor and t.layout == torch.strided and t.device.type == "cpu" and not (t.is_neg() or t.is_conj()) \
+        and t.untyped_storage().nbytes() >= t.numel() * t.itemsize
 
 
 PER_BLOCK = [  # the official order
@@ -360,30 +373,39 @@ class ExportConfig:
 
 def import_model(cfg: ImportConfig) -> ModelConfig:
     """Write the checkpoint `cfg.path` as a model folder, weight by weight. Raises ValueError, in one line, for what is not supported or damaged."""
-    path, out, dtype = Path(cfg.path), Path(cfg.out), dtype_called(cfg.dtype)
+    path, out, dtype = Path(cfg.path), Path(cfg.out).absolute(), dtype_called(cfg.dtype)
     if not cfg.path or not path.exists():
         raise ValueError(f"there is no {cfg.path!r}: give a Hugging Face folder, a .gguf or a .pth file")
     there = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    if out.is_file() or there - FILES or path.resolve() in (out.resolve(), *out.resolve().parents):
+    if out.is_file() or there - set(FILES) or path.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"{out} is not (only) a model folder, or it is what is to be read: choose another --out")
     if there and not cfg.overwrite:
         raise ValueError(f"{out} holds a model already: replace it with --overwrite, or choose another --out")
 
     staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        checkpoint = (from_hugging_face if path.is_dir() else from_gguf if path.suffix == ".gguf" else from_pth)(path)
+        checkpoint = (from_hugging_face if path.is_dir() else from_gguf if path.suffix.lower() == ".gguf" else from_pth)(path)
         shapes = fit_shapes(checkpoint)
+        tokenizer = get_tokenizer(cfg.tokenizer) if cfg.tokenizer else own_tokenizer(checkpoint)
+        if cfg.tokenizer and tokenizer.n_vocab > checkpoint.cfg.vocab_size:
+            print(f"tokenizer {cfg.tokenizer} has {tokenizer.n_vocab} tokens, the model {checkpoint.cfg.vocab_size}: texts with the others will be refused")
+        for left in out.absolute().parent.glob(f".{out.name}.*.partial"):  # of an import that was killed
+            if Path("/proc/self").exists() and not Path(f"/proc/{left.suffixes[-2][1:]}").exists():
+                shutil.rmtree(left, ignore_errors=True)
         staging.mkdir(parents=True)
-        write_safetensors(staging / "model.safetensors", shapes, dtype, lambda name: checkpoint.arrange(name, checkpoint.read(checkpoint.theirs(name))))
+        write_safetensors(staging / "model.safetensors", shapes, dtype, lambda name: parameter(checkpoint, name))
         (staging / "config.json").write_text(json.dumps(asdict(checkpoint.cfg), indent=1) + "\n")
         (staging / "meta.json").write_text(json.dumps({"source": cfg.path}) + "\n")
         if cfg.tokenizer:
-            save_tokenizer(get_tokenizer(cfg.tokenizer), staging)
-        elif checkpoint.tokenizer:
-            write_tokenizer(checkpoint.tokenizer(), staging)
+            save_tokenizer(tokenizer, staging)
+        elif tokenizer:
+            write_tokenizer(tokenizer, staging)
+            if not tokenizer.get("chat"):
+                print("it has no chat template that only frames the messages: sample.py --chat will not work with it")
         else:
             print(f"{path} has no tokenizer: import it again with --tokenizer before data are prepared for it")
         out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").unlink(missing_ok=True)  # first out and last in: nobody takes half a model for a whole one
         for name in FILES:
             os.replace(staging / name, out / name) if (staging / name).exists() else (out / name).unlink(missing_ok=True)
     except ValueError as e:
@@ -391,6 +413,13 @@ def import_model(cfg: ImportConfig) -> ModelConfig:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return checkpoint.cfg
+
+
+def own_tokenizer(checkpoint: Checkpoint) -> dict | None:
+    try:
+        return checkpoint.tokenizer() if checkpoint.tokenizer else None
+    except ValueError as e:
+        raise ValueError(f"{e}. Give another tokenizer with --tokenizer, or bytes") from None
 
 
 def fit_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -405,6 +434,15 @@ def fit_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         if names:
             raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}{' ...' * (len(names) > 4)}")
     return shapes
+
+
+def parameter(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Our parameter `name`, read now. Raises ValueError for a tensor that cannot be taken apart or put in order as it should be."""
+    t = checkpoint.read(checkpoint.theirs(name))
+    try:
+        return checkpoint.arrange(name, t)
+    except (RuntimeError, IndexError):
+        raise ValueError(f"{checkpoint.theirs(name)} is {tuple(t.shape)}, which is no shape for {name}") from None
 
 
 def write_safetensors(file: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Tensor]) -> None:
@@ -437,8 +475,9 @@ def export_model(cfg: ExportConfig) -> Path:
     out = Path(cfg.out or f"{folder}.pth")
     if not cfg.folder or cfg.format != "rwkv-pth":
         raise ValueError(f"format = {cfg.format!r}: rwkv-pth is the only one" if cfg.folder else "name the model folder to export")
-    if out.suffix != ".pth" or out.exists() and not cfg.overwrite:
-        raise ValueError(f"{out} exists already: replace it with --overwrite, or choose another --out" if out.exists() else f"{out} must end in .pth")
+    if out.suffix != ".pth" or out.is_dir() or out.exists() and not cfg.overwrite:
+        raise ValueError(f"{out} exists already: replace it with --overwrite, or choose another --out" if out.is_file() else
+                         f"{out} must be a file whose name ends in .pth")
     model, file = open_model(folder)
     found = not_official(model.cfg)
     if found:
@@ -450,8 +489,14 @@ def export_model(cfg: ExportConfig) -> Path:
         t = read_tensor(file, "emb.weight" if model.cfg.tied and name == "head.weight" else name)
         tensors[name] = as_dtype(name, t, shapes[name], dtype_called(cfg.dtype) if cfg.dtype else t.dtype).clone()
     out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(tensors, f"{out}.tmp")
-    os.replace(f"{out}.tmp", out)
+    partial = Path(f"{out}.tmp")
+    try:
+        torch.save(tensors, partial)
+        os.replace(partial, out)
+    except (RuntimeError, OSError) as e:  # torch's writer says "enforce fail" of a full disk
+        raise ValueError(f"{out} could not be written ({str(e)[:80]}): is the disk full?") from None
+    finally:
+        partial.unlink(missing_ok=True)
     return out
 
 
@@ -468,8 +513,9 @@ def main(argv: list[str] | None = None) -> None:
         cfg = cli(ImportConfig, argv)
         model = import_model(cfg)
         print(json.dumps(asdict(model)))
-        print(f"{cfg.out}: {cfg.dtype}. Now: python -m data.prepare --tokenizer {cfg.out} --out data/NAME, and "
-              f"python distill.py --teacher {cfg.out} --data data/NAME")
+        folder = shlex.quote(cfg.out)
+        print(f"{cfg.out}: {cfg.dtype}. Now: python -m data.prepare SOURCE --tokenizer {folder} --out data/NAME, and "
+              f"python distill.py --teacher {folder} --data data/NAME")
     elif verb == "export":
         out = export_model(cli(ExportConfig, argv))
         print(f"{out}: for the package rwkv, RWKV(model=\"{out.with_suffix('')}\", strategy=\"cpu fp32\")")

@@ -101,6 +101,8 @@ class ModelConfig:
         if not (self.rope_theta > 0 and self.rope_factor > 0 and self.rope_high > self.rope_low):
             raise ValueError(f"rope_theta = {self.rope_theta}, rope_factor = {self.rope_factor}, rope_low = {self.rope_low}, rope_high = {self.rope_high}: "
                              "the first two must be positive, and the last one larger than the one before")
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps = {self.norm_eps}: it must be at least 0 and less than 1")
         if "r" in self.mixers and (self.rwkv_size or self.n_embd) % self.rwkv_head_size:
             raise ValueError(f"RWKV's width {self.rwkv_size or self.n_embd} is not divisible by rwkv_head_size = {self.rwkv_head_size}: change one")
 

@@ -295,10 +295,14 @@ def chat(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, texts: list[str],
         raise ValueError("--chat has one conversation whose answers end: leave --num_samples and --no-stop away")
     decoder, generator, stop = optimize_for_inference(model), torch.Generator(device).manual_seed(cfg.seed), stops(enc)
     state = state and compress(state, cfg.state_dtype)  # while it waits
+    longest = model.cfg.block_size if model.cfg.positions == "learned" and "a" in model.cfg.mixers else math.inf
     for message in messages(texts[0]):
         ids, _ = encode_turns(enc, [("user", message)], opens=state is None, reply=True)
+        room = longest + 1 - len(unread + ids) - (state.position if state else 0)
+        if room < 1:
+            raise ValueError(f"the conversation is longer than the {longest} positions that the model has learned: begin a new one")
         stream = Characters(enc)
-        for tokens, state in generate(decoder, torch.tensor([unread + ids], device=device), cfg.max_tokens, stop=stop,
+        for tokens, state in generate(decoder, torch.tensor([unread + ids], device=device), min(cfg.max_tokens, room), stop=stop,
                                       state=state and expand(state), generator=generator, **options):
             token = tokens.item()
             print("" if token in stop else stream(token), end="", flush=True)

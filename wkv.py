@@ -25,7 +25,6 @@ Three forms, one entry `wkv7`:
 References: RWKV-7 "Goose", arXiv 2503.14456 (the operator); DeltaNet in chunks, arXiv 2406.06484 (the chunked idea).
 """
 
-import math
 import os
 from importlib.util import find_spec
 
@@ -45,7 +44,8 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
     r, w, k, v, kk, a: (B, T, H, N), any T >= 1. `state`: (B, H, N, N), or None for an empty memory. `lowest`: a bound of w
     that the caller knows, so that w need not be looked at, for which a GPU must stop; None looks.
     Returns y (B, T, H, N) in r's dtype, and the state after the last token, float32 (float64 for float64 inputs).
-    Any w <= 0 is right: where decays fall below RWKV-7's bound the chunks get shorter, and then the loop takes over.
+    Any w <= 0 is right: where decays fall below RWKV-7's bound the chunks get shorter, and then the loop takes over. (But
+    compiled kernels that are not told `lowest` take w down to -2.5, and stop for the look.)
     `auto` is triton on a GPU, else chunk, and the loop for a few tokens.
     Raises ValueError for shapes that do not match, an unknown or unusable backend, or w > 0 (not looked for at T = 1).
     """
@@ -63,16 +63,19 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
         backend = "loop" if T < (2 if kernels else 16) else "triton" if kernels else "chunk"  # short chunks do not pay
     if backend == "triton" and (reason := why_not_triton(r)):
         raise ValueError(f"backend 'triton' {reason}")
-    if backend == "triton" and lowest is None and torch.compiler.is_compiling():
-        lowest = math.nan  # no looking while compiling: the kernels' operator does it when it runs
-    if lowest is None and (T > 1 or backend != "loop"):  # generation goes token by token and is spared the look
+    if r.numel() == 0:
+        backend = "loop"
+    if lowest is not None and lowest > 0:
+        raise ValueError(f"lowest = {lowest}: a bound of log decays is at most 0")
+    later = backend == "triton" and lowest is None and torch.compiler.is_compiling()  # a compiled graph can't look; the operator can
+    if lowest is None and not later and r.numel() and (T > 1 or backend != "loop"):  # generation goes token by token and is spared the look
         lowest, highest = (x.item() for x in torch.aminmax(w.detach()))
         if highest > 0:
             raise ValueError(f"log decay w reaches {highest:.3g}: it must be <= 0, or the memory grows without end")
     if backend == "triton":
         from wkv_triton import chunk_length, wkv7_triton  # only here: Triton is for Linux, and slow to import
         if L := chunk_length(r.dtype, N, lowest):
-            return wkv7_triton(r, w, k, v, kk, a, state, L, look=math.isnan(lowest))
+            return wkv7_triton(r, w, k, v, kk, a, state, L, look=later)
         backend = "loop"
     inputs = [x.to(dtype) for x in (r, w, k, v, kk, a)]
     y, state = wkv7_loop(*inputs, state) if backend == "loop" else wkv7_chunk(*inputs, state, lowest)
@@ -83,9 +86,9 @@ def why_not_triton(r: Tensor) -> str:
     """Why the kernels can't run on inputs like r (B, T, H, N); empty if they can."""
     if find_spec("triton") is None:
         return "needs the package triton: pip install triton (Linux)"
-    if not r.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not r.is_cuda and os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "on", "y", "yes"):
         return "needs tensors on an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment from the start: use chunk"
-    if r.dtype == torch.float64 or r.shape[-1] not in (16, 32, 64, 128):
+    if r.dtype not in (torch.float32, torch.bfloat16, torch.float16) or r.shape[-1] not in (16, 32, 64, 128):
         return f"takes float32, bfloat16 or float16 and heads of 16, 32, 64 or 128, not {str(r.dtype)[6:]} and {r.shape[-1]}: use chunk"
     return ""
 

@@ -13,7 +13,7 @@ wrote, so that 32 terms of size 1 cancel to 1, each rounded to 2^-9. Therefore U
 
     R = r~ + A_rb P            F = A_rk + A_rb E          K = k~ + E^T b~
 
-in near float32. What is left touches values, in the inputs' precision, and nothing in it cancels (docs/chunking.md, 8):
+in near float32. What is left touches values, in the inputs' precision (docs/chunking.md, 8):
 
     y = R S^T + F v            S_L = (S + (P S^T)^T b~ + v^T K) diag(D)         D = W_L
 
@@ -30,7 +30,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SIZES = (16, 32, 64, 128)                                        # head sizes N
 MODES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_LOG = 40.0                                                   # as in wkv.py: the most that log W may fall within a chunk
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -52,11 +51,11 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(x, y, MODE: tl.constexpr):
-    """Where values meet: in the inputs' precision. 1/W leaves float16's range, so float16 takes tf32: as many digits."""
+    """Where values meet: in the inputs' precision. 1/W leaves float16's range, so float16 is multiplied as float32."""
     if MODE == "bf16":
         return tl.dot(cast(x, tl.bfloat16), cast(y, tl.bfloat16))
     else:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee" if MODE == "fp32" else "tf32")
+        return dot32(x.to(tl.float32), y.to(tl.float32), MODE)
 
 
 @triton.jit
@@ -146,11 +145,11 @@ def place(head, T, H, N: tl.constexpr):
 @triton.jit
 def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, segments, N: tl.constexpr, L: tl.constexpr,
          BV: tl.constexpr, MODE: tl.constexpr, PROBE: tl.constexpr, SAVE: tl.constexpr):
-    """The forward pass over one segment. From state S the segment makes S M + K of it, M and K (N, N).
+    """The forward pass over one segment, which makes S M + C of the state S before it, M and C (N, N).
 
     With several segments there are two launches. The first (PROBE) walks all segments at once, from rows of zeros, which
-    gives K, and without values from the rows of the identity, which gives M. In the second, every program jumps over the
-    segments before its own by these and then walks its own. jumps: (BH, segments, (K, M) 2N, N).
+    gives C, and without values from the rows of the identity, which gives M. In the second, every program jumps over the
+    segments before its own by these and then walks its own. jumps: (BH, segments, (C, M) 2N, N).
     """
     head, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     n, rows = tl.arange(0, N), tl.program_id(1) * BV + tl.arange(0, BV)
@@ -167,7 +166,7 @@ def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, 
     for c in range(segment * m, min(segment * m + m, chunks)):
         t = (c * L + tl.arange(0, L)).to(tl.int64)
         z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
-        X, A_rb, P, E, R, F, K = fold(z_, r_, b_, k_, L, MODE)
+        _, _, P, _, R, F, K = fold(z_, r_, b_, k_, L, MODE)
         valid = (t < T)[:, None] & (rows < N)[None, :]
         values = tl.load(v + start + t[:, None] * stride + rows[None, :], mask=valid, other=0.0)  # (L, BV)
         if SAVE:
@@ -188,7 +187,7 @@ def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, 
 @triton.jit
 def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first, T, H, chunks, m, segments, N: tl.constexpr,
               L: tl.constexpr, BV: tl.constexpr, MODE: tl.constexpr, PROBE: tl.constexpr):
-    """The way back over one segment, which makes dS M^T + K' of the gradient dS behind it. jumps_back: K' (BH, segments, N, N)."""
+    """The way back over one segment, which makes dS M^T + C' of the gradient dS behind it. jumps_back: C' (BH, segments, N, N)."""
     head, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     n, rows = tl.arange(0, N), tl.program_id(1) * BV + tl.arange(0, BV)
     start, stride, square = place(head, T, H, N), H * N, rows[:, None] * N + n[None, :]
@@ -207,7 +206,7 @@ def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first,
         c = end - 1 - i
         t = (c * L + tl.arange(0, L)).to(tl.int64)
         z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
-        X, A_rb, P, E, R, F, K = fold(z_, r_, b_, k_, L, MODE)
+        _, _, P, _, R, _, _ = fold(z_, r_, b_, k_, L, MODE)
         if not PROBE:
             tl.store(dstates + (head * chunks + c) * N * N + square, cast(dS, dstates.dtype.element_ty))
         # dS = dC + (dC b~^T) P + dy^T R, dC = dS_L diag(D)
@@ -248,7 +247,7 @@ def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T
         dlogD += tl.sum(S * dC, 0)
     dlogD += tl.sum(b_ * db + K * dK, 0)                                                        # the rest of sum_rows C dC
 
-    # Read again, which costs less than keeping them in registers over the loop
+    # Read again: kept over the loop, they would spill from the registers
     z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
     # R = r~ + A_rb P    F = A_rk + A_rb E    K = k~ + E^T b~        dr~ = dR, dA_rk = dF, dk~ = dK, and more below
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
@@ -284,32 +283,37 @@ def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T
 # ---------------------------------------------------------------------------------------------------------------------
 # The operator
 
-def chunk_length(dtype: torch.dtype, N: int, lowest: float) -> int:
+def chunk_length(dtype: torch.dtype, N: int, lowest: float | None) -> int:
     """Tokens per chunk, given the fastest log decay there is; 0 where that is too fast for 1/W in any.
 
-    32 fits into registers and shared memory in bfloat16 with heads of up to 64 only; 16 always does.
+    32 fits into registers and shared memory in bfloat16 with heads of up to 64 only; 16 always does, and where nothing is
+    known of the decay it allows for the fastest.
     """
-    L = 32 if dtype == torch.bfloat16 and N <= 64 and not -lowest * 32 > MAX_LOG else 16
-    return 0 if -lowest * L > MAX_LOG else L
+    if lowest is None:
+        return 16
+    L = 32 if dtype == torch.bfloat16 and N <= 64 and -lowest * 32 <= MAX_LOG else 16
+    return L if -lowest * L <= MAX_LOG else 0
 
 
 def plan(heads: int, T: int, L: int, N: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """Rows of S per program, and segments: two programs for every multiprocessor, where the text is long enough for that.
 
     Every program repeats the work among keys, so 64 rows where there are heads enough. A probe costs as much as a walk, so
-    less than four segments do not pay, nor do segments of less than four chunks.
+    less than four segments do not pay; and what is kept of a segment, (2N, N), shall be small beside its inputs.
     """
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     BV = 64 if N == 64 and dtype == torch.bfloat16 and heads >= wanted else min(N, 32)
-    segments = min(wanted // (heads * N // BV), T // (4 * L))
-    return BV, segments if segments >= 4 else 1
+    programs, chunks = heads * N // BV, triton.cdiv(T, L)
+    segments = min(wanted // programs, chunks // 8)
+    return BV, triton.cdiv(chunks, triton.cdiv(chunks, segments)) if segments >= 4 else 1  # as many as whole chunks fill
 
 
-def launch(B: int, T: int, H: int, N: int, L: int, segments: int, BV: int, dtype: torch.dtype) -> tuple[tuple[int, int], dict]:
+def grid_and_sizes(B: int, T: int, H: int, N: int, L: int, segments: int, BV: int, dtype: torch.dtype) -> tuple[tuple[int, int], dict]:
     """The grid of a walk, and the sizes that its kernel takes."""
     chunks = triton.cdiv(T, L)
-    return (B * H * segments, N // BV), {"T": T, "H": H, "chunks": chunks, "m": triton.cdiv(chunks, segments), "segments": segments, "N": N,
-                                         "L": L, "BV": BV, "MODE": MODES[dtype], "num_warps": 8 if N == 128 or N == 64 and dtype == torch.float32 else 4}
+    wide = N == 128 or N == 64 and dtype == torch.float32  # these would not fit into the registers of 4 warps
+    return (B * H * segments, N // BV), {"T": T, "H": H, "chunks": chunks, "m": triton.cdiv(chunks, segments), "segments": segments,
+                                         "N": N, "L": L, "BV": BV, "MODE": MODES[dtype], "num_warps": 8 if wide else 4}
 
 
 @torch.library.custom_op("nanorwkv::wkv7", mutates_args=())
@@ -320,17 +324,19 @@ def forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, s
         lowest, highest = (x.item() for x in torch.aminmax(w))
         if not -MAX_LOG / L <= lowest <= highest <= 0:
             raise ValueError(f"log decay w goes from {lowest:.3g} to {highest:.3g}: a compiled wkv7 takes {-MAX_LOG / L} to 0, unless told lowest")
-    (programs, blocks), sizes = launch(*r.shape, L, segments, BV, r.dtype)
-    y, last, states, jumps = outputs(r, w, k, v, kk, a, state, L, BV, segments, save, look)
+    (programs, blocks), sizes = grid_and_sizes(*r.shape, L, segments, BV, r.dtype)
+    y, last, states, jumps = empty_outputs(r, w, k, v, kk, a, state, L, BV, segments, save, look)
     tensors = [x.contiguous() for x in (r, w, k, v, kk, a, state)] + [jumps, y, states, last]
-    if segments > 1:
-        walk[programs, 2 * blocks](*tensors, **sizes, PROBE=True, SAVE=False)
-    walk[programs, blocks](*tensors, **sizes, PROBE=False, SAVE=save)
+    with torch.cuda.device_of(r):  # Triton launches on the current device
+        if segments > 1:
+            walk[programs, 2 * blocks](*tensors, **sizes, PROBE=True, SAVE=False)
+        walk[programs, blocks](*tensors, **sizes, PROBE=False, SAVE=save)
     return y, last, states, jumps
 
 
 @forward.register_fake
-def outputs(r, w, k, v, kk, a, state, L, BV, segments, save, look):
+def empty_outputs(r, w, k, v, kk, a, state, L, BV, segments, save, look):
+    """What `forward` returns, unwritten: for `forward` itself, and for torch.compile, which asks for shapes alone."""
     B, T, H, N = r.shape
     states = (B * H, triton.cdiv(T, L), N, N) if save else (0,)
     return (torch.empty_like(r, memory_format=torch.contiguous_format), torch.empty_like(state, memory_format=torch.contiguous_format),
@@ -342,21 +348,22 @@ def outputs(r, w, k, v, kk, a, state, L, BV, segments, save, look):
 def backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, states: Tensor, jumps: Tensor, dy: Tensor,
              dlast: Tensor, L: int, BV: int, segments: int) -> list[Tensor]:
     """The gradients of r, w, k, v, kk, a and of the first state."""
-    (programs, blocks), sizes = launch(*r.shape, L, segments, BV, r.dtype)
-    grads = input_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments)
+    (programs, blocks), sizes = grid_and_sizes(*r.shape, L, segments, BV, r.dtype)
+    grads = empty_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments)
     r, w, k, v, kk, a, dy, dlast = (x.contiguous() for x in (r, w, k, v, kk, a, dy, dlast))
     dstates, jumps_back = torch.empty_like(states), r.new_empty(r.shape[0] * r.shape[2], segments, *dlast.shape[2:], dtype=torch.float32)
     tensors = (r, w, k, kk, a, dy, dlast, jumps, jumps_back, dstates, grads[-1])
-    if segments > 1:
-        walk_back[programs, blocks](*tensors, **sizes, PROBE=True)
-    walk_back[programs, blocks](*tensors, **sizes, PROBE=False)
-    del sizes["m"], sizes["segments"]
-    gradients[(programs // segments * sizes["chunks"],)](r, w, k, v, kk, a, dy, states, dstates, *grads[:-1], **sizes)
+    with torch.cuda.device_of(r):
+        if segments > 1:
+            walk_back[programs, blocks](*tensors, **sizes, PROBE=True)
+        walk_back[programs, blocks](*tensors, **sizes, PROBE=False)
+        every_chunk = {name: size for name, size in sizes.items() if name not in ("m", "segments")}
+        gradients[(programs // segments * sizes["chunks"],)](r, w, k, v, kk, a, dy, states, dstates, *grads[:-1], **every_chunk)
     return grads
 
 
 @backward.register_fake
-def input_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments):
+def empty_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments):
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, w, k, v, kk, a, dlast)]
 
 
@@ -364,9 +371,13 @@ def keep(ctx, inputs, output):
     *tensors, _, L, BV, segments, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.sizes = L, BV, segments
+    ctx.set_materialize_grads(False)  # else zeros as large as all states
 
 
 def differentiate(ctx, dy, dlast, *_):
+    r, N = ctx.saved_tensors[0], ctx.saved_tensors[0].shape[-1]
+    dy = torch.zeros_like(r) if dy is None else dy
+    dlast = r.new_zeros(r.shape[0], r.shape[2], N, N, dtype=torch.float32) if dlast is None else dlast
     grads = backward(*ctx.saved_tensors, dy, dlast, *ctx.sizes)
     return *grads, None, None, None, None, None
 
@@ -378,10 +389,10 @@ def wkv7_triton(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tenso
                 segments: int | None = None, look: bool = False) -> tuple[Tensor, Tensor]:
     """`wkv7` for inputs that it has checked: (B, T, H, N), r's dtype in MODES, state float32, L of `chunk_length`; `look` at w first.
 
-    Kept for the backward pass: the inputs and a state per chunk, in bfloat16 with L = 32 and N = 64 a third of their size.
+    Kept for the backward pass: the inputs, a state per chunk, in bfloat16 with L = 32 and N = 64 a third of their size, and jumps.
     """
     B, T, H, N = r.shape
     BV, planned = plan(B * H, T, L, N, r.dtype, r.device)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (r, w, k, v, kk, a, state))
-    y, last, _, _ = forward(r, w, k, v, kk, a, state, L, BV, segments or planned, save, look)
+    y, last, _, _ = forward(r, w, k, v, kk, a, state, L, BV, planned if segments is None else segments, save, look)
     return y, last

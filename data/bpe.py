@@ -207,7 +207,10 @@ def read_gguf_tokenizer(fields: dict) -> dict:
 
 def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special: dict, added: dict, split: list, normalizer: str | None,
           unknown: int | None, start: int | None, stop: list, template: str | list | None, names: dict) -> dict:
-    every = [*vocab.items(), *((name, i) for name, i in (special | added).items() if name not in vocab)]
+    every = list((vocab | special | added).items())
+    for name, i in (special | added).items():
+        if vocab.get(name, i) != i:
+            raise ValueError(f"{where}: the added token {name!r} has the id {i}, but {vocab[name]} in the vocabulary")
     if not all(isinstance(i, int) and 0 <= i < 2**24 for _, i in every) or len({i for _, i in every}) < len(every):
         raise ValueError(f"{where} is damaged (the ids of its tokens are not different numbers in 0 ... 2^24): fetch it again")
     stop = [i for i in stop if i in special.values()]  # a config.json may name an id that only its class's default tokenizer ends with

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from common import REPO, one_line, shake
 from convert import ExportConfig, ImportConfig, export_model, import_model, main, official_names
+from data.tokenizer import load_tokenizer
 from model import LM, ModelConfig, load_model, save_model
 
 hf = pytest.importorskip("transformers")
@@ -136,6 +137,27 @@ def test_half_precision_is_kept_on_disk_and_rounded_once(dtype, tmp_path):
     refused("ln_out.weight", "float16", call=lambda: bring(tmp_path / "large", tmp_path, dtype="float16"))
 
 
+@torch.no_grad()
+def test_a_head_of_its_own_is_used_even_where_the_config_says_tied(tmp_path):
+    """As transformers does: fine-tuned heads are found beside a flag from before."""
+    model = theirs(*KINDS["qwen2"])
+    model.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": model.lm_head.weight.clone()}, file)
+    assert bring(tmp_path / "theirs", tmp_path).cfg.tied
+    save_file(load_file(file) | {"lm_head.weight": 2 * model.lm_head.weight}, file)
+    ours = bring(tmp_path / "theirs", tmp_path)
+    assert not ours.cfg.tied and relative(ours(text())[0], 2 * model(text()).logits) < 1e-4
+
+
+def test_a_tokenizer_too_large_for_the_model_is_told_and_a_killed_import_is_swept_up(tmp_path, capsys):
+    theirs(*KINDS["llama"]).save_pretrained(tmp_path / "theirs")
+    left = tmp_path / ".ours.999999999.partial"
+    left.mkdir()
+    bring(tmp_path / "theirs", tmp_path, tokenizer="bytes")
+    assert not left.exists() and "tokenizer bytes has 257 tokens, the model 97" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind, changes, words", [
     ("llama", dict(model_type="gemma2"), ["gemma2", "not supported"]),
     ("llama", dict(model_type=...), ["model_type is missing"]),
@@ -161,6 +183,10 @@ def test_half_precision_is_kept_on_disk_and_rounded_once(dtype, tmp_path):
     ("mistral", dict(sliding_window=...,  max_position_embeddings=32768), ["sliding window of 4096"]),
     ("qwen2", dict(use_sliding_window=True, sliding_window=64, layer_types=...), ["sliding window of 64"]),
     ("qwen2", dict(layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=64), ["sliding_attention"]),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=64, layer_types=None), ["sliding window of 64"]),
+    ("mistral", dict(sliding_window=64, layer_types=["full_attention"] * 3), ["sliding window of 64"]),
+    ("llama", dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), ["rope_parameters and rope_scaling", "differ"]),
+    ("llama", dict(rms_norm_eps=float("nan")), ["norm_eps = nan"]),
     ("qwen2", dict(layer_types=["linear_attention"] * 3), ["linear_attention"]),
     ("qwen3", dict(num_experts=64), ["mixture of experts"]),
     ("gpt2", dict(activation_function="relu"), ["activation_function = 'relu'"]),
@@ -184,6 +210,24 @@ def test_every_tensor_is_used_and_every_parameter_filled(tmp_path):
                           ({"model.norm.weight": torch.full((48,), float("nan"))}, ["ln_out.weight", "damaged"])):
         save_file({k: v for k, v in (whole | change).items() if v is not None}, file)
         refused(*words, path=tmp_path / "theirs", tmp_path=tmp_path)
+
+
+def test_the_tokenizer_beside_the_weights_comes_along(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(["the theory of these other things, and then the rest"] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    theirs("Llama", COMMON | dict(vocab_size=280)).save_pretrained(tmp_path / "theirs")
+    bpe.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    bring(tmp_path / "theirs", tmp_path)
+    words = "then the other theory, 12 of \u00e9\u4e16"
+    want = bpe.encode(words).ids
+    assert load_tokenizer(tmp_path / "ours").encode_ordinary(words) == want
+    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+    refused("tokenizer.json", path=tmp_path / "theirs", tmp_path=tmp_path)
+    bring(tmp_path / "theirs", tmp_path, "again", tokenizer=str(tmp_path / "ours"))   # the weights with another model's tokenizer
+    assert load_tokenizer(tmp_path / "again").encode_ordinary(words) == want
 
 
 # --- GGUF --------------------------------------------------------------------------------------------
@@ -253,6 +297,7 @@ def test_quantised_weights_become_what_they_stand_for(quantise, tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"expert_count": 8}, ["expert_count = 8", "mixture of experts"]), ({"rope.scaling.type": "yarn"}, ["rope scaling 'yarn'"]),
     ({"attention.sliding_window": 64}, ["sliding window"]), ({"rope.dimension_count": 16}, ["rope.dimension_count = 16"]),
+    ({"attention.key_length": 48, "rope.dimension_count": 48}, ["attn_q.weight", "(128, 128)"]),
     ({"block_count": 4}, ["9 tensors are missing", "blk.3"]), ({"block_count": "x"}, ["block_count is 'x'"])])
 def test_ggufs_that_are_not_supported_are_refused_by_name(changes, words, tmp_path):
     write_gguf(tmp_path / "m.gguf", theirs("Llama", WIDE), "llama", **changes)

@@ -66,7 +66,7 @@ BUDGETS = {  # lines; about the file's present length. Whoever needs more raises
     "model.py": 585,         # beyond 400: official initial values and one-line refusals are both long lists; rope scaling; patterns of hybrids
     "bptt.py": 135,
     "train.py": 605,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks; steps in pieces, a carried state
-    "convert.py": 490,       # beyond 300: five formats with a line for each setting that is refused, and a file format written by hand
+    "convert.py": 540,       # beyond 300: five formats with a line for each setting that is refused, and a file format written by hand
     "plan.py": 105,
     "recall.py": 320,        # three tasks, their report and plots
     "distill.py": 780,       # beyond 330: three stages with RWKVInside's options, each a switch, the controls, a look at the teacher; losses of pieces; ranks

@@ -72,6 +72,30 @@ def test_every_head_size_and_precision(N, dtype):
     assert_right(random_inputs(B=1, T=50, H=1, N=N, seed=N), dtype)
 
 
+@pytest.mark.parametrize("backend", ["auto", "loop", "chunk", "triton"])
+def test_an_empty_batch_gives_an_empty_answer(backend):
+    y, S = wkv7(*[z[:0].float().to(DEVICE) for z in random_inputs(N=32)], backend=backend)
+    assert y.shape == (0, 50, 2, 32) and S.shape == (0, 2, 32, 32)
+
+
+def test_a_decay_that_is_no_number_gives_answers_that_are_none():
+    x = [z.float().to(DEVICE) for z in random_inputs(B=1, T=20, H=1, N=32)]
+    x[1][0, 3, 0, 5] = math.nan
+    assert wkv7(*x, backend="triton")[0].isnan().any()
+
+
+def test_a_large_gpu_is_filled_and_what_is_kept_stays_small(monkeypatch):
+    """132 multiprocessors: heads alone, or segments of at least 8 chunks; none is empty."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("H200", (), {"multi_processor_count": 132}))
+    plan = lambda heads, T, L=32: wkv_triton.plan(heads, T, L, 64, torch.bfloat16, torch.device("cuda"))  # noqa: E731
+    assert plan(512, 4096) == (64, 1) and plan(96, 1024) == (32, 1) and plan(12, 4096) == (32, 11) and plan(32, 32768)[1] == 4
+    for heads in (1, 3, 12, 40):
+        for T in range(1, 6000, 37):
+            (BV, segments), chunks = plan(heads, T), -(-T // 32)
+            m = -(-chunks // segments)
+            assert (segments - 1) * m < chunks and (segments == 1 or m >= 8)
+
+
 @pytest.mark.parametrize("B, H", [(1, 3), (3, 1), (2, 2)])
 def test_texts_and_heads_do_not_mix(B, H):
     assert_right(random_inputs(B=B, T=20, H=H, N=32))
@@ -138,32 +162,28 @@ LONG = 4096 if GPU else 192
 
 
 def sensitivity(x, dy, dS):
-    """How far each output moves when bfloat16 inputs do by up to a unit in the last place, as 1/W makes them: what 16 bits can know."""
-    ref, worst = equation(x, dy, dS), dict.fromkeys((*VALUES, *GRADIENTS), 0.0)
-    for T in (1, x[0].shape[1]):  # all tokens alike, and each for itself
-        g = torch.Generator().manual_seed(T)
-        moved = [z * (1 + 2**-7 * (torch.rand(z[:, :T].shape, generator=g).double() - 0.5)) for z in x[:6]] + [x[6]]
-        worst = {n: max(worst[n], e) for n, e in errors(equation(moved, dy, dS), ref).items()}
-    return worst
+    """How far dv moves when each bfloat16 input does by up to a unit in the last place."""
+    g = torch.Generator().manual_seed(1)
+    moved = [z * (1 + 2**-7 * (torch.rand(z.shape, generator=g).double() - 0.5)) for z in x[:6]] + [x[6]]
+    return errors(equation(moved, dy, dS), equation(x, dy, dS))["dv"]
 
 
-def assert_as_right_as_can_be(x):
-    """In bfloat16: within the tolerances, except where the inputs' own rounding matters more. A small part of a large state is such a case."""
+@pytest.mark.parametrize("fresh_reads", [False, True])
+@pytest.mark.parametrize("decay", [-1e-3, -0.01, -0.1, BOUND])
+def test_one_token_repeated_is_as_accurate_as_random_tokens_in_bfloat16(decay, fresh_reads):
+    """What folding the erased into the keys is for: without it, or without the low halves of `dot32`, this fails.
+
+    Except dv: what is left of dS under a key that every later token erases is a small part of it, and as hard to know as the key is.
+    """
+    x = repeated_token(decay, T=LONG)
+    if fresh_reads:
+        x[0] = random_inputs(B=1, T=LONG, H=1, N=64)[0]
+        x[6].zero_()
     x = rounded(x, torch.bfloat16)
     dy, dS = (z.to(d).double() for z, d in zip(upstream(x), (torch.bfloat16, torch.float32)))
-    found, moved = errors(triton_operator(x, dy, dS, torch.bfloat16), equation(x, dy, dS)), sensitivity(x, dy, dS)
-    limit = {n: max(TOLERANCES[torch.bfloat16][n in GRADIENTS], 2 * moved[n]) for n in moved}
-    assert all(e <= limit[n] for n, e in found.items()), {n: (found[n], limit[n]) for n in found}
-
-
-@pytest.mark.parametrize("decay", [-1e-3, -0.01, -0.1, BOUND])
-def test_one_token_repeated_is_as_accurate_as_random_tokens_in_bfloat16(decay):
-    """What folding the erased into the keys is for: without it the errors are 1e-2 to 6e-2 (docs/log.md)."""
-    x = repeated_token(decay, T=LONG)
-    assert_as_right_as_can_be(x)
-    x[0] = random_inputs(B=1, T=LONG, H=1, N=64)[0]  # read under another key by each token
-    x[6].zero_()
-    assert_as_right_as_can_be(x)
+    found = errors(triton_operator(x, dy, dS, torch.bfloat16), equation(x, dy, dS))
+    assert found.pop("dv") <= max(1.2e-2, 2 * sensitivity(x, dy, dS))
+    assert all(e <= (1.2e-2 if n in ("dkk", "da") else 6e-3) for n, e in found.items()), found
 
 
 @pytest.mark.parametrize("decay", [-0.1, BOUND])
@@ -172,12 +192,12 @@ def test_one_token_repeated_in_float32(decay):
 
 
 def test_near_identical_keys_with_learning_rate_one_stay_stable():
-    """Where powers of A would explode."""
+    """Where powers of A would explode. All keys lie on one channel, whose rounding no sum over channels averages."""
     x = random_inputs(B=1, T=LONG // 4, H=1, N=32)
     x[4] = F.normalize(F.one_hot(torch.tensor(0), 32) + 1e-3 * x[4], dim=-1)
     x[2], x[5] = x[4].clone(), torch.ones_like(x[5])
     assert_right(x)
-    assert_as_right_as_can_be(x)
+    assert_right(x, torch.bfloat16, slack=1.5)
 
 
 # --- state, layout, precision ------------------------------------------------------------------------
@@ -358,7 +378,7 @@ from triton.backends.compiler import GPUTarget
 import wkv_triton as W
 dtype, N = getattr(torch, sys.argv[1]), int(sys.argv[2])
 L, (BV, _) = W.chunk_length(dtype, N, -0.6065), W.plan(10000, 4096, W.chunk_length(dtype, N, -0.6065), N, dtype, torch.device("cpu"))
-sizes = W.launch(8, 4096, 64, N, L, 1, BV, dtype)[1]
+sizes = W.grid_and_sizes(8, 4096, 64, N, L, 1, BV, dtype)[1]
 element = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[sys.argv[1]]
 for kernel, flags in ((W.walk, {"PROBE": False, "SAVE": True}), (W.walk, {"PROBE": True, "SAVE": False}), (W.walk_back, {"PROBE": False}), (W.gradients, {})):
     constants = {k: v for k, v in (sizes | flags).items() if k.isupper() and len(k) > 1 or k in "NL"}
