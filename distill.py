@@ -720,7 +720,7 @@ def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: di
                       "teacher trained on": {"init": cfg.teacher, "fit": alone}}.items():
         folder = out / "controls" / name.replace(" ", "-")
         done = train(TrainConfig(data=cfg.data, out=str(folder), resume=folder.exists(), seed=cfg.seed, device=cfg.device, **how))
-        row = measure(teacher, load_model(folder, device), val, cfg.eval_tokens)
+        row = measure(teacher, load_model(folder, device), val, cfg.eval_tokens, cfg.distil.bptt_chunk)
         rows[name] = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"], **row}
     return rows
 

@@ -198,6 +198,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--prompts has one text for each line of its file: leave --prompt, --chat and --num_samples away")
     if cfg.save_state and (cfg.prompts or cfg.num_samples > 1):
         raise ValueError("--save_state writes the state of one text: leave --prompts and --num_samples away")
+    if cfg.save_state and Path(cfg.save_state).is_dir():  # found out before all the reading, not behind it
+        raise ValueError(f"--save_state {cfg.save_state} is a folder: name a file")
     if cfg.state_dtype not in DTYPES:
         raise ValueError(f"state_dtype = {cfg.state_dtype!r}: choose one of {', '.join(DTYPES)}")
     if not 0 <= cfg.seed < 2**63:
@@ -212,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         texts = read_prompt(f"FILE:{cfg.prompts}").splitlines()
         if not texts:
             raise ValueError(f"prompts = {cfg.prompts!r} has no line: write one prompt on each")
+    if cfg.save_state:
+        Path(cfg.save_state).parent.mkdir(parents=True, exist_ok=True)
     model, enc = load_model(cfg.ckpt, device).eval(), load_tokenizer(cfg.ckpt)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
@@ -265,7 +269,7 @@ def write(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, texts: list[str]
     if n:
         speed += f"; decode {B} x {n} tokens, {B * n / (times[-1] - times[1]):,.0f} tokens/s"
     print(f"{speed}\n{memory(state, model.cfg, B)}", file=sys.stderr)
-    return state, [token for token in tokens.tolist() if token not in stops(enc)]
+    return state, [token for token in tokens.tolist() if token not in stop]
 
 
 def read(model: LM, prompt: list[int], state: State | None, device: str) -> tuple[State, list[int]]:
@@ -326,7 +330,10 @@ def messages(first: str) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:  # as people leave a chat: what was said is kept
+            return
         if not line:
             return
         if line.strip():

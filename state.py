@@ -204,8 +204,12 @@ def save_state(file: str | Path, model: LM, state: State, tokenizer: str, unread
     meta = {"format": FORMAT, "model": fingerprint(model), "tokenizer": tokenizer, "position": str(state.position), "unread": json.dumps(list(unread))}
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".tmp")
-    save_file(tensors, part, meta | {"digest": digest(tensors, meta)})
-    os.replace(part, file)
+    try:
+        save_file(tensors, part, meta | {"digest": digest(tensors, meta)})
+        os.replace(part, file)
+    except (SafetensorError, OSError) as e:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"the state could not be written to {file} ({e}): is the disk full?") from None
 
 
 def load_state(file: str | Path, model: LM, tokenizer: str | None = None) -> tuple[State, list[int]]:
