@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import LM, Block, ModelConfig, State
+from model import LM, Block, ModelConfig, State, cache_bytes
 
 
 class Decoder:
@@ -203,6 +203,6 @@ def optimize_for_inference(model: LM, dtype: torch.dtype | None = None) -> Decod
     return Decoder(model, dtype)
 
 
-def kv_bytes(cfg: ModelConfig, T: int, itemsize: int = 4) -> int:
-    """Bytes that attention with this model's layers and heads holds for T tokens: a key and a value for each."""
-    return 2 * cfg.n_layer * cfg.kv_heads * cfg.att_head_size * T * itemsize
+def kv_bytes(cfg: ModelConfig, T: int) -> int:
+    """Bytes that attention in all of this model's layers holds for T tokens in float32."""
+    return cfg.n_layer * cache_bytes(cfg, "a", T)

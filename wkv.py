@@ -58,10 +58,11 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
         raise ValueError(f"state has shape {tuple(state.shape)}: it must be (B, H, N, N) = {(B, H, N, N)}")
     dtype = torch.promote_types(r.dtype, torch.float32)  # bfloat16 in, float32 inside; float64 stays
     state = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
+    reason = why_not_triton(r) if backend == "triton" or backend == "auto" and r.is_cuda else ""
     if backend == "auto":
-        kernels = r.is_cuda and not why_not_triton(r)
+        kernels = r.is_cuda and not reason
         backend = "loop" if T < (2 if kernels else 16) else "triton" if kernels else "chunk"  # short chunks do not pay
-    if backend == "triton" and (reason := why_not_triton(r)):
+    if backend == "triton" and reason:
         raise ValueError(f"backend 'triton' {reason}")
     if r.numel() == 0:
         backend = "loop"
