@@ -27,36 +27,17 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch
-from model import State
+from model import State, tensors, tree_map
 
 
-def each(fn: Callable, *states):
-    """`fn` of the tensors that stand at the same place of states of one structure, in that structure."""
-    first = states[0]
-    if isinstance(first, Tensor):
-        return fn(*states)
-    if isinstance(first, State):
-        return State(first.position, each(fn, *(s.layers for s in states)))
-    if isinstance(first, tuple):
-        return tuple(each(fn, *parts) for parts in zip(*states, strict=True))
-    return first  # positions, and None where there is no memory
+def drop_caches(state, after):
+    """Each KV cache of `state` as a meta tensor, its shape alone: `after`, the next border, begins with the same keys and values."""
+    return tree_map(lambda s, a: s if s.shape == a.shape else s.to("meta"), state, after)
 
 
-def tensors(state) -> list[Tensor]:
-    """The tensors of a state, in order."""
-    found: list[Tensor] = []
-    each(found.append, state)
-    return found
-
-
-def without_cache(state, after):
-    """`state` with only the shape of what has grown in `after`, the state behind it: there it is still to be had."""
-    return each(lambda s, a: s if s.shape == a.shape else s.to("meta"), state, after)
-
-
-def with_cache(state, last):
-    """The opposite: the first rows of the caches in `last`, (B, Hkv, T, N)."""
-    return each(lambda s, a: a[:, :, : s.shape[2]] if s.is_meta else s, state, last)
+def restore_caches(state, last):
+    """Each dropped cache, (B, Hkv, T, N), cut from the one in `last`, the last border."""
+    return tree_map(lambda s, a: a[:, :, : s.shape[2]] if s.is_meta else s, state, last)
 
 
 def backward_in_pieces(module: nn.Module, batch: Batch, state, n: int | None, scale: float, exchange: bool) -> tuple[dict[str, Tensor], object]:
@@ -72,19 +53,20 @@ def backward_in_pieces(module: nn.Module, batch: Batch, state, n: int | None, sc
     for piece in pieces[:-1]:
         with torch.no_grad(), mixed_precision(batch):
             _, after = module(piece, borders[-1], False)
-        borders[-1] = without_cache(borders[-1], after)
+        borders[-1] = drop_caches(borders[-1], after)
         borders.append(after)
 
     last, behind, sums, dS = borders[-1], None, {}, []
     for i in reversed(range(len(pieces))):
-        start = each(lambda s: s.detach().requires_grad_(i > 0 and s.is_floating_point()), with_cache(borders.pop(), last))
+        start = tree_map(lambda s: s.detach().requires_grad_(i > 0 and s.is_floating_point()), restore_caches(borders.pop(), last))
         with quiet(module) if i or not exchange else contextlib.nullcontext():
             with mixed_precision(batch):  # one per pass: what autocast caches without gradients would get none
                 losses, end = module(pieces[i], start, True)
-            ends = [(s, g) for s, g in zip(tensors(end), dS) if g is not None and s.requires_grad]  # a teacher's state gets no gradient
+            # dS is empty after the last piece, where nothing follows; a teacher's state gets no gradient
+            ends = [(s, g) for s, g in zip(tensors(end), dS) if g is not None and s.requires_grad]
             torch.autograd.backward([losses["loss"] * scale, *(s for s, _ in ends)], [None, *(g for _, g in ends)])
         dS = [s.grad for s in tensors(start)]
-        behind = each(Tensor.detach, end) if i == len(pieces) - 1 else behind
+        behind = tree_map(Tensor.detach, end) if i == len(pieces) - 1 else behind
         sums = {key: sums.get(key, 0) + value.detach().float() for key, value in losses.items()}
         del losses, end, ends, start  # or the next piece would run beside this one's activations
     return sums, behind
@@ -121,9 +103,9 @@ def pack(states: list[State]) -> list[tuple]:
             dist.all_gather(parts, x.contiguous())
         return torch.cat(parts).cpu()
 
-    return [(s.position, each(rows, s.layers)) for s in states]
+    return [(s.position, tree_map(rows, s.layers)) for s in states]
 
 
 def unpack(packed: list[tuple], B: int, rank: int, device: torch.device) -> list[State]:
     """This process's B rows of each."""
-    return [State(position, each(lambda x: x[rank * B : (rank + 1) * B].to(device), layers)) for position, layers in packed]
+    return [State(position, tree_map(lambda x: x[rank * B : (rank + 1) * B].to(device), layers)) for position, layers in packed]

@@ -183,9 +183,30 @@ class State:
 
     def nbytes(self) -> int:
         """Bytes of all its tensors: constant for RWKV-7, growing with the text for attention."""
-        def count(s):
-            return s.nbytes if isinstance(s, Tensor) else sum(map(count, s)) if isinstance(s, tuple) else 0
-        return count(self.layers)
+        return sum(x.nbytes for x in tensors(self))
+
+
+def tree_map(fn: Callable, *trees):
+    """fn of the tensors that stand at the same place of trees of one structure, in that structure.
+
+    A tree is a nest of tuples and State; what else stands in it (positions, None) is taken from the first.
+    """
+    first = trees[0]
+    if isinstance(first, Tensor):
+        return fn(*trees)
+    if isinstance(first, State):
+        return State(first.position, tree_map(fn, *(tree.layers for tree in trees)))
+    if not isinstance(first, tuple):
+        return first
+    parts = [tree_map(fn, *nodes) for nodes in zip(*trees, strict=True)]
+    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)  # a NamedTuple stays one
+
+
+def tensors(tree) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    found: list[Tensor] = []
+    tree_map(found.append, tree)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

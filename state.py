@@ -15,8 +15,8 @@ scale in bfloat16 for each row: 1 + 2/N bytes for a number instead of 4, and an 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import LM, ModelConfig, State, stored_shapes
+from model import LM, ModelConfig, State, stored_shapes, tensors, tree_map
 
 PIECE = 512  # tokens per call: fast matrix products, and small activations however long the text is
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -44,7 +44,7 @@ class Int8(NamedTuple):
 
 @torch.no_grad()
 def process(model: LM, tokens: Tensor, state: State | None = None, piece: int = PIECE) -> tuple[Tensor, State]:
-    """Read tokens (B, T >= 1) behind `state`: logits (B, V) of what comes next, and the state. Activations are of one piece.
+    """Read tokens (B, T >= 1) behind `state`: logits (B, V) of what comes next, and the state. Needs memory for one piece's activations.
 
     Raises ValueError for an empty text or piece, and what LM raises.
     """
@@ -76,31 +76,25 @@ def process_rows(model: LM, rows: Sequence[Tensor], state: State | None = None, 
 # ---------------------------------------------------------------------------------------------------------------------
 # As values
 
-def over(f: Callable[..., Tensor], *trees):
-    """The tree of f(tensors at one place of all trees); of numbers (positions) the largest."""
-    first = trees[0]
-    if isinstance(first, tuple):
-        parts = [over(f, *part) for part in zip(*trees, strict=True)]
-        return Int8(*parts) if isinstance(first, Int8) else tuple(parts)
-    return f(*trees) if isinstance(first, Tensor) else max(trees) if isinstance(first, int) else None
-
-
 def copy(state: State) -> State:
     """The same in memory of its own, and out of autograd: for whoever writes into a state's tensors."""
-    return State(state.position, over(lambda x: x.detach().clone(), state.layers))
+    return tree_map(lambda x: x.detach().clone(), state)
 
 
 def reset(state: State) -> State:
     """As many texts on the same device, of which nothing is read: gives what None gives."""
-    def empty(att):  # RWKV-7: (last x, S, position); attention: (k, v), each (B, H, T, N)
-        return (torch.zeros_like(att[0]), torch.zeros_like(att[1]), 0) if len(att) == 3 else tuple(x[:, :, :0].clone() for x in att)
+    def empty(att):
+        if len(att) == 2:  # attention's (k, v), each (B, H, T, N)
+            return tuple(x[:, :, :0].clone() for x in att)
+        last, S, _ = att
+        return torch.zeros_like(last), torch.zeros_like(S), 0
 
-    return State(0, tuple((empty(att), over(torch.zeros_like, ffn)) for att, ffn in state.layers))
+    return State(0, tuple((empty(att), tree_map(torch.zeros_like, ffn)) for att, ffn in state.layers))
 
 
 def select(state: State, rows: list[int]) -> State:
     """The texts `rows` of a batch, in this order, in memory of their own; one may come several times."""
-    return State(state.position, over(lambda x: x[torch.tensor(rows, dtype=torch.long, device=x.device)], state.layers))
+    return tree_map(lambda x: x[torch.tensor(rows, dtype=torch.long, device=x.device)], state)
 
 
 def join(cfg: ModelConfig, states: Sequence[State]) -> list[tuple[list[int], State]]:
@@ -113,8 +107,11 @@ def join(cfg: ModelConfig, states: Sequence[State]) -> list[tuple[list[int], Sta
     batches: dict[int, list[int]] = {}
     for i, state in enumerate(states):
         batches.setdefault(state.position if counts else 0, []).append(i)
-    return [(rows, State(max(states[i].position for i in rows), over(lambda *xs: torch.cat(xs), *(states[i].layers for i in rows))))
-            for rows in batches.values()]
+    joined = []
+    for rows in batches.values():
+        layers = tree_map(lambda *xs: torch.cat(xs), *(states[i].layers for i in rows))
+        joined.append((rows, State(max(states[i].position for i in rows), layers)))
+    return joined
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,34 +126,31 @@ def compress(state: State, dtype: str) -> State:
         raise ValueError(f"state_dtype = {dtype!r}: choose one of {', '.join(DTYPES)}")
 
     def small(x):
-        if isinstance(x, tuple) and not isinstance(x, Int8):
-            return tuple(map(small, x))
-        if not isinstance(x, Tensor):
-            return x
         if dtype == "int8":
             scale = (x.abs().amax(-1, keepdim=True).float() / 127).bfloat16().clamp_min(torch.finfo(torch.bfloat16).tiny)
             y = Int8((x.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale)
         else:
             y = x.to(DTYPES[dtype])
-        if not (y.scale if dtype == "int8" else y).isfinite().all():
+        if not all(part.isfinite().all() for part in tensors(y)):
             raise ValueError(f"the state has numbers that {dtype} cannot hold, up to {x.abs().max():.3g}: keep it in bfloat16, "
                              "and if they are not finite, take an earlier checkpoint")
         return y
 
-    return state if dtype == "float32" else State(state.position, small(state.layers))
+    if dtype == "float32" or any(x.dtype == torch.int8 for x in tensors(state)):
+        return state
+    return tree_map(small, state)
 
 
-def expand(state: State, dtype: torch.dtype = torch.float32) -> State:
-    """A compressed state for computing: S in float32, all else in `dtype`, the model's."""
-    def full(x, dtype: torch.dtype):
+def expand(state: State) -> State:
+    """A compressed state in float32 again, for computing."""
+    def full(x):
         if isinstance(x, Int8):
-            x = x.q.float() * x.scale.float()
-        return x.to(dtype) if isinstance(x, Tensor) else x
+            return x.q.float() * x.scale.float()
+        if isinstance(x, tuple):
+            return tuple(map(full, x))
+        return x.float() if isinstance(x, Tensor) else x
 
-    def mixer(att):
-        return (full(att[0], dtype), full(att[1], torch.float32), att[2]) if len(att) == 3 else tuple(full(x, dtype) for x in att)
-
-    return State(state.position, tuple((mixer(att), full(ffn, dtype)) for att, ffn in state.layers))
+    return State(state.position, full(state.layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,8 +158,9 @@ def expand(state: State, dtype: torch.dtype = torch.float32) -> State:
 
 def fingerprint(model: LM) -> str:
     """SHA-256 of what decides a model's numbers: the settings that are not the defaults, and the weights."""
-    default = {f.name: None if f.default is MISSING else f.default for f in fields(model.cfg)}
-    sha = hashlib.sha256(json.dumps({name: value for name, value in asdict(model.cfg).items() if value != default[name]}, sort_keys=True).encode())
+    # settings at their defaults are left out, so that a setting added later changes no fingerprint
+    settings = {name: value for name, value in asdict(model.cfg).items() if value != getattr(ModelConfig(), name)}
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     weights = model.state_dict()
     for name in sorted(stored_shapes(model)):
         sha.update(name.encode())
@@ -186,26 +181,26 @@ def named(x, name: str = "blocks") -> Iterator[tuple[str, Tensor]]:
             yield from named(part, f"{name}.{key}")
 
 
-def digest(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
+def digest(parts: dict[str, Tensor], meta: dict[str, str]) -> str:
     sha = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name in sorted(tensors):
-        sha.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        sha.update(raw(tensors[name]))
+    for name in sorted(parts):
+        sha.update(f"{name} {parts[name].dtype} {tuple(parts[name].shape)}".encode())
+        sha.update(raw(parts[name]))
     return sha.hexdigest()
 
 
 def save_state(file: str | Path, model: LM, state: State, tokenizer: str, unread: Sequence[int] = ()) -> None:
     """Write a state, compressed or not, as a .safetensors file that appears whole or not at all.
 
-    `unread`: tokens that belong to the text and are to be read next; of the last token that was drawn a state knows nothing.
+    `unread`: tokens of the text that the state has not read yet, such as the last one drawn.
     """
     file = Path(file)
-    tensors = {name: x.cpu().contiguous() for name, x in named(copy(state).layers)}
+    parts = {name: x.cpu().contiguous() for name, x in named(copy(state).layers)}  # a copy: safetensors refuses memory that tensors share
     meta = {"format": FORMAT, "model": fingerprint(model), "tokenizer": tokenizer, "position": str(state.position), "unread": json.dumps(list(unread))}
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".tmp")
     try:
-        save_file(tensors, part, meta | {"digest": digest(tensors, meta)})
+        save_file(parts, part, meta | {"digest": digest(parts, meta)})
         os.replace(part, file)
     except (SafetensorError, OSError) as e:
         part.unlink(missing_ok=True)
@@ -222,12 +217,12 @@ def load_state(file: str | Path, model: LM, tokenizer: str | None = None) -> tup
         if not file.is_file():
             raise ValueError(f"no state at {file}: check the path, or make one with --save_state")
         with safe_open(file, "pt") as f:
-            meta, tensors = f.metadata() or {}, {name: f.get_tensor(name).clone() for name in f.keys()}  # not mapped
+            meta, parts = f.metadata() or {}, {name: f.get_tensor(name).clone() for name in f.keys()}  # not mapped
     except (SafetensorError, OSError) as e:
         raise ValueError(f"the state {file} is damaged or no state ({e}): save it again") from None
     if meta.get("format") != FORMAT:
         raise ValueError(f"{file} is no state: its format is {meta.get('format')!r}, expected {FORMAT!r}; give a file that --save_state wrote")
-    if meta.pop("digest", None) != digest(tensors, meta):
+    if meta.pop("digest", None) != digest(parts, meta):
         raise ValueError(f"the state {file} is damaged (its contents are not what was written): save it again")
     if meta["model"] != fingerprint(model):
         raise ValueError(f"the state {file} was made by another model ({meta['model'][:12]}..., this is {fingerprint(model)[:12]}...): load it with that one")
@@ -238,10 +233,10 @@ def load_state(file: str | Path, model: LM, tokenizer: str | None = None) -> tup
         _, like = model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
 
     def build(x, name: str):  # the same model's states are all trees of one shape
-        if f"{name}.q" in tensors:
-            return Int8(*(tensors[f"{name}.{part}"].to(device) for part in Int8._fields))
+        if f"{name}.q" in parts:
+            return Int8(*(parts[f"{name}.{field}"].to(device) for field in Int8._fields))
         if isinstance(x, tuple):
             return tuple(build(part, f"{name}.{i}") for i, part in enumerate(x))
-        return tensors[name].to(device) if isinstance(x, Tensor) else position if isinstance(x, int) else None
+        return parts[name].to(device) if isinstance(x, Tensor) else position if isinstance(x, int) else None
 
     return State(position, build(like.layers, "blocks")), json.loads(meta["unread"])

@@ -43,13 +43,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
 
-from bptt import backward_in_pieces, mixed_precision, pack, quiet, tensors, unpack
+from bptt import backward_in_pieces, mixed_precision, pack, quiet, unpack
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from data.tokenizer import copy_tokenizer
 from evaluate import check_vocabulary, cross_entropy, global_sum, mean_loss, read_metrics, same_tokenizer
-from model import LM, ModelConfig, State, TimeMixer, load_model, open_model, save_model
+from model import LM, ModelConfig, State, TimeMixer, load_model, open_model, save_model, tensors
 from plan import plan
 
 

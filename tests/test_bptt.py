@@ -17,12 +17,12 @@ import torch.multiprocessing
 
 import bptt
 import distill
-from bptt import backward_in_pieces, each, forward_in_pieces, pack, tensors, unpack
+from bptt import backward_in_pieces, forward_in_pieces, pack, unpack
 from common import T, TINY, assert_same_run, metrics, moments, newest, one_line, padded, random_batch, tiny, tiny_model  # noqa: F401
 from data.loader import Batch, Loader
 from distill import distil_chunk, distil_loss, dpo_chunk, dpo_loss, make_student, StudentConfig, wrap
 from evaluate import compare, cross_entropy, mean_loss
-from model import LM, State
+from model import LM, State, tensors, tree_map
 from test_distill import job, loop, teacher  # noqa: F401   (fixtures)
 from test_train import META, QUIET, Killed
 from train import FitConfig, Step, TrainConfig, cross_entropy_chunk, cross_entropy_loss, fit, main, param_groups, train
@@ -120,7 +120,7 @@ def test_a_state_goes_in_front_and_no_gradient_into_it():
     """From the state behind the first half, the second half's gradients are those with that state as a constant."""
     model, batch = tiny_model(mixer="r"), random_batch(2, 40)
     first, second = batch.split(20)
-    state = each(torch.Tensor.detach, model(first.x)[1])
+    state = tree_map(torch.Tensor.detach, model(first.x)[1])
     kept = [s.clone() for s in tensors(state)]
     want, got, *_ = both_ways(model, second, lambda model, batch: {"loss": cross_entropy(model(batch.x, state)[0], batch)}, cross_entropy_chunk, 7, state)
     assert_equal_gradients(got, want)
@@ -338,7 +338,7 @@ def test_the_gradient_ends_at_the_step_and_not_at_the_piece(tmp_path, tiny):
         kept[chunk] = moments(newest(tmp_path / str(chunk)))[::3]                        # exp_avg: without momentum, the gradient
     loader = Loader(tiny.text, "train", 2, T, streams=True)
     first, second = (loader.step(i)[0][0] for i in range(2))
-    state = each(torch.Tensor.detach, model(first.x)[1])
+    state = tree_map(torch.Tensor.detach, model(first.x)[1])
     (cross_entropy(model(second.x, state)[0], second) / second.mask.sum()).backward()
     want = [p.grad for group in param_groups(model, cfg) for p in group["params"]]
     for found in kept.values():
@@ -368,7 +368,7 @@ def test_a_run_with_a_carried_state_that_dies_and_resumes_equals_one_that_never_
 
 def test_packed_states_are_plain_and_come_back(tmp_path):
     state = tiny_model(mixer="r", ffn="channelmix")(random_batch(4, 9).x)[1]
-    torch.save(pack([each(torch.Tensor.detach, state)]), tmp_path / "s.pt")
+    torch.save(pack([tree_map(torch.Tensor.detach, state)]), tmp_path / "s.pt")
     packed = torch.load(tmp_path / "s.pt", weights_only=True)
     parts = [unpack(packed, 2, rank, torch.device("cpu"))[0] for rank in (0, 1)]
     assert all(isinstance(part, State) and part.position == 9 for part in parts)

@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -63,8 +62,8 @@ def test_imports_form_a_dag_and_leaves_are_leaves():
 BUDGETS = {  # lines; about the file's present length. Whoever needs more raises the number in the same commit
     "wkv.py": 220,
     "wkv_triton.py": 400,    # out of wkv.py: Triton is not everywhere, and the definition is read without it
-    "model.py": 585,         # beyond 400: official initial values and one-line refusals are both long lists; rope scaling; patterns of hybrids
-    "bptt.py": 135,
+    "model.py": 610,         # beyond 400: official initial values and one-line refusals are both long lists; rope scaling; patterns of hybrids; trees of states
+    "bptt.py": 115,
     "train.py": 605,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks; steps in pieces, a carried state
     "convert.py": 540,       # beyond 300: five formats with a line for each setting that is refused, and a file format written by hand
     "plan.py": 105,

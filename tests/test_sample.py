@@ -14,7 +14,7 @@ from common import REPO, one_line, tiny_model
 from data.bpe import BYTE
 from data.chat import encode_turns
 from data.tokenizer import get_tokenizer, load_tokenizer, write_tokenizer
-from model import LM, ModelConfig, State, load_model, save_model
+from model import LM, ModelConfig, State, load_model, save_model, tensors
 from sample import Characters, Decoder, choose, generate, kv_bytes, main, optimize_for_inference
 
 BYTES = get_tokenizer("bytes")
@@ -33,12 +33,6 @@ def tokens(B: int, T: int, vocab: int = 257, seed: int = 0) -> torch.Tensor:
 def drawn(model, prompt, n, **options) -> torch.Tensor:
     """(B, up to n) tokens."""
     return torch.stack([t for t, _ in generate(model, prompt, n, **options)], 1)
-
-
-def tensors(state) -> list[torch.Tensor]:
-    if isinstance(state, State):
-        return tensors(state.layers)
-    return [state] if isinstance(state, torch.Tensor) else [x for s in state for x in tensors(s)] if isinstance(state, tuple) else []
 
 
 def constant_model(logits: list[float]) -> LM:

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import state as states
 from common import one_line, tiny_model
-from model import State, load_model, save_model
+from model import State, load_model, save_model, tensors
 from sample import Decoder, generate, main
-from state import Int8, compress, copy, expand, fingerprint, join, load_state, named, process, process_rows, reset, save_state, select
+from state import Int8, compress, copy, expand, fingerprint, join, load_state, process, process_rows, reset, save_state, select
 from test_sample import MODELS, drawn, talker, tokens  # noqa: F401
 
 ALL = MODELS | {"RWKV with rope": {"mixer": "r", "rwkv_rope": True}, "RWKV, learned positions": {"mixer": "r", "positions": "learned", "block_size": 64}}
@@ -21,10 +21,6 @@ ALL = MODELS | {"RWKV with rope": {"mixer": "r", "rwkv_rope": True}, "RWKV, lear
 
 def model_of(name: str):
     return tiny_model(std=0.5, **ALL[name]).eval()
-
-
-def tensors(state: State) -> list[torch.Tensor]:
-    return [x for _, x in named(state.layers)]
 
 
 def close(a: State, b: State) -> None:
