@@ -3,8 +3,11 @@
 A step costs reading every weight once, and a microsecond or two for each operation, view and new tensor. LM, written to be
 read and trained, takes 71 operations and 62 views for a layer; here they are 36 and 4, on weights that lie ready, in memory
 that is allocated once. What can be computed once is: ln0 of the embedding, -e^-0.5, 1 - k_a, half of the gate's maps; r, k
-and v are one product, and so is each half of the four low-rank maps. The numbers are the same, and model.py is the place to
-understand them. What it is not: another model, or faster for more than one token at a time.
+and v are one product, and so is each half of the four low-rank maps. On a GPU all of it is one launch, a CUDA graph. The
+numbers are the same, and model.py is the place to understand them. What it is not: another model, or faster for more than
+one token at a time.
+
+Names beyond model.py's: nu = sigmoid(v0 + x_v v1 v2), how much of v_first goes into v; stored = S kk, what S holds at kk.
 """
 
 import math
@@ -17,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import LM, Block, ModelConfig, State, cache_bytes
+from model import LM, Block, ModelConfig, State, cache_bytes, tensors, tree_map
 
 
 class Decoder:
@@ -29,16 +32,17 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: LM, dtype: torch.dtype | None = None):
-        self.model, self.cfg, self.layers, self.scratch, self.B = model, model.cfg, None, None, 0
+        self.model, self.cfg, self.layers, self.B = model, model.cfg, None, 0
         if "a" not in self.cfg.mixers and not (self.cfg.rwkv_rope or self.cfg.qk_norm) and model.emb.weight.dtype.itemsize >= 4:
-            self.product = partial(product, dtype=dtype)
-            self.layers, self.emb, self.head = [pack(b, self.product) for b in model.blocks], model.emb.weight.detach(), self.product(model.head.weight.T)
+            self.layers, self.emb, self.head = [weights(b, dtype) for b in model.blocks], model.emb.weight.detach(), Product(model.head.weight.T, dtype=dtype)
             self.ln0, self.ln_out = norm(model.blocks[0].ln0) if self.cfg.ln0 else None, norm(model.ln_out)
             if self.ln0 and self.cfg.positions != "learned":  # else the position comes in between
                 self.emb, self.ln0 = self.ln0(self.emb), None
+            self.recorded = None
+            self.records = self.emb.is_cuda and self.cfg.positions != "learned"  # a recording has one position
         elif dtype is not None:
             raise ValueError(f"dtype = {dtype}: only the matrices of a pure RWKV-7 model in float32, without rotary positions and norms in its heads, "
-                             "can be of another; use model.to(dtype) for this one")
+                             "can be of another; keep float32 for this one, or use model.to(dtype)")
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -47,9 +51,11 @@ class Decoder:
             return logits[:, 0], state
         if self.B != len(tokens):
             self.B, self.scratch = len(tokens), scratch(self.layers[0], len(tokens))
-            self.shared = self.layers[0].output.parts > 1
+            self.recorded = Recorded(self.step, tokens, state) if self.records else None
+        if self.recorded:
+            return self.recorded(tokens, state)
         threads = torch.get_num_threads()
-        if self.B == 1 and not self.shared:
+        if self.B == 1 and self.layers[0].output.parts == 1:
             torch.set_num_threads(1)  # one token of a small model is too little work to share: waiting would take longer
         try:
             return self.step(tokens, state)
@@ -61,16 +67,50 @@ class Decoder:
         if self.cfg.positions == "learned":
             x = x + self.model.pos(self.model.position_ids(state.position, 1))
         x = self.ln0(x) if self.ln0 else x
-        for p, (att, ffn) in zip(self.layers, state.layers):
-            x, v_first, att = time_mix(p, self.scratch, x, v_first, att)
+        for p, ((last, S, _), ffn) in zip(self.layers, state.layers):
+            x, v_first, last, S = time_mix(p, self.scratch, x, v_first, last, S)
             x, ffn = channel_mix(p, x, ffn)
-            after.append((att, ffn))
+            after.append(((last, S, state.position + 1), ffn))
         return self.head(self.ln_out(x)), State(state.position + 1, tuple(after))
 
 
-def time_mix(p: SimpleNamespace, s: SimpleNamespace, x: Tensor, v_first: Tensor | None, state: tuple) -> tuple[Tensor, Tensor, tuple]:
-    """x + TimeMixer(ln1(x)) for x (B, C), with the weights p and the memory s. New tensors are only what is returned."""
-    last, S, position = state
+class Recorded:
+    """A step as a CUDA graph: one launch instead of 36 for each layer.
+
+    A graph reads and writes the memory it was recorded with, so what comes in is copied there, and what comes out away from
+    there: a state stays a value.
+    """
+
+    def __init__(self, step: Callable, tokens: Tensor, state: State):
+        self.tokens, self.state = tokens.clone(), tree_map(torch.clone, state)
+        self.replay, self.written = record(lambda: step(self.tokens, self.state))
+
+    def __call__(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        self.tokens.copy_(tokens)
+        torch._foreach_copy_(tensors(self.state), tensors(state))  # all of one type: one launch
+        self.replay()
+        logits, after = result = tree_map(torch.empty_like, self.written)
+        torch._foreach_copy_(tensors(result), tensors(self.written))
+        position = state.position + 1  # Python's numbers are not in the graph
+        return logits, State(position, tuple(((last, S, position), ffn) for (last, S, _), ffn in after.layers))
+
+
+def record(step: Callable) -> tuple[Callable[[], None], tuple]:
+    """What repeats `step` with its memory of now, and what it returns, in memory that each repetition writes anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what happens in a first run alone, such as cuBLAS taking its workspace, must not be recorded
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
+
+
+def time_mix(p: SimpleNamespace, s: SimpleNamespace, x: Tensor, v_first: Tensor | None, last: Tensor, S: Tensor) -> tuple[Tensor, ...]:
+    """x + TimeMixer(ln1(x)) for x (B, C), with the weights p and the memory s; v_first, and the new last x and S."""
     x1 = p.ln1(x)
     torch.lerp(x1, last, p.mix, out=s.mixed)                        # token shift for r, k, v; g, w, a, v      (7, B, C)
     p.rkv(s.mixed_rkv, p.rkv_bias, out=s.rkv)                          #                                          (3, B, A)
@@ -92,7 +132,7 @@ def time_mix(p: SimpleNamespace, s: SimpleNamespace, x: Tensor, v_first: Tensor 
     torch.bmm(s.r_row, S.flatten(0, 1).mT, out=s.y_row)
     s.v.mul_(s.r.mul_(s.k).mul_(p.r_k).sum(-1, keepdim=True))       # the bonus
     y = p.ln_x(s.y).add_(s.v_flat).mul_(s.gate)
-    return p.output(y, x), v_first, (x1, S, position + 1)
+    return p.output(y, x), v_first, x1, S
 
 
 def channel_mix(p: SimpleNamespace, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -109,8 +149,9 @@ def channel_mix(p: SimpleNamespace, x: Tensor, last: Tensor | None) -> tuple[Ten
     return p.ffn_value(k, x), None if last is None else x2
 
 
-def pack(block: Block, product: Callable) -> SimpleNamespace:
+def weights(block: Block, dtype: torch.dtype | None) -> SimpleNamespace:
     """A block's weights as the two functions above want them. What a switch leaves out becomes zeros, which do nothing."""
+    product = partial(Product, dtype=dtype)
     m, f, cfg = block.att, block.ffn, block.att.cfg
     C, A, head = m.key.in_features, m.key.out_features, (m.H, 1, m.N)
     get = lambda name, *shape: getattr(m, name) if hasattr(m, name) else m.w0.new_zeros(shape)  # noqa: E731
@@ -127,6 +168,7 @@ def pack(block: Block, product: Callable) -> SimpleNamespace:
         rkv_bias=torch.stack([q.bias for q in rkv])[:, None] if cfg.qkv_bias else None,
         down=product(torch.stack([F.pad(d, (0, rank - d.shape[1])) for d in downs])),
         up=product(torch.stack([F.pad(u, (0, 0, 0, rank - len(u))) for u in ups])),
+        # without a gate g2 is 0, and the bias of 1 is its factor
         up_bias=torch.stack((g2.sum(0, keepdim=True) if cfg.gate else torch.ones_like(m.w0[0]), m.w0[0], m.a0[0], get("v0", 1, 1, A)[0])),
         k_k=m.k_k.view(head).clone(), k_a=m.k_a.view(head).clone(), k_1=1 - m.k_a.view(head), r_k=get("r_k", m.H, m.N).view(head).clone(),
         output=product(m.output.weight.T, m.output.bias),
@@ -149,38 +191,40 @@ def scratch(p: SimpleNamespace, B: int) -> SimpleNamespace:
     return s
 
 
-def product(W: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
-    """The function x, add -> x W + add + bias, x (B, C) and W (C, A), or G of them at once, x (G, B, C) and W (G, C, A).
+class Product:
+    """x, add -> x W + add + bias, for x (B, C) and W (C, A), or G of them at once: x (G, B, C) and W (G, C, A).
 
     One text on a CPU: W's rows are added up by embedding_bag, which streams memory at 1.5 times the speed of the BLAS's
-    matrix-vector product (measured 32 against 20 GB/s), and in `parts`, one for each thread, where W has a megabyte or more
-    (measured 52 GB/s with two). Otherwise a matrix product. A W in another dtype than x gets x in its own and gives it back in x's.
+    matrix-vector product (measured 32 against 20 GB/s; in 16 bits 27 against 10 for bfloat16, 1 for float16), and in `parts`,
+    one for each thread, where W has a quarter of a million numbers or more (measured 42 GB/s with two). Otherwise a matrix
+    product. A W in another dtype than x gets x in its own and gives it back in x's.
     """
-    W = W.detach().to(dtype or W.dtype).contiguous()
-    A, C, G = W.shape[-1], W.shape[-2], W.shape[:-2].numel()
-    parts = max(1, min(torch.get_num_threads(), C)) if W.numel() >= 2**18 else 1
-    rows, index, shape = W.view(-1, A), torch.arange(G * C), (*W.shape[:-2], 1, A)
-    starts = torch.tensor([g * C + C * part // parts for g in range(G) for part in range(parts)])
-    by_rows = W.device.type == "cpu" and W.dtype == torch.float32 and W.numel() >= 2**17  # below, the call costs more than the reading
-    multiply, multiply_add = (torch.mm, torch.addmm) if W.ndim == 2 else (torch.bmm, torch.baddbmm)
 
-    def apply(x: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        if by_rows and x.shape[-2] == 1:
-            y = torch.embedding_bag(rows, index, starts, mode=0, per_sample_weights=x.view(-1))[0]
-            y = y.view(G, parts, A).sum(1).view(shape) if parts > 1 else y.view(shape)
-        elif W.dtype != x.dtype:
-            y = multiply(x.to(W.dtype), W).to(x.dtype)
+    def __init__(self, W: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None):
+        self.W, self.bias = W.detach().to(dtype or W.dtype).contiguous(), bias
+        *G, C, A = W.shape
+        self.mm, self.addmm = (torch.bmm, torch.baddbmm) if G else (torch.mm, torch.addmm)
+        least = 2**17 if self.W.dtype == torch.float32 else 0  # numbers; with fewer, the call costs more than the reading
+        self.by_rows = W.device.type == "cpu" and self.W.dtype.itemsize <= 4 and W.numel() >= least
+        self.parts = max(1, min(torch.get_num_threads(), C)) if self.by_rows and W.numel() >= 2**18 else 1
+        self.shape, rows = (*G, 1, A), W.numel() // A
+        self.rows, self.index = self.W.view(-1, A), torch.arange(rows)
+        self.starts = torch.tensor([row + C * part // self.parts for row in range(0, rows, C) for part in range(self.parts)])
+
+    def __call__(self, x: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if self.by_rows and x.shape[-2] == 1:
+            y = torch.embedding_bag(self.rows, self.index, self.starts, mode=0, per_sample_weights=x.view(-1).to(self.W.dtype))[0].to(x.dtype)
+            y = (y.unflatten(0, (-1, self.parts)).sum(1) if self.parts > 1 else y).view(self.shape)
+        elif self.W.dtype != x.dtype:
+            y = self.mm(x.to(self.W.dtype), self.W).to(x.dtype)
         else:
-            y = multiply(x, W, out=out) if add is None else multiply_add(add, x, W, out=out)
-            return y if bias is None else y.add_(bias)
+            y = self.mm(x, self.W, out=out) if add is None else self.addmm(add, x, self.W, out=out)
+            add = out = None
         if add is not None:
             y = torch.add(y, add, out=out)
         elif out is not None:
             y = out.copy_(y)
-        return y if bias is None else y.add_(bias)
-
-    apply.parts = parts if by_rows else 1
-    return apply
+        return y if self.bias is None else y.add_(self.bias)
 
 
 def norm(m: nn.Module) -> Callable[[Tensor], Tensor]:

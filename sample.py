@@ -57,6 +57,7 @@ class SampleConfig:
     load_state: str | None = None  # go on behind a text that was read before
     save_state: str | None = None  # write what the model remembers in the end, for --load_state; with max_tokens 0 that is the prompt
     state_dtype: str = "float32"  # of a state in a file, and in a chat while it waits: float32, bfloat16, float16, int8
+    dtype: str = "float32"        # of the matrices of a pure RWKV-7 while it generates: float32, bfloat16, float16; half the memory to read for a token
     device: str = "auto"          # auto, cpu, cuda
 
 
@@ -118,7 +119,7 @@ def generate(model: "LM | Decoder", tokens: Tensor | Sequence[Sequence[int]], n:
     Raises ValueError for options outside their range, tokens outside the vocabulary, and text beyond learned positions.
     """
     check(n, temperature, top_k, top_p, presence, frequency)
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    decoder = model if isinstance(model, Decoder) else optimize_for_inference(model)
     cfg, device = decoder.cfg, decoder.model.emb.weight.device
     rows = list(tokens) if isinstance(tokens, Tensor) else [torch.tensor(row, dtype=torch.long, device=device) for row in tokens]
     for row in rows:
@@ -200,8 +201,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--save_state writes the state of one text: leave --prompts and --num_samples away")
     if cfg.save_state and Path(cfg.save_state).is_dir():  # found out before all the reading, not behind it
         raise ValueError(f"--save_state {cfg.save_state} is a folder: name a file")
-    if cfg.state_dtype not in DTYPES:
-        raise ValueError(f"state_dtype = {cfg.state_dtype!r}: choose one of {', '.join(DTYPES)}")
+    for name, choices in (("state_dtype", list(DTYPES)), ("dtype", [name for name in DTYPES if name != "int8"])):
+        if getattr(cfg, name) not in choices:
+            raise ValueError(f"{name} = {getattr(cfg, name)!r}: choose one of {', '.join(choices)}")
     if not 0 <= cfg.seed < 2**63:
         raise ValueError(f"seed = {cfg.seed}: it must be in 0 ... 2^63 - 1")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -222,14 +224,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         state, unread = load_state(cfg.load_state, model, enc.name) if cfg.load_state else (None, [])
         state = state and expand(state)
-        state, unread = (chat if cfg.chat else write)(cfg, model, enc, texts, device, options, state, unread)
+        decoder = optimize_for_inference(model, None if cfg.dtype == "float32" else DTYPES[cfg.dtype])
+        state, unread = (chat if cfg.chat else write)(cfg, decoder, enc, texts, device, options, state, unread)
         if cfg.save_state:
             save_state(cfg.save_state, model, compress(state, cfg.state_dtype), enc.name, unread)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; give Python's own flush at exit another place to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def write(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
+def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
           unread: list[int]) -> tuple[State, list[int]]:
     """Print one text as it comes, or several one after another when all are done; then speed and memory to stderr.
 
@@ -238,17 +241,21 @@ def write(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, texts: list[str]
     prompts = [unread + enc.encode_ordinary(text) if state else [*opening(enc), *enc.encode_ordinary(text)] for text in texts]
     prompts = [prompt or opening(enc) for prompt in prompts]  # behind all that was read, and nothing to go on with: another document
     highest, longest = max(map(max, prompts)), max(map(len, prompts))
-    if highest >= model.cfg.vocab_size:
-        raise ValueError(f"the prompt has token {highest}, the model's vocabulary ends at {model.cfg.vocab_size - 1}: "
+    if highest >= decoder.cfg.vocab_size:
+        raise ValueError(f"the prompt has token {highest}, the model's vocabulary ends at {decoder.cfg.vocab_size - 1}: "
                          f"meta.json in {cfg.ckpt} names another tokenizer ({enc.name}) than the model was trained with")
     if cfg.max_tokens == 0:
-        return read(model, prompts[0], state, device)
+        return read(decoder.model, prompts[0], state, device)
     stop = stops(enc) if cfg.stop else ()
     n, B = cfg.max_tokens, len(texts)
-    if model.cfg.positions == "learned" and "a" in model.cfg.mixers:  # attention ends at its last learned position
-        n = min(n, max(1, model.cfg.block_size - (state.position if state else 0) - longest + 1))
+    if decoder.cfg.positions == "learned" and "a" in decoder.cfg.mixers:  # attention ends at its last learned position
+        end = (state.position if state else 0) + longest
+        if end > decoder.cfg.block_size:
+            raise ValueError(f"the prompt ends at position {end}, the model has learned {decoder.cfg.block_size}: shorten it"
+                             + (f", or begin without the {state.position} of --load_state" if state else ""))
+        n = min(n, decoder.cfg.block_size - end + 1)
     generators = [torch.Generator(device).manual_seed(cfg.seed) for _ in texts]
-    steps = generate(optimize_for_inference(model), prompts if cfg.prompts else torch.tensor(prompts, device=device), n, stop=stop,
+    steps = generate(decoder, prompts if cfg.prompts else torch.tensor(prompts, device=device), n, stop=stop,
                      generator=generators if cfg.prompts else generators[0], state=state and select(state, [0] * B), **options)
     streams = [Characters(enc) for _ in texts]
     samples, times = list(texts), [time.perf_counter()]
@@ -268,7 +275,7 @@ def write(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, texts: list[str]
     speed = f"prefill {read_tokens} tokens, {read_tokens / (times[1] - times[0]):,.0f} tokens/s"
     if n:
         speed += f"; decode {B} x {n} tokens, {B * n / (times[-1] - times[1]):,.0f} tokens/s"
-    print(f"{speed}\n{memory(state, model.cfg, B)}", file=sys.stderr)
+    print(f"{speed}\n{memory(state, decoder.cfg, B)}", file=sys.stderr)
     return state, [token for token in tokens.tolist() if token not in stop]
 
 
@@ -290,16 +297,16 @@ def memory(state: State | Batches, cfg: ModelConfig, B: int = 1) -> str:
             f"{kv_bytes(cfg, longest):,}")
 
 
-def chat(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
+def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
          unread: list[int]) -> tuple[State, list[int]]:
     """Answer each line of stdin; one state hears them all. texts[0], if there is any, is the first message. Returns as `write`."""
     if not getattr(enc, "chat", None):
         raise ValueError(f"{cfg.ckpt} has no chat template that frames each message: take an instruct model, or leave --chat away to continue a text")
     if cfg.num_samples > 1 or not cfg.stop:
         raise ValueError("--chat has one conversation whose answers end: leave --num_samples and --no-stop away")
-    decoder, generator, stop = optimize_for_inference(model), torch.Generator(device).manual_seed(cfg.seed), stops(enc)
+    generator, stop = torch.Generator(device).manual_seed(cfg.seed), stops(enc)
     state = state and compress(state, cfg.state_dtype)  # while it waits
-    longest = model.cfg.block_size if model.cfg.positions == "learned" and "a" in model.cfg.mixers else math.inf
+    longest = decoder.cfg.block_size if decoder.cfg.positions == "learned" and "a" in decoder.cfg.mixers else math.inf
     for message in messages(texts[0]):
         ids, _ = encode_turns(enc, [("user", message)], opens=state is None, reply=True)
         room = longest + 1 - len(unread + ids) - (state.position if state else 0)
@@ -315,7 +322,7 @@ def chat(cfg: SampleConfig, model: LM, enc: tiktoken.Encoding, texts: list[str],
         _, end, after = enc.chat["assistant"]  # whatever ended the answer, the next message stands behind a whole one
         unread = [token] * (token not in stop) + enc.encode(end + after, allowed_special="all")
     if state:
-        print(memory(state, model.cfg), file=sys.stderr)
+        print(memory(state, decoder.cfg), file=sys.stderr)
     elif cfg.save_state:
         raise ValueError("--save_state: nothing was said, so there is nothing to save")
     return state, unread

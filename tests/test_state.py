@@ -323,12 +323,25 @@ def test_a_chat_goes_on_in_another_process(talker, dtype, tmp_path, capsys, monk
     assert isinstance(back.layers[0][0][1], Int8) == (dtype == "int8") and unread[-1] == 10
 
 
+def test_a_text_ends_at_the_last_learned_position_whatever_was_read_before(tmp_path, capsys):
+    """Nothing is printed before what cannot go on is refused; what can goes on to the last position."""
+    save_model(tiny_model(positions="learned", block_size=16), tmp_path / "m", {"tokenizer": "bytes"})
+    base, state = ["--ckpt", str(tmp_path / "m"), "--no-stop", "--temperature", "0"], str(tmp_path / "s.state")
+    main([*base, "--prompt", "a" * 9, "--save_state", state])  # 10 tokens, and 7 more of which the last is not read
+    assert "decode 1 x 6 tokens" in capsys.readouterr().err
+    for args, word in ((["--load_state", state, "--prompt", "b"], "position 18, the model has learned 16: shorten it, or begin without the 16 of"),
+                       (["--load_state", state], "position 17"), (["--prompt", "a" * 16], "position 17, the model has learned 16: shorten it")):
+        with pytest.raises(ValueError, match=word) as e:
+            main([*base, *args])
+        assert capsys.readouterr().out == "" and one_line(e.value)
+
+
 def test_bad_states_of_the_script_are_one_line(folder, talker, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "p.txt").write_text("a\nb\n")
     p, s = str(tmp_path / "p.txt"), str(tmp_path / "s.state")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    for args, word in ((["--load_state", p], "damaged or no state"), (["--load_state", "none"], "no state at"), (["--state_dtype", "int4"], "state_dtype"),
+    for args, word in ((["--load_state", p], "damaged or no state"), (["--load_state", "none"], "no state at"), (["--state_dtype", "int4"], "state_dtype"), (["--dtype", "int8"], "dtype = 'int8': choose one of float32, float16, bfloat16"),
                        (["--save_state", s, "--num_samples", "2"], "num_samples"), (["--save_state", s, "--prompts", p], "prompts"),
                        (["--prompts", p, "--prompt", "a"], "prompt"), (["--prompts", str(tmp_path / "empty.txt")], "has no line"),
                        (["--prompts", "none.txt"], "can't be read"), (["--max_tokens", "0"], "max_tokens"),
