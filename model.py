@@ -74,9 +74,9 @@ class ModelConfig:
     norm: str = "layernorm"      # layernorm, rmsnorm
     norm_eps: float = 1e-5
     norm_bias: bool = True       # of layernorm
-    bias: bool = False           # of the linear maps behind attention and in the MLP
-    o_bias: bool | None = None   # of the map behind attention alone; None = bias
-    ln0: bool = True             # a norm behind the embedding, as RWKV has it
+    bias: bool = False           # of the linear maps after attention and in the MLP
+    o_bias: bool | None = None   # of the map after attention alone; None = bias
+    ln0: bool = True             # a norm after the embedding, as RWKV has it
     tied: bool = False           # the head is the embedding's weight
 
     def __post_init__(self):
@@ -443,7 +443,7 @@ class LM(nn.Module):
         return self.ln_out(x), State(start + tokens.shape[1], tuple(after))
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64, continuing from `state` -> logits (B, T, V) and the state behind the last token.
+        """tokens (B, T) int64, continuing from `state` -> logits (B, T, V) and the state after the last token.
 
         Raises ValueError for a token outside the vocabulary, and for text longer than an attention model's learned positions.
         """

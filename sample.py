@@ -8,7 +8,7 @@
     python sample.py --ckpt out/rwkv --load_state book.state --prompt " And then"        goes on without the book
 
 What it is: the prompt in pieces, then one token at a time from the state. RWKV-7's state has the same size after ten
-tokens and after ten thousand; the last line on stderr puts it beside what attention would keep. Documents begin behind
+tokens and after ten thousand; the last line on stderr puts it beside what attention would keep. Documents begin after
 <|endoftext|> (or a token that the model has for it) in training, so prompts do too. In a chat the state goes on from
 answer to answer: nothing is read twice.
 What it is not: a server.
@@ -54,7 +54,7 @@ class SampleConfig:
     frequency: float = 0.0        # the same, once for each time
     seed: int = 1337
     stop: bool = True             # end at the model's end tokens; --no-stop goes on with another document
-    load_state: str | None = None  # go on behind a text that was read before
+    load_state: str | None = None  # continue a text that was read before
     save_state: str | None = None  # write what the model remembers in the end, for --load_state; with max_tokens 0 that is the prompt
     state_dtype: str = "float32"  # of a state in a file, and in a chat while it waits: float32, bfloat16, float16, int8
     dtype: str = "float32"        # of the matrices of a pure RWKV-7 while it generates: float32, bfloat16, float16; half the memory to read for a token
@@ -68,7 +68,7 @@ def check(n: int, temperature: float, top_k: int | None, top_p: float | None, pr
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature = {temperature}: it must be a number of at least 0 (0 = greedy)")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k = {top_k}: it must be at least 1; leave it away to keep every token")
+        raise ValueError(f"top_k = {top_k}: it must be at least 1; omit it to keep every token")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p = {top_p}: it must be above 0 and at most 1")
     if not (math.isfinite(presence) and math.isfinite(frequency)):
@@ -196,10 +196,10 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.num_samples < 1:
         raise ValueError(f"num_samples = {cfg.num_samples}: it must be at least 1")
     if cfg.prompts and (cfg.prompt or cfg.chat or cfg.num_samples > 1):
-        raise ValueError("--prompts has one text for each line of its file: leave --prompt, --chat and --num_samples away")
+        raise ValueError("--prompts has one text for each line of its file: omit --prompt, --chat and --num_samples")
     if cfg.save_state and (cfg.prompts or cfg.num_samples > 1):
-        raise ValueError("--save_state writes the state of one text: leave --prompts and --num_samples away")
-    if cfg.save_state and Path(cfg.save_state).is_dir():  # found out before all the reading, not behind it
+        raise ValueError("--save_state writes the state of one text: omit --prompts and --num_samples")
+    if cfg.save_state and Path(cfg.save_state).is_dir():  # found out before all the reading, not after it
         raise ValueError(f"--save_state {cfg.save_state} is a folder: name a file")
     for name, choices in (("state_dtype", list(DTYPES)), ("dtype", [name for name in DTYPES if name != "int8"])):
         if getattr(cfg, name) not in choices:
@@ -239,7 +239,7 @@ def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: li
     Returns the state in the end, and what it has not read.
     """
     prompts = [unread + enc.encode_ordinary(text) if state else [*opening(enc), *enc.encode_ordinary(text)] for text in texts]
-    prompts = [prompt or opening(enc) for prompt in prompts]  # behind all that was read, and nothing to go on with: another document
+    prompts = [prompt or opening(enc) for prompt in prompts]  # after all that was read, and with nothing to continue: another document
     highest, longest = max(map(max, prompts)), max(map(len, prompts))
     if highest >= decoder.cfg.vocab_size:
         raise ValueError(f"the prompt has token {highest}, the model's vocabulary ends at {decoder.cfg.vocab_size - 1}: "
@@ -301,9 +301,9 @@ def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: lis
          unread: list[int]) -> tuple[State, list[int]]:
     """Answer each line of stdin; one state hears them all. texts[0], if there is any, is the first message. Returns as `write`."""
     if not getattr(enc, "chat", None):
-        raise ValueError(f"{cfg.ckpt} has no chat template that frames each message: take an instruct model, or leave --chat away to continue a text")
+        raise ValueError(f"{cfg.ckpt} has no chat template that frames each message: take an instruct model, or omit --chat to continue a text")
     if cfg.num_samples > 1 or not cfg.stop:
-        raise ValueError("--chat has one conversation whose answers end: leave --num_samples and --no-stop away")
+        raise ValueError("--chat has one conversation whose answers end: omit --num_samples and --no-stop")
     generator, stop = torch.Generator(device).manual_seed(cfg.seed), stops(enc)
     state = state and compress(state, cfg.state_dtype)  # while it waits
     longest = decoder.cfg.block_size if decoder.cfg.positions == "learned" and "a" in decoder.cfg.mixers else math.inf
@@ -319,7 +319,7 @@ def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: lis
             print("" if token in stop else stream(token), end="", flush=True)
         print(stream(None), flush=True)
         state = compress(state, cfg.state_dtype)
-        _, end, after = enc.chat["assistant"]  # whatever ended the answer, the next message stands behind a whole one
+        _, end, after = enc.chat["assistant"]  # whatever ended the answer, the next message follows a whole one
         unread = [token] * (token not in stop) + enc.encode(end + after, allowed_special="all")
     if state:
         print(memory(state, decoder.cfg), file=sys.stderr)

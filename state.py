@@ -1,7 +1,7 @@
 """What a model remembers, as a value: read a text into it, set rows of it side by side, make it small, keep it in a file.
 
     logits, book = process(model, tokens)          any length, a piece at a time; no call changes a state
-    a = generate(model, question, 100, state=book)     so both of these go on from the same book
+    a = generate(model, question, 100, state=book)     so both of these continue the same book
     b = generate(model, another, 100, state=book)
     save_state("book.state", model, compress(book, "int8"), "bytes")
 
@@ -44,7 +44,7 @@ class Int8(NamedTuple):
 
 @torch.no_grad()
 def process(model: LM, tokens: Tensor, state: State | None = None, piece: int = PIECE) -> tuple[Tensor, State]:
-    """Read tokens (B, T >= 1) behind `state`: logits (B, V) of what comes next, and the state. Needs memory for one piece's activations.
+    """Read tokens (B, T >= 1), continuing from `state`: logits (B, V) of what comes next, and the state. Needs memory for one piece's activations.
 
     Raises ValueError for an empty text or piece, and what LM raises.
     """
@@ -56,7 +56,7 @@ def process(model: LM, tokens: Tensor, state: State | None = None, piece: int = 
 
 
 def process_rows(model: LM, rows: Sequence[Tensor], state: State | None = None, piece: int = PIECE) -> tuple[Tensor, list[State]]:
-    """Read rows (T_i >= 1,) of any lengths behind `state`: logits (B, V), and each row's state.
+    """Read rows (T_i >= 1,) of any lengths, continuing from `state`: logits (B, V), and each row's state.
 
     All read as far as the shortest goes; whoever is at the end steps out, the others read on. So nothing is padded, no state
     sees what is not its text, and every token is computed once.

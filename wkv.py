@@ -126,7 +126,7 @@ def wkv7_chunk(r, w, k, v, kk, a, state, lowest: float):
         return wkv7_loop(r, w, k, v, kk, a, state)
     n = -(-T // L)
 
-    def chunks(x):  # a view (n, B, H, L, N); zeros behind T leave S as it is: decay e^0, nothing erased or written
+    def chunks(x):  # a view (n, B, H, L, N); zeros beyond T leave S as it is: decay e^0, nothing erased or written
         x = F.pad(x, (0, 0, 0, 0, 0, n * L - T)) if n * L > T else x
         return x.view(B, n, L, H, N).permute(1, 0, 3, 2, 4)
 

@@ -18,8 +18,8 @@ in near float32. What is left touches values, in the inputs' precision (docs/chu
     y = R S^T + F v            S_L = (S + (P S^T)^T b~ + v^T K) diag(D)         D = W_L
 
     walk        forward: S in registers, chunk after chunk; writes y, and for the backward pass the state before each chunk
-    walk_back   backward: dS in registers, last chunk first; writes the gradient of the state behind each chunk
-    gradients   every chunk at once, from the state before it and the gradient of the state behind it
+    walk_back   backward: dS in registers, last chunk first; writes the gradient of the state after each chunk
+    gradients   every chunk at once, from the state before it and the gradient of the state after it
 
 Rows of S, its value channels, never meet in the walks: a program holds BV of them. Where heads are too few to fill the
 chip, the text is also cut into segments that are walked side by side (see `walk`).
@@ -187,7 +187,7 @@ def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, 
 @triton.jit
 def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first, T, H, chunks, m, segments, N: tl.constexpr,
               L: tl.constexpr, BV: tl.constexpr, MODE: tl.constexpr, PROBE: tl.constexpr):
-    """The way back over one segment, which makes dS M^T + C' of the gradient dS behind it. jumps_back: C' (BH, segments, N, N)."""
+    """The way back over one segment, which makes dS M^T + C' of the gradient dS after it. jumps_back: C' (BH, segments, N, N)."""
     head, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     n, rows = tl.arange(0, N), tl.program_id(1) * BV + tl.arange(0, BV)
     start, stride, square = place(head, T, H, N), H * N, rows[:, None] * N + n[None, :]
