@@ -42,7 +42,7 @@ class ModelConfig:
     block_size: int = 256        # tokens per training sequence; a hard limit only for learned positions
     n_layer: int = 3
     n_embd: int = 96
-    mixer: str = "a"             # a = attention, r = RWKV-7, repeated over the layers, or the layers that are RWKV-7 by a name: mixer_letters
+    mixer: str = "a"             # one letter a layer, repeated (a = attention, r = RWKV-7), or all, first:K, ...: see mixer_letters
     # attention
     n_head: int = 3
     n_kv_head: int | None = None  # grouped heads: fewer keys and values than queries; None = n_head
@@ -112,6 +112,11 @@ class ModelConfig:
         return mixer_letters(self)
 
     @property
+    def longest(self) -> int | None:
+        """Most tokens that the model can read; None = any number. Only attention with learned positions has a limit."""
+        return self.block_size if self.positions == "learned" and "a" in self.mixers else None
+
+    @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
 
@@ -139,29 +144,27 @@ def mixer_letters(cfg: ModelConfig) -> str:
 
     Letters are repeated over the layers ("a", "rrra"). Every name says which layers are RWKV-7; the others are attention:
     `all`; `every:K`: 0, K, 2K, ...; `alternate`: every:2; `first:K`, `last:K`: K of them; a list such as `0,2,5`.
-    `auto:T` keeps as many attention layers as T tokens have room for in the memory that attention everywhere needs for
-    block_size tokens, and sets each at the end of an equal share of the layers, the last one at the model's end.
+    `auto:T`: as many layers stay attention as fit. After T tokens the model may hold no more than it would with attention
+    in every layer after block_size tokens. They are spread evenly, the last in the last layer.
     Raises ValueError for any other pattern, and for layers that the model does not have.
     """
     pattern, L = cfg.mixer, cfg.n_layer
     name, _, number = pattern.partition(":")
     if pattern and set(pattern) <= set("ar") and len(pattern) <= L:
         return (pattern * L)[:L]
+    K = int(number) if number.isdecimal() else 0
     rwkv: set[int] | None = None
     if pattern in ("all", "alternate"):
         rwkv = set(range(0, L, 1 if pattern == "all" else 2))
     elif all(part.isdecimal() and int(part) < L for part in pattern.split(",")):
         rwkv = set(map(int, pattern.split(",")))
-    elif number.isdecimal() and 1 <= int(number) and (name == "auto" or int(number) <= L):
-        K = int(number)
-        if name == "auto":
-            per_token, fixed = cache_bytes(cfg, "a", 1), cache_bytes(cfg, "r", 1)
-            # a per_token K + (L - a) fixed <= L per_token block_size, for a attention layers
-            room, price = L * (per_token * cfg.block_size - fixed), per_token * K - fixed
-            n = L if K <= cfg.block_size else min(L, max(0, room // max(1, price)))
-            rwkv = set(range(L)) - {(i + 1) * L // n - 1 for i in range(n)}
-        else:
-            rwkv = {"first": set(range(K)), "last": set(range(L - K, L)), "every": set(range(0, L, K))}.get(name)
+    elif name == "auto" and K >= 1:
+        T, cache, fixed = K, cache_bytes(cfg, "a", 1), cache_bytes(cfg, "r", 1)  # bytes: per token; in all
+        # the most attention layers n with n T cache + (L - n) fixed <= L block_size cache
+        n = max((n for n in range(L + 1) if n * T * cache + (L - n) * fixed <= L * cfg.block_size * cache), default=0)
+        rwkv = set(range(L)) - {(i + 1) * L // n - 1 for i in range(n)}
+    elif 1 <= K <= L:
+        rwkv = {"first": set(range(K)), "last": set(range(L - K, L)), "every": set(range(0, L, K))}.get(name)
     if rwkv is None:
         raise ValueError(f"mixer = {pattern!r}: with n_layer = {L} write a (attention) and r (RWKV-7) for up to {L} layers, all, alternate, first:K, "
                          f"last:K or every:K with K up to {L}, numbers of RWKV-7 layers from 0 to {L - 1} with commas, or auto:T for T tokens")
@@ -172,6 +175,11 @@ def cache_bytes(cfg: ModelConfig, kind: str, T: int) -> int:
     """What a mixer of this kind, a or r, remembers of T tokens in float32: keys and values, or the last x and S."""
     A = cfg.rwkv_size or cfg.n_embd
     return 4 * (T * 2 * cfg.kv_heads * cfg.att_head_size if kind == "a" else cfg.n_embd + A * cfg.rwkv_head_size)
+
+
+def remembered_bytes(cfg: ModelConfig, T: int) -> int:
+    """What the whole model remembers of T tokens in float32, State.nbytes(): its mixers' caches, and ChannelMix's last x."""
+    return sum(cache_bytes(cfg, kind, T) for kind in cfg.mixers) + 4 * cfg.n_embd * cfg.n_layer * (cfg.ffn == "channelmix")
 
 
 @dataclass(frozen=True)
@@ -452,8 +460,8 @@ class LM(nn.Module):
 
     def position_ids(self, start: int, T: int) -> Tensor:
         """Learned positions end at block_size. A pure RNN goes on at the last one; attention there was never trained."""
-        if start + T > self.cfg.block_size and "a" in self.cfg.mixers:
-            raise ValueError(f"position {start + T} is beyond the {self.cfg.block_size} learned positions: shorten the text")
+        if self.cfg.longest and start + T > self.cfg.longest:
+            raise ValueError(f"position {start + T} is beyond the {self.cfg.longest} learned positions: shorten the text")
         return torch.arange(start, start + T, device=self.pos.weight.device).clamp(max=self.cfg.block_size - 1)
 
     def n_params(self) -> int:

@@ -15,9 +15,8 @@ What it is not: a profiler; what one layer's backward pass needs for a moment is
 
 import torch
 
-from model import LM, ModelConfig, cache_bytes
-
-CHUNK = 32  # tokens of the operator's chunked form
+from model import LM, ModelConfig, cache_bytes, remembered_bytes
+from wkv import longest_chunk
 
 
 def on_paper(cfg: ModelConfig) -> LM:
@@ -28,21 +27,29 @@ def on_paper(cfg: ModelConfig) -> LM:
 
 def unit(n: float) -> str:
     """Bytes for people, in powers of 1000."""
-    power = next((p for p, name in enumerate(("bytes", "kB", "MB", "GB")) if n < 1000 ** (p + 1)), 4)
-    return f"{n / 1000**power:,.{0 if power == 0 else 2}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+    if n < 1000:
+        return f"{n:,.0f} bytes"
+    for name in ("kB", "MB", "GB", "TB"):
+        n /= 1000
+        if n < 1000:
+            break
+    return f"{n:,.2f} {name}"
 
 
 def describe(cfg: ModelConfig, T: int) -> str:
     """A table for people: layers, parameters of the mixers and memory of T tokens, of attention and of RWKV-7.
 
-    Shares of parameters are of the whole model's, shares of memory of all that the mixers remember, in float32.
+    Shares of parameters are of the whole model's, shares of memory of all that the mixers remember, in float32; the first line
+    counts ChannelMix's last x too, and is State.nbytes().
     Raises ValueError for T < 1.
     """
     if T < 1:
         raise ValueError(f"describe at T = {T} tokens: it must be at least 1")
     model = on_paper(cfg)
     total, memory = model.n_params(), {kind: cfg.mixers.count(kind) * cache_bytes(cfg, kind, T) for kind in "ar"}
-    lines = [f"{cfg.n_layer} layers, {cfg.mixers}; {total:,} parameters; memory of {T:,} tokens: {unit(sum(memory.values()))}"]
+    lines = [f"{cfg.n_layer} layers, {cfg.mixers}; {total:,} parameters; memory of {T:,} tokens: {unit(remembered_bytes(cfg, T))}"]
+    if cfg.ffn == "channelmix":
+        lines[0] += f", {unit(remembered_bytes(cfg, T) - sum(memory.values()))} of it in ChannelMix"
     for kind, name in (("a", "attention"), ("r", "RWKV-7")):
         layers = [block.att for block, letter in zip(model.blocks, cfg.mixers) if letter == kind]
         n = sum(p.numel() for layer in layers for p in layer.parameters())
@@ -51,40 +58,86 @@ def describe(cfg: ModelConfig, T: int) -> str:
     return "\n".join(lines)
 
 
-def activation_floats(cfg: ModelConfig, T: int) -> float:
-    """Numbers per token that autograd keeps for the backward pass, read off model.py: T is the sequence's length.
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations: numbers per token that autograd keeps for the backward pass, on each line those of the tensors named beside it.
+# A product keeps both factors, a matrix product its input, a nonlinearity its input or its output.
 
-    A product of two things keeps both, a matrix product its input, a nonlinearity its output, a norm its input.
-    """
-    C, A, H, F = cfg.n_embd, cfg.rwkv_size or cfg.n_embd, cfg.n_head, cfg.ffn_width
-    q, kv = H * cfg.att_head_size, cfg.kv_heads * cfg.att_head_size
-    norm = C + 2 if cfg.norm == "layernorm" else 2 * C + 1
-    # x; q, k, v and y; the softmax's sum; with rope y once more in another order
-    attention = C + 2 * q + 2 * kv + H + q * (cfg.positions == "rope") + (2 * q + 2 * kv) * cfg.qk_norm
-    # x (channelmix: x_k and x_{t-1} - x_t); key's output and the nonlinearity's; swiglu: both of gate's and their product too
-    ffn = {"swiglu": C + 4 * F, "channelmix": 2 * C + 2 * F}.get(cfg.ffn, C + 2 * F)
-    # x_{t-1} - x_t and the mixes; sigmoids of w and a, what makes k, kk and kk * a of them, output's input; ranks of w and a
-    H = A // cfg.rwkv_head_size
-    rwkv = (C * (6 + cfg.gate) if cfg.token_shift else C) + 8 * A + 2 * H + cfg.rank("w") + cfg.rank("a")
-    rwkv += (A + 2 * H) * cfg.group_norm + (4 * A + H) * cfg.bonus + (2 * A + cfg.rank("g")) * cfg.gate + 4 * A * cfg.qk_norm
-    rwkv += operator_floats(A, cfg.rwkv_head_size, T)
-    residual = 2 * A + cfg.rank("v")                       # v and its sigmoid, in every RWKV layer but the first
-    a, r = (cfg.mixers.count(kind) for kind in "ar")
-    return a * attention + r * rwkv + max(0, r - 1) * residual + cfg.n_layer * (2 * norm + ffn) + norm * (1 + cfg.ln0) + C + cfg.vocab_size
+def activation_floats(cfg: ModelConfig, T: int) -> float:
+    """Of the whole model, reading sequences of T tokens."""
+    attention, rwkv = (cfg.mixers.count(kind) for kind in "ar")
+    norm = cfg.n_embd + 2 if cfg.norm == "layernorm" else 2 * cfg.n_embd + 1   # x, its mean and deviation; rmsnorm: x, x / rms, rms
+    residual = 2 * (cfg.rwkv_size or cfg.n_embd) + cfg.rank("v")               # v, its sigmoid, x_v v1
+    return (attention * attention_floats(cfg)
+            + rwkv * time_mixer_floats(cfg, T)
+            + max(0, rwkv - 1) * residual                                      # the first RWKV layer has none
+            + cfg.n_layer * ffn_floats(cfg)
+            + (cfg.ln0 + 2 * cfg.n_layer + 1) * norm                           # ln0; ln1 and ln2; ln_out
+            + cfg.n_embd                                                       # head's input
+            + cfg.vocab_size)                                                  # log probabilities
+
+
+def attention_floats(cfg: ModelConfig) -> int:
+    """Of CausalSelfAttention."""
+    q, kv = cfg.n_head * cfg.att_head_size, cfg.kv_heads * cfg.att_head_size
+    return (cfg.n_embd                                   # x
+            + q + 2 * kv                                 # q, k, v
+            + q + cfg.n_head                             # y, the softmax's sum
+            + q * (cfg.positions == "rope")              # y in o_proj's order
+            + 2 * (q + kv) * cfg.qk_norm)                # q and k before the norm, and divided by their rms
+
+
+def time_mixer_floats(cfg: ModelConfig, T: int) -> float:
+    """Of TimeMixer, without the value residual."""
+    C, A, N = cfg.n_embd, cfg.rwkv_size or cfg.n_embd, cfg.rwkv_head_size
+    H = A // N
+    return (C                                            # x_{t-1} - x_t; without token shift x
+            + (5 + cfg.gate) * C * cfg.token_shift       # the mixes for r, k, v, w, a and gate
+            + 4 * A * cfg.qk_norm                        # r and k before the norm, and divided by their rms
+            + cfg.rank("w") + A                          # tanh(x_w w1), w's sigmoid
+            + cfg.rank("a") + A                          # x_a a1, a
+            + 2 * A + 2 * H                              # k, k k_k, its length before and after the clamp
+            + 2 * A                                      # a - 1, 1 + (a - 1) k_a
+            + A                                          # kk
+            + operator_floats(A, N, T)
+            + (A + 2 * H) * cfg.group_norm               # y, its mean and deviation
+            + (4 * A + H) * cfg.bonus                    # r, k, r k, v; the sum
+            + (cfg.rank("g") + 2 * A) * cfg.gate         # sigmoid(x_g g1), gate, y
+            + A)                                         # output's input
 
 
 def operator_floats(A: int, N: int, T: int) -> float:
-    """As activation_floats, of wkv7 in chunks of L tokens: W and 1/W, z~ r~, b~ k~, U v (2A each) and P; two matrices and an inverse
-    of L x L a head, one S (N, N) a chunk."""
-    L = min(CHUNK, -(-T // 16) * 16)
-    return 11 * A + 5 * L * A / N + A * N / L
+    """Of wkv7 in chunks of L tokens, by the names in WKV7Chunk; one number per chunk and head is A / (L N) per token.
 
+    Below 16 tokens wkv7 takes its loop, which keeps two to three times as much.
+    """
+    L = longest_chunk(T)
+    return (4 * A                                        # decay, grow: 2L x N
+            + 4 * A                                      # zr, bk: 2L x N
+            + 4 * L * A / N                              # the four products: 2L x 2L
+            + L * A / N                                  # X: L x L
+            + A                                          # P: L x N
+            + 2 * A                                      # UV: 2L x N
+            + N * A / L)                                 # states: N x N
+
+
+def ffn_floats(cfg: ModelConfig) -> int:
+    """Of MLP or ChannelMix."""
+    C, width = cfg.n_embd, cfg.ffn_width
+    return (C                                            # key's input
+            + C * (cfg.ffn == "channelmix")              # x_{t-1} - x_t
+            + width                                      # key's output; relu's where there is one
+            + 2 * width * (cfg.ffn == "swiglu")          # gate's output, silu's
+            + width)                                     # value's input
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
 
 def training_bytes(cfg: ModelConfig, B: int, T: int, n_gpus: int = 1) -> dict[str, float]:
     """Bytes on each GPU at a step's peak, the end of a forward pass, by what they hold; B sequences of T tokens on each.
 
-    Gradients count as if they were there already, as with --accum 2 or DDP they are; what autograd itself needs there is the
-    gradient of the logits, twice. Raises ValueError for n_gpus < 1.
+    Gradients are counted in full: with accum > 1 or DDP they exist already when the last forward pass ends. On top comes the
+    logits' gradient, twice, as the backward pass of the loss makes it. Raises ValueError for n_gpus < 1.
     """
     if n_gpus < 1:
         raise ValueError(f"plan = {n_gpus}: it is the number of GPUs, at least 1")

@@ -116,10 +116,15 @@ def wkv7_loop(r, w, k, v, kk, a, S):
 # U depends on S0 linearly, U = P S0^T + G, with P and G known for every chunk at once. Only the two small products that
 # make U and S_L from them walk through the chunks in order.
 
+def longest_chunk(T: int) -> int:
+    """Tokens per chunk of a text of T tokens, where the decays allow it."""
+    return min(CHUNK, -(-T // 16) * 16)
+
+
 def wkv7_chunk(r, w, k, v, kk, a, state, lowest: float):
     """Pad to whole chunks, put the chunks side by side, and run the chunked form with its own backward pass."""
     B, T, H, N = r.shape
-    L = min(CHUNK, -(-T // 16) * 16)
+    L = longest_chunk(T)
     while L >= 8 and not -lowest * L <= MAX_LOG:  # shorter chunks for faster decays ("not <=": NaN ends in the loop)
         L //= 2
     if L < 8:

@@ -12,7 +12,7 @@ from data.loader import Loader
 from distill import DistillConfig, StudentConfig, align_loss, make_student, prepare_stage, propose, rank_layers, wrap
 from evaluate import compare
 from model import ModelConfig, cache_bytes, load_model, save_model
-from plan import describe
+from plan import describe, unit
 from train import FitConfig
 
 
@@ -20,7 +20,7 @@ from train import FitConfig
     ("a", "aaaaaa"), ("r", "rrrrrr"), ("ra", "rarara"), ("rra", "rrarra"), ("arrrrr", "arrrrr"), ("rraa", "rraarr"),
     ("all", "rrrrrr"), ("alternate", "rarara"), ("every:1", "rrrrrr"), ("every:2", "rarara"), ("every:4", "raaara"), ("every:6", "raaaaa"),
     ("first:1", "raaaaa"), ("first:4", "rrrraa"), ("first:6", "rrrrrr"), ("last:1", "aaaaar"), ("last:4", "aarrrr"),
-    ("0,2,5", "raraar"), ("5,2", "aaraar"), ("3", "aaaraa"),
+    ("0,2,5", "raraar"), ("5,2", "aaraar"), ("3", "aaaraa"), ("0,0", "raaaaa"), ("auto:1", "aaaaaa"), ("auto:10000000000", "rrrrrr"),
 ])
 def test_every_pattern_names_the_layers_that_are_rwkv(pattern, letters):
     assert ModelConfig(n_layer=6, mixer=pattern).mixers == letters
@@ -57,12 +57,23 @@ def test_auto_keeps_as_many_attention_layers_as_the_memory_of_block_size_has_roo
 
 
 @pytest.mark.parametrize("pattern", ["", "rx", "rrrrrrr", "first:0", "first:7", "last:-1", "every:", "every:0", "every:x",
-                                     "6", "0,", ",", "auto:0", "auto", "all:2",
-                                     "alternate:2", "ALL", "most:3", "1.5", "first:1:2"])
+                                     "6", "-1", "0,", ",", "0, 2", "0-2", "auto:0", "auto", "auto:", "auto:-1", "auto:1e4", "all:2", " r", "r ", "a,r",
+                                     "alternate:2", "ALL", "RA", "most:3", "1.5", "first:1:2", ":", ":2"])
 def test_any_other_pattern_is_refused_in_one_line_that_says_what_there_is(pattern):
     with pytest.raises(ValueError, match="first:K") as e:
         ModelConfig(n_layer=6, mixer=pattern)
     assert repr(pattern) in one_line(e.value) and "n_layer = 6" in str(e.value)
+
+
+@pytest.mark.parametrize("positions, mixer, longest", [("learned", "a", T), ("learned", "ra", T), ("learned", "all", None), ("rope", "a", None),
+                                                       ("none", "ra", None)])
+def test_only_attention_with_learned_positions_has_a_longest_text(positions, mixer, longest):
+    model = tiny_model(positions=positions, mixer=mixer)
+    assert model.cfg.longest == longest
+    _, state = model(random_batch(length=longest or 2 * T).x)
+    if longest:
+        with pytest.raises(ValueError, match=f"position {T + 1} is beyond the {T} learned"):
+            model(random_batch(length=1).x, state)
 
 
 @pytest.mark.parametrize("pattern", ["ra", "rrra", "alternate", "1,2", "auto:64"])
@@ -106,12 +117,14 @@ def numbers(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("n", [1, 9, 1000])
-@pytest.mark.parametrize("shape", [{"mixer": "all"}, {"mixer": "a"}, {"mixer": "1,2", "n_kv_head": 1}, {"mixer": "first:1", "rwkv_size": 64}], ids=str)
+@pytest.mark.parametrize("shape", [{"mixer": "all"}, {"mixer": "a"}, {"mixer": "1,2", "n_kv_head": 1}, {"mixer": "first:1", "rwkv_size": 64},
+                                   {"mixer": "all", "ffn": "channelmix"}], ids=str)
 def test_describe_counts_what_a_real_model_has_and_remembers(shape, n):
     model = tiny_model(n_layer=3, **shape)
     head, *rows = describe(model.cfg, n).splitlines()
     assert model.cfg.mixers in head and numbers(head)[:2] == [3, model.n_params()]
     state = model(torch.zeros(1, n, dtype=torch.long))[1]
+    assert head.partition(f"memory of {n:,} tokens: ")[2] == unit(state.nbytes()) + (", 384 bytes of it in ChannelMix" if "ffn" in shape else "")
     count = lambda s: s.nbytes if isinstance(s, torch.Tensor) else sum(map(count, s)) if isinstance(s, tuple) else 0  # noqa: E731
     layers = state.layers
     total = sum(count(layer[0]) for layer in layers)

@@ -12,8 +12,9 @@ import train
 from common import REPO, one_line, tiny_model
 from config import apply, load_preset
 from decode import kv_bytes
-from model import LM, ModelConfig, save_model
-from plan import activation_floats, describe, on_paper, plan, training_bytes
+from evaluate import state_bytes
+from model import LM, ModelConfig, remembered_bytes, save_model
+from plan import activation_floats, describe, on_paper, plan, training_bytes, unit
 from train import TrainConfig
 
 
@@ -37,10 +38,40 @@ def test_a_preset_prints_its_plan(name, capsys):
     train.main([str(REPO / "config" / f"{name}.toml"), "--plan", "8"])
     cfg, said = preset(name), capsys.readouterr().out
     P = on_paper(cfg.model).n_params()
-    state = cfg.model.n_layer * 4 * (cfg.model.n_embd + cfg.model.n_embd * 64)  # last x, and heads of 64 x 64
-    for number in (f"{P:,} parameters", f"{state / 1e6:.2f} MB", f"{8 * P / 1e9:.2f} GB" if P > 1e9 else f"{8 * P / 1e6:.2f} MB", "per GPU of 8",
+    state = cfg.model.n_layer * 4 * (2 * cfg.model.n_embd + cfg.model.n_embd * 64)  # two last x, and heads of 64 x 64
+    for number in (f"{P:,} parameters", f"{state / 1e6:.2f} MB", f"{8 * P / 1e9:.2f} GB", "per GPU of 8",
                    f"{8 * cfg.fit.batch_size * cfg.fit.accum * cfg.model.block_size:,} tokens"):
         assert number in said, (number, said)
+
+
+@pytest.mark.parametrize("name", ["rwkv7-3b", "rwkv7-1b5", "rwkv7-124m"])
+def test_the_readmes_row_of_a_preset_is_its_plan_for_8_gpus(name):
+    cfg, fit = preset(name).model, preset(name).fit
+    B, T = fit.batch_size, fit.bptt_chunk or cfg.block_size
+    parts = training_bytes(cfg, B, T, 8)
+    gb = lambda *names: f"{sum(parts.pop(n) for n in names) / 1e9:.2f} GB"  # noqa: E731   each part stands in one column
+    together = f"{sum(parts.values()) / 1e9:.2f} GB"
+    cells = [f"`{name}`", f"{on_paper(cfg).n_params():,}", unit(remembered_bytes(cfg, 1)), gb("weights", "gradients", "optimizer", "DDP's buckets"),
+             f"{gb('activations')}, {B} x {T} tokens", gb("logits' gradient"), together]
+    assert not parts and f"| {' | '.join(cells)} |" in (REPO / "README.md").read_text(encoding="utf-8"), cells
+
+
+@pytest.mark.parametrize("n, text", [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (999_990, "999.99 kB"), (12_982_272, "12.98 MB"),
+                                     (68_049_600_000, "68.05 GB"), (10**12, "1.00 TB"), (1.2345e15, "1,234.50 TB")])
+def test_bytes_for_people(n, text):
+    assert unit(n) == text
+
+
+@pytest.mark.parametrize("ffn", ["gelu", "gelu_exact", "swiglu", "relu2", "channelmix"])
+@pytest.mark.parametrize("mixer", [{"mixer": "a"}, {"mixer": "a", "n_kv_head": 1, "head_size": 24}, {"mixer": "all"}, {"mixer": "all", "rwkv_size": 64},
+                                   {"mixer": "first:1"}, {"mixer": "1"}, {"mixer": "raa", "n_layer": 5}], ids=str)
+def test_remembered_bytes_are_those_of_a_state(mixer, ffn):
+    """Oracle: the state of a model that has read T tokens; evaluate's count, which runs the model, agrees."""
+    model = tiny_model(**mixer, ffn=ffn)
+    for T in (1, 2, 37):
+        with torch.no_grad():
+            _, state = model(torch.zeros(1, T, dtype=torch.long))
+            assert remembered_bytes(model.cfg, T) == state.nbytes() == state_bytes(model, T)
 
 
 def test_a_gpu_holds_as_much_however_many_there_are_but_for_ddps_buckets():
@@ -125,7 +156,16 @@ def test_the_plan_of_a_model_folder_and_of_pieces(tmp_path, capsys):
 
 def test_bad_plans_end_in_one_line():
     for flags, says in ((["--plan", "0"], "number of GPUs"), (["--plan", "-2"], "number of GPUs"), (["--plan", "many"], "plan"),
-                        (["config/none.toml", "--plan", "1"], "there are"), (["--plan", "1", "--init", "out/none"], "no model at")):
+                        (["--plan", "1.5"], "plan"), (["config/none.toml", "--plan", "1"], "there are"), (["--plan", "1", "--init", "out/none"], "no model at"),
+                        ([str(REPO / "config" / "rwkv7-3b.toml"), "--mixer", "ra", "--plan", "8"], "not divisible by n_head"),
+                        (["--plan", "1", "--block_size", "0"], "block_size = 0"), (["--plan", "1", "--vocab_size", "0"], "vocab_size = 0")):
         with pytest.raises(ValueError, match=says) as e:
             train.main(flags)
         one_line(e.value)
+
+
+@pytest.mark.parametrize("mixer", ["a", "r"])
+def test_the_smallest_model_has_a_plan(mixer, capsys):
+    train.main(["--mixer", mixer, "--plan", "1", "--vocab_size", "1", "--block_size", "1", "--batch_size", "1", "--n_layer", "1", "--n_embd", "32",
+                "--n_head", "1"])
+    assert "a step reads 1 tokens" in capsys.readouterr().out

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "model": {"wkv"},
     "evaluate": {"config", "data", "model", "wkv"},
     "bptt": {"data", "model"},
-    "plan": {"model"},
+    "plan": {"model", "wkv"},
     "train": {"bptt", "config", "data", "model", "wkv", "evaluate", "plan"},
     "distill": {"bptt", "config", "data", "model", "wkv", "evaluate", "plan", "train"},
     "recall": {"config", "data", "model", "evaluate", "train", "distill"},
