@@ -38,8 +38,8 @@ from torch.utils.checkpoint import checkpoint
 from bptt import backward_in_pieces
 from config import cli, run
 from data.loader import Batch
-from decode import kv_bytes, optimize_for_inference
-from model import LM, ModelConfig
+from decode import optimize_for_inference
+from model import LM, ModelConfig, cache_bytes
 from train import Step, cross_entropy_chunk
 from wkv import why_not_triton, wkv7
 
@@ -334,7 +334,7 @@ def bench_decode(cfg: BenchConfig, device: str) -> list[dict]:
             row["ratio"] = {"float32": max(speed["ours"], speed["ours, 1 thread"]) / theirs, "bfloat16": speed["ours, bfloat16"] / theirs}
             print("  ours is {float32:.2f} times as fast as rwkv (goal 2), {bfloat16:.2f} times with matrices in bfloat16".format(**row["ratio"]), flush=True)
         _, state = model(torch.zeros(1, 1, dtype=torch.long, device=device))
-        rows.append(row | {"state_bytes": state.nbytes(), "kv_bytes": {T: kv_bytes(shape, T) for T in (1024, 8192, 65536)}})
+        rows.append(row | {"state_bytes": state.nbytes(), "kv_bytes": {T: shape.n_layer * cache_bytes(shape, "a", T) for T in (1024, 8192, 65536)}})
 
     print(f"\nmemory of one text in bytes, float32\n{'':22}{'RWKV-7':>12}" + "".join(f"{f'attention, {T}':>19}" for T in rows[0]["kv_bytes"]))
     for row in rows:

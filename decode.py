@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import LM, Block, ModelConfig, State, cache_bytes, tensors, tree_map
+from model import LM, Block, State, tensors, tree_map
 
 
 class Decoder:
@@ -246,7 +246,3 @@ def optimize_for_inference(model: LM, dtype: torch.dtype | None = None) -> Decod
     """
     return Decoder(model, dtype)
 
-
-def kv_bytes(cfg: ModelConfig, T: int) -> int:
-    """Bytes that attention in all of this model's layers holds for T tokens in float32."""
-    return cfg.n_layer * cache_bytes(cfg, "a", T)

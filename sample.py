@@ -30,8 +30,8 @@ from torch import Tensor
 from config import cli, run
 from data.chat import encode_turns
 from data.tokenizer import load_tokenizer, opening, stops
-from decode import Decoder, kv_bytes, optimize_for_inference
-from model import LM, ModelConfig, State, load_model
+from decode import Decoder, optimize_for_inference
+from model import LM, ModelConfig, State, cache_bytes, load_model
 from state import DTYPES, compress, expand, join, load_state, process, process_rows, save_state, select
 
 Batches = list[tuple[list[int], State]]  # the rows that share a state, and it
@@ -126,8 +126,8 @@ def generate(model: "LM | Decoder", tokens: Tensor | Sequence[Sequence[int]], n:
         if len(row) == 0 or row.min() < 0 or row.max() >= cfg.vocab_size:
             raise ValueError(f"a prompt needs at least one token, all in 0 ... {cfg.vocab_size - 1}, the model's vocabulary: got {row.tolist()}"[:300])
     longest = (state.position if state else 0) + max(map(len, rows)) + n - 1
-    if cfg.positions == "learned" and "a" in cfg.mixers and longest > cfg.block_size:
-        raise ValueError(f"prompt and max_tokens need {longest} positions, the model has learned {cfg.block_size}: shorten one of them")
+    if cfg.longest and longest > cfg.longest:
+        raise ValueError(f"prompt and max_tokens need {longest} positions, the model has learned {cfg.longest}: shorten one of them")
 
     one = isinstance(tokens, Tensor)
     if one:
@@ -248,12 +248,11 @@ def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: li
         return read(decoder.model, prompts[0], state, device)
     stop = stops(enc) if cfg.stop else ()
     n, B = cfg.max_tokens, len(texts)
-    if decoder.cfg.positions == "learned" and "a" in decoder.cfg.mixers:  # attention ends at its last learned position
-        end = (state.position if state else 0) + longest
-        if end > decoder.cfg.block_size:
-            raise ValueError(f"the prompt ends at position {end}, the model has learned {decoder.cfg.block_size}: shorten it"
-                             + (f", or begin without the {state.position} of --load_state" if state else ""))
-        n = min(n, decoder.cfg.block_size - end + 1)
+    end, most = (state.position if state else 0) + longest, decoder.cfg.longest or math.inf
+    if end > most:
+        raise ValueError(f"the prompt ends at position {end}, the model has learned {most}: shorten it"
+                         + (f", or begin without the {state.position} of --load_state" if state else ""))
+    n = min(n, most - end + 1)
     generators = [torch.Generator(device).manual_seed(cfg.seed) for _ in texts]
     steps = generate(decoder, prompts if cfg.prompts else torch.tensor(prompts, device=device), n, stop=stop,
                      generator=generators if cfg.prompts else generators[0], state=state and select(state, [0] * B), **options)
@@ -294,7 +293,7 @@ def memory(state: State | Batches, cfg: ModelConfig, B: int = 1) -> str:
     states = [state] if isinstance(state, State) else [s for _, s in state]
     longest = max(s.position for s in states)
     return (f"memory of {longest:,} tokens: {sum(s.nbytes() for s in states) // B:,} bytes; attention with as many layers and heads keeps "
-            f"{kv_bytes(cfg, longest):,}")
+            f"{cfg.n_layer * cache_bytes(cfg, 'a', longest):,}")
 
 
 def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
@@ -306,7 +305,7 @@ def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: lis
         raise ValueError("--chat has one conversation whose answers end: omit --num_samples and --no-stop")
     generator, stop = torch.Generator(device).manual_seed(cfg.seed), stops(enc)
     state = state and compress(state, cfg.state_dtype)  # while it waits
-    longest = decoder.cfg.block_size if decoder.cfg.positions == "learned" and "a" in decoder.cfg.mixers else math.inf
+    longest = decoder.cfg.longest or math.inf
     for message in messages(texts[0]):
         ids, _ = encode_turns(enc, [("user", message)], opens=state is None, reply=True)
         room = longest + 1 - len(unread + ids) - (state.position if state else 0)

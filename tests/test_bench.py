@@ -13,9 +13,8 @@ import bench
 from bench import decode_sides, errors, fla_side, in_turns, least_bytes, main, operator_sides, random_rwkv, train_side
 from common import one_line, start, tiny_model
 from model import LM, ModelConfig
-from sample import kv_bytes
 
-TINY = ModelConfig(n_layer=2, n_embd=64, mixer="r", ffn="channelmix", rwkv_head_size=32, vocab_size=50)
+TINY = ModelConfig(n_layer=2, n_embd=64, n_head=2, mixer="r", ffn="channelmix", rwkv_head_size=32, vocab_size=50)
 
 
 def test_sides_run_in_turns_and_the_median_leaves_the_first_round_out(monkeypatch):
@@ -97,7 +96,7 @@ def test_the_script_prints_tables_and_writes_what_they_say(installed, tmp_path, 
     assert "(goal 3)" in out and f"{operator['ms']['attention']:.1f}" in out
     assert gpt["ratio"] == 1 and rwkv["ratio"] == pytest.approx(rwkv["tokens_per_s"] / gpt["tokens_per_s"])
     assert gpt["parameters"] == LM(bench.GPT).n_params() and f"{rwkv['tokens_per_s']:,.0f}" in out
-    assert decode["state_bytes"] == 4 * 2 * (2 * 32 * 32 + 64 + 64) and decode["kv_bytes"]["65536"] == kv_bytes(TINY, 65536)
+    assert decode["state_bytes"] == 4 * 2 * (2 * 32 * 32 + 64 + 64) and decode["kv_bytes"]["65536"] == 2 * 65536 * 2 * 4 * TINY.n_embd
     speed = decode["tokens_per_s"]
     read = decode["parameters"] - TINY.vocab_size * TINY.n_embd  # the embedding is one row
     assert decode["GB_per_s"]["ours"] == pytest.approx(4e-9 * read * speed["ours"]) and "LM" not in decode["GB_per_s"]

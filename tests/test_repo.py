@@ -60,17 +60,17 @@ def test_imports_form_a_dag_and_leaves_are_leaves():
 
 
 BUDGETS = {  # lines; about the file's present length. Whoever needs more raises the number in the same commit
-    "wkv.py": 220,
+    "wkv.py": 225,
     "wkv_triton.py": 400,    # out of wkv.py: Triton is not everywhere, and the definition is read without it
     "model.py": 610,         # beyond 400: official initial values and one-line refusals are both long lists; rope scaling; patterns of hybrids; trees of states
     "bptt.py": 115,
     "train.py": 605,         # beyond 330: stop conditions, exact resume and one-line errors for bad disks; steps in pieces, a carried state
     "convert.py": 540,       # beyond 300: five formats with a line for each setting that is refused, and a file format written by hand
-    "plan.py": 105,
+    "plan.py": 160,           # one term a line
     "recall.py": 320,        # three tasks, their report and plots
     "distill.py": 780,       # beyond 330: three stages with RWKVInside's options, each a switch, the controls, a look at the teacher; losses of pieces; ranks
     "evaluate.py": 300,      # beyond 180: the table over seeds
-    "decode.py": 210,        # taken out of sample.py: 36 operations a layer instead of 71; matrices in 16 bits
+    "decode.py": 255,        # taken out of sample.py: 36 operations a layer instead of 71; matrices in 16 bits; a CUDA graph
     "state.py": 250,         # of it 100 lines are the file format, which refuses what is foreign or damaged
     "sample.py": 350,        # beyond 150: four samplers, penalties, streaming of bytes that are not yet characters; chat; states, prompts of any lengths
     "bench.py": 590,         # beyond 180: five benchmarks, each beside its rivals, one for a GPU seen once a session, one with a process per row

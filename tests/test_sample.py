@@ -16,7 +16,7 @@ from data.bpe import BYTE
 from data.chat import encode_turns
 from data.tokenizer import get_tokenizer, load_tokenizer, write_tokenizer
 from model import LM, ModelConfig, State, load_model, save_model, tensors
-from sample import Characters, Decoder, choose, generate, kv_bytes, main, optimize_for_inference
+from sample import Characters, Decoder, choose, generate, main, optimize_for_inference
 
 BYTES = get_tokenizer("bytes")
 MODELS = {
@@ -229,14 +229,6 @@ def test_the_state_of_an_rnn_has_as_many_bytes_after_ten_thousand_tokens_as_afte
     assert (ten.position, many.position, later.position) == (10, 10_000, 10_020)
     # per layer: S of 2 heads x 16 x 16, and the last input of both halves of the block; 4 bytes each
     assert ten.nbytes() == many.nbytes() == later.nbytes() == 4 * 2 * (2 * 16 * 16 + 32 + 32)
-
-
-def test_kv_bytes_is_what_attention_holds():
-    for shape in (MODELS["GPT"], MODELS["grouped heads"]):
-        model = tiny_model(**shape).eval()
-        for T in (10, 60):
-            (_, state), = generate(model, tokens(1, T), 1)
-            assert state.nbytes() == kv_bytes(model.cfg, T)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

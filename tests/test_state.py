@@ -341,7 +341,8 @@ def test_bad_states_of_the_script_are_one_line(folder, talker, tmp_path, monkeyp
     (tmp_path / "p.txt").write_text("a\nb\n")
     p, s = str(tmp_path / "p.txt"), str(tmp_path / "s.state")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    for args, word in ((["--load_state", p], "damaged or no state"), (["--load_state", "none"], "no state at"), (["--state_dtype", "int4"], "state_dtype"), (["--dtype", "int8"], "dtype = 'int8': choose one of float32, float16, bfloat16"),
+    for args, word in ((["--load_state", p], "damaged or no state"), (["--load_state", "none"], "no state at"), (["--state_dtype", "int4"], "state_dtype"),
+                       (["--dtype", "int8"], "dtype = 'int8': choose one of float32, float16, bfloat16"),
                        (["--save_state", s, "--num_samples", "2"], "num_samples"), (["--save_state", s, "--prompts", p], "prompts"),
                        (["--prompts", p, "--prompt", "a"], "prompt"), (["--prompts", str(tmp_path / "empty.txt")], "has no line"),
                        (["--prompts", "none.txt"], "can't be read"), (["--max_tokens", "0"], "max_tokens"),
