@@ -1,6 +1,7 @@
 """Teacher and student side by side: how much of the teacher is left in the student, in numbers and pictures.
 
     python evaluate.py --teacher out/teacher --student out/rwkv --data data/pydoc
+    python evaluate.py --teacher out/teacher --student out/rwkv --longest 8 --passkey 16 --out out/report
 
 Loss of both on held-out text and the gap between them (nats per token), KL(teacher || student), how often both prefer
 the same token (top-1) and the teacher's choice is among the student's five best (top-5), the recovered fraction
@@ -8,16 +9,20 @@ the same token (top-1) and the teacher's choice is among the student's five best
     recovered = (unigram loss - student loss) / (unigram loss - teacher loss)
 
 (0: knows only how frequent each token is; 1: all the teacher knows), loss by position, and per layer how far each mixer
-is from the attention it replaced, on the teacher's own inputs. What it is not: a benchmark suite (recall and length: recall.py).
+is from the attention it replaced, on the teacher's own inputs. `--longest 8` adds the loss by position up to 8 times
+block_size, `--passkey 16` asks at the end of long texts for 16 numbers told there, by depth and length. Small models fail
+that for lack of skill, not of memory: so beside the exact answers stands how many nats per token the number costs, with it
+in the text and without. What it is not: a benchmark suite (associative recall: recall.py).
 """
 
 import contextlib
 import json
-from collections.abc import Callable
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -25,14 +30,20 @@ from torch import Tensor
 
 from config import cli, run
 from data.loader import Batch, Loader
-from data.tokenizer import read_meta
+from data.tokenizer import load_tokenizer, opening, read_meta
 from model import LM, CausalSelfAttention, TimeMixer, load_model
+from state import process_rows
+
+
+def token_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """-log p(target) (B, T), 0 where masked: logits (B, T, V) at position t are scored against the token after t."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.y.flatten(), reduction="none")
+    return loss.view_as(batch.mask) * batch.mask
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Sum over the targets of -log p(target): logits (B, T, V) at position t are scored against the token after t."""
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.y.flatten(), reduction="none")
-    return (loss * batch.mask.flatten()).sum()
+    """Sum over the targets of -log p(target)."""
+    return token_losses(logits, batch).sum()
 
 
 def global_sum(x: Tensor) -> Tensor:
@@ -44,17 +55,32 @@ def global_sum(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: LM, loader: Loader, max_tokens: int | None = None, chunk: int | None = None) -> float:
-    """Mean loss in nats per target over the split, read `chunk` tokens at a time; every process takes its share."""
+def loss_by_position(model: LM, loader: Loader, max_tokens: int | None = None, chunk: int | None = None, reach: int | None = None) -> Tensor:
+    """Summed losses and number of targets at each position, (2, T), over the split; every process takes its share.
+
+    Windows are read `chunk` tokens at a time, of each no more than the first `reach`; None = all.
+    """
     device = next(model.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, loader.T, dtype=torch.float64, device=device)
     for batch in loader.windows(max_tokens):
         state = None
-        for piece in batch.to(device).split(chunk or loader.T):
+        for piece in batch.to(device).split(reach or loader.T)[0].split(chunk or loader.T):
             logits, state = model(piece.x, state)
-            total += torch.stack([cross_entropy(logits, piece), piece.mask.sum()])
-    loss, count = global_sum(total).tolist()
+            here = slice(state.position - piece.x.shape[1], state.position)
+            sums[:, here] += torch.stack([token_losses(logits, piece).sum(0), piece.mask.sum(0)])
+    return global_sum(sums)
+
+
+def mean_loss(model: LM, loader: Loader, max_tokens: int | None = None, chunk: int | None = None) -> float:
+    """Mean loss in nats per target over the split, read `chunk` tokens at a time; every process takes its share."""
+    loss, count = loss_by_position(model, loader, max_tokens, chunk).sum(1).tolist()
     return loss / max(1.0, count)
+
+
+def averages(sums: Tensor, count: Tensor) -> list:
+    """sums / count at each position, up to the last that has a target: a short text has no late positions."""
+    reached = int(count.nonzero().max()) + 1 if count.any() else 0
+    return (sums / count.clamp(min=1))[..., :reached].tolist()
 
 
 @torch.no_grad()
@@ -65,7 +91,7 @@ def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = N
     sums = torch.zeros(5, T, dtype=torch.float64, device=device)  # teacher's loss, student's, KL, top-1, top-5; by position
     count = torch.zeros(T, dtype=torch.float64, device=device)
     for batch in loader.windows(max_tokens):
-        theirs, ours, at = None, None, 0
+        theirs, ours = None, None
         for piece in batch.to(device).split(chunk or T):
             t, theirs = teacher(piece.x, theirs)
             s, ours = student(piece.x, ours)
@@ -75,14 +101,12 @@ def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = N
             top5 = s.topk(min(5, V), -1).indices
             rows = torch.stack([-t.gather(-1, target)[..., 0], -s.gather(-1, target)[..., 0], (t.exp() * (t - s)).sum(-1),
                                 (top5[..., :1] == best).any(-1).float(), (top5 == best).any(-1).float()])  # (5, B, T)
-            n = piece.x.shape[1]
-            sums[:, at : at + n] += (rows * piece.mask).sum(1)
-            count[at : at + n] += piece.mask.sum(0)
-            at += n
+            here = slice(ours.position - piece.x.shape[1], ours.position)
+            sums[:, here] += (rows * piece.mask).sum(1)
+            count[here] += piece.mask.sum(0)
     sums, count = global_sum(sums), global_sum(count)
     teacher_loss, student_loss, kl, top1, top5 = (sums.sum(1) / count.sum().clamp(min=1)).tolist()
-    reached = int(count.nonzero().max()) + 1 if count.any() else 0  # a short text has no late positions
-    by_position = (sums[:2] / count.clamp(min=1))[:, :reached].tolist()
+    by_position = averages(sums[:2], count)
     return {"teacher_loss": teacher_loss, "val_loss": student_loss, "gap": student_loss - teacher_loss, "kl": kl, "top1": top1, "top5": top5,
             "by_position": {"teacher": by_position[0], "student": by_position[1]}}
 
@@ -99,28 +123,83 @@ def unigram_loss(train: Loader, val: Loader) -> float:
 @torch.no_grad()
 def layer_errors(teacher: LM, student: LM, batch: Batch) -> list[dict]:
     """Per replaced layer: ||t - s||^2 / ||t||^2 and the cosine of attention's and mixer's outputs on the teacher's inputs."""
-    inputs: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
+    seen: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}  # what goes into each attention and comes out
     if teacher.cfg.n_embd != student.cfg.n_embd:  # another model's student: there is nothing to compare layer by layer
         return []
     pairs = [(i, t.att, s.att) for i, (t, s) in enumerate(zip(teacher.blocks, student.blocks)) if isinstance(s.att, TimeMixer)]
 
-    def note(i: int) -> Callable:
-        def hook(module, args, result):
-            inputs[i], outputs[i] = args[0], result[0]
-        return hook
+    def note(att, args, result):
+        seen[att] = args[0], result[0]
 
-    hooks = [att.register_forward_hook(note(i)) for i, att, _ in pairs]
+    hooks = [att.register_forward_hook(note) for _, att, _ in pairs]
     teacher(batch.x)
     for hook in hooks:
         hook.remove()
     rows, v_first = [], None
     for i, att, mixer in pairs:
-        s, v_first, _ = mixer(inputs[i], v_first, None)
-        t = outputs[i]
+        x, t = seen[att]
+        s, v_first, _ = mixer(x, v_first, None)
         if isinstance(att, CausalSelfAttention):
             rows.append({"layer": i, "error": ((t - s).square().sum() / t.square().sum()).item(), "cosine": F.cosine_similarity(t, s, dim=-1).mean().item()})
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Past the length of training
+
+TOLD, ASKED = " The pass key is {key}. Remember it: {key} is the pass key. ", " What is the pass key? The pass key is "
+
+
+def readable(model: LM, n: int) -> int:
+    """How many of n tokens the model can read: attention with learned positions ends where these end."""
+    return min(n, model.cfg.block_size) if model.cfg.positions == "learned" and "a" in model.cfg.mixers else n
+
+
+def loss_by_stretch(model: LM, loader: Loader, T: int, max_tokens: int | None = None) -> list[float]:
+    """Mean loss in nats per target within each stretch of T positions of the loader's windows, as far as model and text reach."""
+    losses, counts = loss_by_position(model, loader, max_tokens, T, readable(model, loader.T) // T * T).view(2, -1, T).sum(2).tolist()
+    return [loss / count for loss, count in zip(losses, counts) if count]
+
+
+def passkey_texts(enc: tiktoken.Encoding, text: np.ndarray, T: int, n: int, depths: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer), together T tokens: for each of n different numbers of five digits, told at each depth, then not told.
+
+    Depth is the share of the filler, a stretch of the tokens `text`, that comes first: from 0 to 1, just before the question.
+    Raises ValueError for too small a T or too short a text.
+    """
+    rng, start, ask, texts = random.Random(0), opening(enc), enc.encode_ordinary(ASKED), []
+    for key in rng.sample(range(10000, 100000), n):
+        told, answer = enc.encode_ordinary(TOLD.format(key=key)), enc.encode_ordinary(str(key))
+        between = T - len(start + ask + answer)  # tokens from the start to the question
+        room = between - len(told)
+        if room < 0:
+            raise ValueError(f"a passkey text of {T} tokens has no room for telling and asking, {T - room} tokens: raise --block_size")
+        if len(text) < between:
+            raise ValueError(f"the held-out text has {len(text)} tokens, a passkey text of {T} needs {between}: lower --longest, or give more data")
+        at = rng.randrange(len(text) - between + 1)
+        filler = text[at : at + between].tolist()
+        cuts = [round(depth * room) for depth in np.linspace(0, 1, depths)]
+        texts += [(start + middle + ask, answer) for middle in [filler[:cut] + told + filler[cut:room] for cut in cuts] + [filler]]
+    return texts
+
+
+@torch.no_grad()
+def answer_scores(model: LM, texts: list[tuple[list[int], list[int]]], batch_size: int) -> list[tuple[float, float]]:
+    """For each (prompt, answer), whether greedy decoding gives the answer (1 or 0), and the answer's mean nats per token."""
+    device, scores = next(model.parameters()).device, []
+    for i in range(0, len(texts), batch_size):
+        _, states = process_rows(model, [torch.tensor(prompt[:-1], device=device) for prompt, _ in texts[i : i + batch_size]])
+        for (prompt, answer), state in zip(texts[i:], states):
+            logits, _ = model(torch.tensor([prompt[-1:] + answer[:-1]], device=device), state)
+            logp, target = logits[0].float().log_softmax(-1), torch.tensor(answer, device=device)     # (answer, V), (answer,)
+            scores.append(((logp.argmax(-1) == target).all().float().item(), -logp.gather(-1, target[:, None]).mean().item()))
+    return scores
+
+
+def passkey(model: LM, texts: list[tuple[list[int], list[int]]], depths: int, batch_size: int) -> dict:
+    """Of passkey_texts, by depth: the share of exact answers and the mean nats per token; and the nats where nothing was told."""
+    exact, nats = np.reshape(answer_scores(model, texts, batch_size), (-1, depths + 1, 2)).mean(0).T.tolist()
+    return {"exact": exact[:-1], "nats": nats[:-1], "nats_without": nats[-1]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,8 +213,12 @@ def state_bytes(model: LM, n: int) -> int:
 
 
 @torch.no_grad()
-def make_report(teacher: LM, student: LM, train: Loader, val: Loader, max_tokens: int | None = None, chunk: int | None = None) -> dict:
-    """Everything this file measures, as the dict of report.json."""
+def make_report(teacher: LM, student: LM | None, train: Loader, val: Loader, max_tokens: int | None = None, chunk: int | None = None) -> dict:
+    """What both models do within loader.T tokens, as the dict of report.json; of the teacher alone its loss."""
+    if student is None:
+        losses, counts = loss_by_position(teacher, val, max_tokens, chunk)
+        return {"teacher": {"val_loss": (losses.sum() / counts.sum()).item(), "params": teacher.n_params()},
+                "by_position": {"teacher": averages(losses, counts)}}
     result = compare(teacher, student, val, max_tokens, chunk)
     t, s, unigram = result["teacher_loss"], result["val_loss"], unigram_loss(train, val)
     memory = {str(n): {"teacher": state_bytes(teacher, n), "student": state_bytes(student, n)} for n in (val.T, 16 * val.T, 256 * val.T)}
@@ -161,13 +244,27 @@ def as_markdown(report: dict) -> str:
              f"| teacher | | | {report['teacher']['val_loss']:.4f} | | | |"]
     form = "| {name} | {tokens:,} | {minutes:.1f} | {val_loss:.4f} | {gap:.4f} | {kl:.4f} | {top1:.1%} |"
     lines += [form.format(**row) for row in table_rows(report)]
-    lines += ["", f"The student has {report['student']['params']:,} parameters, the teacher {report['teacher']['params']:,}. "
-              f"Recovered {report['recovered']:.1%} of what the teacher knows beyond token frequencies; "
-              f"the student's five best hold the teacher's choice {report['top5']:.1%} of the time.", ""]
-    lines += ["| mixer | ‖t − s‖² / ‖t‖² | cosine |", "|---|---:|---:|"]
-    lines += [f"| layer {row['layer']} | {row['error']:.3f} | {row['cosine']:.3f} |" for row in report["layers"]]
-    lines += ["", "| tokens read | teacher's KV cache | student's state |", "|---:|---:|---:|"]
-    lines += [f"| {int(n):,} | {m['teacher']:,} bytes | {m['student']:,} bytes |" for n, m in report["state_bytes"].items()]
+    if "student" in report:
+        if "stages" not in report:  # else the last of them is the student
+            lines.append("| student | | | {:.4f} | {gap:.4f} | {kl:.4f} | {top1:.1%} |".format(report["student"]["val_loss"], **report))
+        lines += ["", f"The student has {report['student']['params']:,} parameters, the teacher {report['teacher']['params']:,}. "
+                  f"Recovered {report['recovered']:.1%} of what the teacher knows beyond token frequencies; "
+                  f"the student's five best hold the teacher's choice {report['top5']:.1%} of the time.", ""]
+        lines += ["| mixer | ‖t − s‖² / ‖t‖² | cosine |", "|---|---:|---:|"]
+        lines += [f"| layer {row['layer']} | {row['error']:.3f} | {row['cosine']:.3f} |" for row in report["layers"]]
+        lines += ["", "| tokens read | teacher's KV cache | student's state |", "|---:|---:|---:|"]
+        lines += [f"| {int(n):,} | {m['teacher']:,} bytes | {m['student']:,} bytes |" for n, m in report["state_bytes"].items()]
+    if "length" in report:
+        T, models = report["length"]["T"], report["length"]["models"]
+        most = max(map(len, models.values()))
+        lines += ["", "| loss at positions up to | " + " | ".join(f"{(i + 1) * T:,}" for i in range(most)) + " |", "|---|" + "---:|" * most]
+        lines += [f"| {name} | " + " | ".join([f"{x:.4f}" for x in losses] + ["-"] * (most - len(losses))) + " |" for name, losses in models.items()]
+    if "passkey" in report:
+        depths = report["passkey"]["depths"]
+        lines += ["", "| passkey, nats per token (exact) | tokens | not told | " + " | ".join(f"depth {d:.2f}" for d in depths) + " |",
+                  "|---|---:|---:|" + "---:|" * len(depths)]
+        lines += [f"| {name} | {row['T']:,} | {row['nats_without']:.2f} | " + " | ".join(f"{x:.2f} ({e:.0%})" for x, e in zip(row["nats"], row["exact"])) + " |"
+                  for name, rows in report["passkey"]["models"].items() for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -183,7 +280,7 @@ def read_metrics(path: Path) -> list[dict]:
 def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None) -> None:
     """report.json, report.md and, where matplotlib is installed, report.png in `out`; curves: name -> metrics.jsonl."""
     for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.md", as_markdown(report))):
-        (out / f"{name}.tmp").write_text(text)
+        (out / f"{name}.tmp").write_text(text, encoding="utf-8")
         (out / f"{name}.tmp").replace(out / name)
     try:
         import matplotlib
@@ -195,22 +292,37 @@ def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None)
 
 
 def plot(out: Path, report: dict, curves: dict[str, list[dict]]) -> None:
-    """report.png: the training loss of each stage, and both models' loss by position."""
+    """report.png: the training loss of each stage, the loss by position, and where they were asked for loss by stretch and passkey."""
     import matplotlib.pyplot as plt
-    fig, (axes,) = plt.subplots(1, len(curves) + 1, figsize=(3.6 * (len(curves) + 1), 3.2), constrained_layout=True, squeeze=False)
-    for ax, (name, rows) in zip(axes, curves.items()):
+    n = len(curves) + 1 + ("length" in report) + ("passkey" in report)
+    fig, (axes,) = plt.subplots(1, n, figsize=(3.6 * n, 3.2), constrained_layout=True, squeeze=False)
+    panels = iter(axes)
+    for (name, rows), ax in zip(curves.items(), panels):
         ax.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=0.7, alpha=0.6, label="training")
         seen = [(r["step"], r.get("val_kl", r["val_loss"])) for r in rows if "val_loss" in r]
         if seen:
             ax.plot(*zip(*seen), "o-", ms=3, label="held-out")
         ax.set(title=name, xlabel="step", ylabel="loss", yscale="log")
-        ax.legend(fontsize=7)
+    ax = next(panels)
     width = max(1, len(report["by_position"]["teacher"]) // 32)
     for who, losses in report["by_position"].items():
         n = len(losses) // width * width
-        axes[-1].plot(np.arange(width / 2, n, width), np.reshape(losses[:n], (-1, width)).mean(1), label=who)
-    axes[-1].set(title="loss by position", xlabel="position", ylabel="nats per token")
-    axes[-1].legend(fontsize=7)
+        ax.plot(np.arange(width / 2, n, width), np.reshape(losses[:n], (-1, width)).mean(1), label=who)
+    ax.set(title="loss by position", xlabel="position", ylabel="nats per token")
+    if "length" in report:
+        ax, T = next(panels), report["length"]["T"]
+        for who, losses in report["length"]["models"].items():
+            ax.plot((np.arange(len(losses)) + 0.5) * T, losses, "o-", ms=3, label=who)
+        ax.set(title=f"loss by stretch of {T}", xlabel="position", ylabel="nats per token")
+    if "passkey" in report:
+        ax = next(panels)
+        for who, rows in report["passkey"]["models"].items():
+            lengths = [row["T"] for row in rows]
+            line, = ax.plot(lengths, [np.mean(row["nats"]) for row in rows], "o-", ms=3, label=who)
+            ax.plot(lengths, [row["nats_without"] for row in rows], "o:", ms=3, color=line.get_color(), label=f"{who}, not told")
+        ax.set(title="passkey, mean over depths", xlabel="tokens", ylabel="nats per token")
+    for ax in axes:
+        ax.legend(fontsize=7)
     fig.savefig(out / "report.png", dpi=120)
     plt.close(fig)
 
@@ -261,13 +373,22 @@ def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
 @dataclass(frozen=True)
 class EvaluateConfig:
     teacher: str = "out/teacher"
-    student: str | None = "out/rwkv"  # None = only the teacher's loss
+    student: str | None = "out/rwkv"  # None = the teacher alone
     data: str = "data/pydoc"
     batch_size: int = 16
     block_size: int | None = None     # None = the teacher's
     max_tokens: int | None = None     # of the held-out half; None = all
+    longest: int | None = None        # read on, up to so many times block_size: loss by position, and the passkey's lengths (doubling); None = off
+    passkey: int | None = None        # ask for so many different numbers at each depth and length; None = off
+    depths: int = 3                   # places where the passkey is told, from the text's start to its end
     out: str | None = None            # folder for report.json, .md and .png; None = print only
     collect: str | None = None        # instead: a table over the report.json files of several seeds in this folder
+
+    def __post_init__(self):
+        for name, least, most in (("longest", 1, 65536), ("passkey", 1, 90000), ("depths", 2, 100)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} = {value}: it must be from {least} to {most}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,16 +397,29 @@ def main(argv: list[str] | None = None) -> None:
         print(collect(Path(cfg.collect)))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = load_model(cfg.teacher, device).eval()
-    student = load_model(cfg.student, device).eval() if cfg.student else teacher
-    train, val = (Loader(cfg.data, half, cfg.batch_size, cfg.block_size or teacher.cfg.block_size) for half in ("train", "val"))
-    check_vocabulary(teacher, student, val)
+    models = {name: load_model(folder, device).eval() for name, folder in (("teacher", cfg.teacher), ("student", cfg.student)) if folder}
+    teacher, student, T = models["teacher"], models.get("student"), cfg.block_size or models["teacher"].cfg.block_size
+    train, val = (Loader(cfg.data, half, cfg.batch_size, T) for half in ("train", "val"))
+    check_vocabulary(teacher, student or teacher, val)
     same_tokenizer(val, cfg.teacher, cfg.student or cfg.teacher)
-    if not cfg.student:
-        print(f"{cfg.teacher}: {mean_loss(teacher, val, cfg.max_tokens):.4f} nats per token on the held-out half of {cfg.data}, {val.T} tokens at a time")
-        return
+    if (cfg.longest or cfg.passkey) and val.kind != "text":
+        raise ValueError(f"{cfg.data} holds {val.kind} examples: --longest and --passkey read text")
+    stretches = max(readable(model, (cfg.longest or 1) * T) for model in models.values()) // T
+    lengths = [T * 2**i for i in range(stretches.bit_length())] if cfg.passkey else []
+    texts = {n: passkey_texts(load_tokenizer(cfg.data), val.tokens, n, cfg.passkey, cfg.depths) for n in lengths}  # raises before minutes are spent
+
     report = make_report(teacher, student, train, val, cfg.max_tokens)
-    print(as_markdown(report))
+    if cfg.longest:
+        long = Loader(cfg.data, "val", cfg.batch_size, stretches * T)  # the same windows for all models
+        report["length"] = {"T": T, "models": {name: loss_by_stretch(model, long, T, cfg.max_tokens) for name, model in models.items()}}
+    if cfg.passkey:
+        scores = {name: [{"T": n, **passkey(model, texts[n], cfg.depths, cfg.batch_size)} for n in lengths if readable(model, n) == n]
+                  for name, model in models.items()}
+        report["passkey"] = {"depths": np.linspace(0, 1, cfg.depths).tolist(), "models": scores}
+    if not student:
+        print(f"{cfg.teacher}: {report['teacher']['val_loss']:.4f} nats per token on the held-out half of {cfg.data}, {T} tokens at a time")
+    if student or cfg.longest or cfg.passkey:
+        print(as_markdown(report))
     if cfg.out:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         write_report(Path(cfg.out), report)

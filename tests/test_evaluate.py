@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import evaluate
-from common import T, padded, random_batch, tiny, tiny_model  # noqa: F401   (tiny is a fixture)
+from common import T, one_line, padded, random_batch, tiny, tiny_model  # noqa: F401   (tiny is a fixture)
 from data.loader import Loader
-from evaluate import (as_markdown, check_vocabulary, collect, compare, cross_entropy, layer_errors, make_report, mean_loss, state_bytes, unigram_loss,
-                      write_report)
-from model import CausalSelfAttention, save_model
+from data.tokenizer import get_tokenizer
+from evaluate import (EvaluateConfig, answer_scores, as_markdown, check_vocabulary, collect, compare, cross_entropy, layer_errors, loss_by_position,
+                      loss_by_stretch, make_report, mean_loss, passkey, passkey_texts, readable, state_bytes, unigram_loss, write_report)
+from model import CausalSelfAttention, State, save_model
 
 
 def nll(model, tokens: list[int], t: int) -> float:
@@ -98,6 +99,19 @@ def test_compare_equals_a_loop_over_single_positions(tiny):
     assert 0 < got["top1"] < got["top5"] < 1  # or the test had nothing to tell apart
 
 
+def test_loss_by_position_is_compares_and_reads_no_further_than_it_is_told(tiny):
+    teacher, student = tiny_model(1).eval(), tiny_model(mixer="ra").eval()
+    loader = Loader(tiny.sft, "val", 3, T)
+    want = compare(teacher, student, loader, 200)["by_position"]
+    for model, losses in ((teacher, want["teacher"]), (student, want["student"])):
+        for chunk in (None, 5):
+            sums, counts = loss_by_position(model, loader, 200, chunk)
+            assert (sums / counts)[: len(losses)][counts > 0].tolist() == pytest.approx([x for x, n in zip(losses, counts) if n], rel=1e-5)
+        short = loss_by_position(model, loader, 200, 5, reach=7)
+        torch.testing.assert_close(short[:, :7], torch.stack([sums, counts])[:, :7])
+        assert counts[7:].any() and not short[:, 7:].any()
+
+
 def test_unigram_loss_by_hand():
     """Train a, a, b of a vocabulary {a, b, c}: with one more of each p = 3/6, 2/6, 1/6. Held out: a, c."""
     train, val = (SimpleNamespace(tokens=np.array(tokens, np.uint16), vocab_size=3) for tokens in ([0, 0, 1], [0, 2]))
@@ -113,6 +127,167 @@ def test_state_bytes_are_those_of_really_running_n_tokens(model):
         assert state_bytes(lm, n) == state.nbytes()
     assert (state_bytes(lm, 10) == state_bytes(lm, 10_000)) == (model["mixer"] == "r")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Past the length of training
+
+class Oracle(torch.nn.Module):
+    """Answers by a rule of all tokens so far: rule(list of ids) -> the next one. Its state is these tokens."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule, self.head, self.one = rule, lambda x: x, torch.nn.Parameter(torch.zeros(1))
+
+    def hidden(self, tokens, state=None):
+        whole = torch.cat((state.layers[0], tokens), 1) if state else tokens
+        past = whole.shape[1] - tokens.shape[1]
+        best = torch.tensor([[self.rule(row[: i + 1]) for i in range(past, len(row))] for row in whole.tolist()])
+        return 30.0 * torch.nn.functional.one_hot(best, 257), State(whole.shape[1], (whole,))
+
+    forward = __call__ = hidden
+
+
+def copies(row):
+    """The next digit after the last "key is ", as it stood after the first one."""
+    said = bytes(b for b in row if b < 256).decode()
+    key = said.split("The pass key is ")[1][:5] if said.count("The pass key is ") > 1 else "#####"
+    return ord((key + "....")[len(said.rpartition("The pass key is ")[2]) % 5])
+
+
+def test_passkey_of_a_model_that_copies_is_exact_at_every_depth_and_free_only_where_told():
+    texts = passkey_texts(get_tokenizer("bytes"), np.full(5000, ord("x"), np.uint16), 300, 4, 3)
+    row = passkey(Oracle(copies), texts, 3, 5)
+    assert row["exact"] == [1, 1, 1] and max(row["nats"]) < 1e-3 and row["nats_without"] > 20
+
+
+def test_passkey_at_each_depth_is_the_mean_over_the_numbers(monkeypatch):
+    """Two numbers at two depths and not told: scores in the order of the texts."""
+    scores = [(1.0, 1.0), (0.0, 2.0), (0.0, 9.0), (1.0, 3.0), (1.0, 6.0), (0.0, 5.0)]
+    monkeypatch.setattr(evaluate, "answer_scores", lambda *_: scores)
+    assert passkey(None, None, 2, 1) == {"exact": [1.0, 0.5], "nats": [2.0, 4.0], "nats_without": 7.0}
+
+
+def test_every_passkey_text_has_the_length_it_says_with_the_key_at_its_depth():
+    enc, text, depths = get_tokenizer("bytes"), np.full(5000, ord("x"), np.uint16), (0, 0.5, 1)
+    texts = passkey_texts(enc, text, 400, 5, 3)
+    assert len(texts) == 5 * 4 and all(len(prompt) + len(answer) == 400 and prompt[0] == 256 for prompt, answer in texts)
+    assert len({bytes(answer) for _, answer in texts}) == 5
+    for i, (prompt, answer) in enumerate(texts):
+        said, key = bytes(prompt[1:]).decode(), bytes(answer).decode()
+        before, told, after = said.partition(f" The pass key is {key}.")
+        if i % 4 == 3:
+            assert not told and key not in said and said.endswith("x What is the pass key? The pass key is ")
+        else:
+            assert before == "x" * round(depths[i % 4] * said.count("x")) and said.count(key) == 2
+            assert after.lstrip(" ").startswith("Remember it") and after.endswith("The pass key is ")
+    assert passkey_texts(enc, text, 400, 5, 3) == texts
+    for bad, says in ((100, "no room"), (9000, "held-out text has 5000")):
+        with pytest.raises(ValueError, match=says) as e:
+            passkey_texts(enc, text, bad, 4, 3)
+        one_line(e.value)
+
+
+@pytest.mark.parametrize("mixer", ["a", "r", "ra"])
+def test_answers_read_in_pieces_and_side_by_side_have_the_scores_of_one_pass(mixer):
+    model = tiny_model(mixer=mixer).eval()
+    rows = torch.randint(0, 256, (5, 606)).tolist()
+    texts = [(row[:cut], row[cut:]) for row, cut in zip(rows, (600, 600, 580, 604, 605))]
+    texts.append((rows[0][:30], [model(torch.tensor([rows[0][:30]]))[0][0, -1].argmax().item()]))  # what it would say itself
+    for (prompt, answer), (exact, nats) in zip(texts, answer_scores(model, texts, 4), strict=True):
+        logp = model(torch.tensor([prompt + answer]))[0][0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert nats == pytest.approx(-logp.gather(1, torch.tensor(answer)[:, None]).mean().item(), rel=1e-4)
+        assert exact == float(logp.argmax(-1).tolist() == answer)
+    assert exact == 1
+
+
+def test_loss_by_stretch_is_the_mean_of_the_loss_by_position_and_ends_with_the_text(tiny):
+    models = {"teacher": tiny_model(1).eval(), "student": tiny_model(mixer="ra").eval()}
+    loader = Loader(tiny.text, "val", 3, 8 * T)
+    whole = compare(*models.values(), loader, 1024)["by_position"]
+    for name, model in models.items():
+        assert loss_by_stretch(model, loader, T, 1024) == pytest.approx(torch.tensor(whole[name]).view(8, T).mean(1).tolist(), rel=1e-4)
+    n = len(loader.tokens) - 1  # targets
+    losses = loss_by_stretch(models["student"], Loader(tiny.text, "val", 1, 4000 * T), 1000)
+    assert len(losses) == -(-n // 1000)
+    weights = [1000] * (n // 1000) + [n % 1000] * (n % 1000 > 0)
+    assert np.average(losses, weights=weights) == pytest.approx(mean_loss(models["student"], Loader(tiny.text, "val", 1, n), chunk=512), rel=1e-5)
+
+
+def test_attention_with_learned_positions_is_read_as_far_as_these_go(tiny):
+    bounded, free = tiny_model(positions="learned").eval(), tiny_model(positions="learned", mixer="r").eval()
+    assert readable(bounded, 5 * T) == T and readable(bounded, 5) == 5
+    assert readable(free, 5 * T) == readable(tiny_model(), 5 * T) == 5 * T
+    loader = Loader(tiny.text, "val", 2, 4 * T)
+    assert len(loss_by_stretch(free, loader, T, 1024)) == 4
+    first = sum(cross_entropy(bounded(batch.x[:, :T])[0], batch.split(T)[0]).item() for batch in loader.windows(1024))
+    assert loss_by_stretch(bounded, loader, T, 1024) == [pytest.approx(first / (1024 / 4), rel=1e-5)]
+    with pytest.raises(ValueError, match="learned positions"):  # but what should be read whole is not cut in silence
+        mean_loss(bounded, loader, 1024)
+
+
+def panels(out: Path) -> int:
+    """How many panels report.png has, by its width."""
+    return round(int.from_bytes((out / "report.png").read_bytes()[16:20], "big") / (3.6 * 120))
+
+
+@pytest.mark.parametrize("mixer", ["r", "ra"])
+def test_the_script_compares_reads_on_and_asks_for_the_passkey(mixer, tiny, tmp_path, capsys):
+    for name, changes in (("teacher", {"positions": "learned"}), ("student", {"mixer": mixer})):
+        save_model(tiny_model(block_size=128, **changes), tmp_path / name, {"tokenizer": "bytes"})
+    flags = ["--teacher", tmp_path / "teacher", "--student", tmp_path / "student", "--data", tiny.text, "--max_tokens", 1500, "--out", tmp_path / "out"]
+    evaluate.main([str(x) for x in flags])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "length" not in report and "passkey" not in report and panels(tmp_path / "out") == 1
+    assert f"| student | | | {report['student']['val_loss']:.4f} | {report['gap']:.4f} |" in capsys.readouterr().out
+    evaluate.main([str(x) for x in [*flags, "--longest", 5, "--passkey", 2, "--depths", 2]])
+    out, said = tmp_path / "out", capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    models = report["length"]["models"]
+    assert report["length"]["T"] == 128 and len(models["teacher"]) == 1 and len(models["student"]) == 5
+    assert models["teacher"] == [loss_by_stretch(tiny_model(block_size=128, positions="learned").eval(), Loader(tiny.text, "val", 16, 640), 128, 1500)[0]]
+    assert report["passkey"]["depths"] == [0, 1] and all(len(row["nats"]) == len(row["exact"]) == 2 for row in report["passkey"]["models"]["student"])
+    assert {name: [row["T"] for row in rows] for name, rows in report["passkey"]["models"].items()} == {"teacher": [128], "student": [128, 256, 512]}
+    assert (out / "report.md").read_text() == as_markdown(report) and as_markdown(report) in said and panels(out) == 3
+    assert f"| teacher | {models['teacher'][0]:.4f} | - | - | - | - |" in said and said.count("| student | 512 |") == 1
+
+
+def test_the_teacher_alone_is_evaluated_too(tiny, tmp_path, capsys):
+    save_model(tiny_model(block_size=128), tmp_path / "m", {"tokenizer": "bytes"})
+    flags = [str(x) for x in ("--teacher", tmp_path / "m", "--student", "None", "--data", tiny.text, "--max_tokens", 1500)]
+    evaluate.main(flags)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    evaluate.main([*flags, "--longest", "4", "--out", str(tmp_path / "out")])
+    report, said = json.loads((tmp_path / "out" / "report.json").read_text()), capsys.readouterr().out
+    assert said.startswith(line) and len(report["length"]["models"]["teacher"]) == 4 and "student" not in said and panels(tmp_path / "out") == 2
+    evaluate.main([*flags, "--passkey", "2"])
+    assert "| teacher | 128 |" in (said := capsys.readouterr().out) and "| teacher | 256 |" not in said
+    model, val = tiny_model(block_size=128).eval(), Loader(tiny.text, "val", 16, 128)
+    assert report["by_position"]["teacher"] == pytest.approx(compare(model, model, val, 1500)["by_position"]["teacher"], rel=1e-5)
+    assert report["teacher"]["val_loss"] == mean_loss(model, val, 1500)
+
+
+def test_bad_input_ends_in_one_clear_line(tiny, tmp_path):
+    for change, says in (({"longest": 0}, "from 1"), ({"passkey": 0}, "from 1"), ({"passkey": 90001}, "to 90000"), ({"depths": 1}, "from 2")):
+        with pytest.raises(ValueError, match=says) as e:
+            EvaluateConfig(**change)
+        one_line(e.value)
+    save_model(tiny_model(), tmp_path / "model", {"tokenizer": "bytes"})
+    common = ["--student", "None", "--max_tokens", "100"]
+    here = ["--teacher", str(tmp_path / "model")]
+    for flags, says in ((["--teacher", str(tmp_path / "none"), "--data", tiny.text], "no model at"),
+                        ([*here, "--data", str(tmp_path / "x")], "does not exist"),
+                        ([*here, "--data", tiny.sft, "--longest", "2"], "supervised examples"),
+                        ([*here, "--data", tiny.sft, "--passkey", "2"], "supervised examples"),
+                        ([*here, "--data", tiny.text, "--passkey", "2"], "no room"),
+                        ([*here, "--data", tiny.text, "--passkey", "2", "--block_size", "128", "--longest", "999"], "lower --longest")):
+        with pytest.raises(ValueError, match=says) as e:
+            evaluate.main(common + flags)
+        one_line(e.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and the report
 
 class Pretender(CausalSelfAttention):
     """Passes for attention, and computes what a student's mixer computes, v_first included."""
