@@ -31,7 +31,7 @@ from torch import Tensor
 from config import cli, run
 from data.loader import Batch, Loader
 from data.tokenizer import load_tokenizer, opening, read_meta
-from model import LM, CausalSelfAttention, TimeMixer, load_model
+from model import LM, CausalSelfAttention, TimeMixer, load_model, remembered_bytes
 from state import process_rows
 
 
@@ -152,7 +152,7 @@ TOLD, ASKED = " The pass key is {key}. Remember it: {key} is the pass key. ", " 
 
 def readable(model: LM, n: int) -> int:
     """How many of n tokens the model can read: attention with learned positions ends where these end."""
-    return min(n, model.cfg.block_size) if model.cfg.positions == "learned" and "a" in model.cfg.mixers else n
+    return min(n, model.cfg.longest or n)
 
 
 def loss_by_stretch(model: LM, loader: Loader, T: int, max_tokens: int | None = None) -> list[float]:
@@ -205,13 +205,6 @@ def passkey(model: LM, texts: list[tuple[list[int], list[int]]], depths: int, ba
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 
-def state_bytes(model: LM, n: int) -> int:
-    """Bytes that the model remembers after n tokens, batch 1: what one token takes, and n - 1 times what the second adds."""
-    device = next(model.parameters()).device
-    one, two = (model(torch.zeros(1, T, dtype=torch.long, device=device))[1].nbytes() for T in (1, 2))
-    return one + (n - 1) * (two - one)
-
-
 @torch.no_grad()
 def make_report(teacher: LM, student: LM | None, train: Loader, val: Loader, max_tokens: int | None = None, chunk: int | None = None) -> dict:
     """What both models do within loader.T tokens, as the dict of report.json; of the teacher alone its loss."""
@@ -221,7 +214,7 @@ def make_report(teacher: LM, student: LM | None, train: Loader, val: Loader, max
                 "by_position": {"teacher": averages(losses, counts)}}
     result = compare(teacher, student, val, max_tokens, chunk)
     t, s, unigram = result["teacher_loss"], result["val_loss"], unigram_loss(train, val)
-    memory = {str(n): {"teacher": state_bytes(teacher, n), "student": state_bytes(student, n)} for n in (val.T, 16 * val.T, 256 * val.T)}
+    memory = {str(n): {"teacher": remembered_bytes(teacher.cfg, n), "student": remembered_bytes(student.cfg, n)} for n in (val.T, 16 * val.T, 256 * val.T)}
     return {
         "teacher": {"val_loss": t, "params": teacher.n_params()},
         "student": {"val_loss": s, "params": student.n_params()},

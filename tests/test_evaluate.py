@@ -14,8 +14,8 @@ from common import T, one_line, padded, random_batch, tiny, tiny_model  # noqa: 
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
 from evaluate import (EvaluateConfig, answer_scores, as_markdown, check_vocabulary, collect, compare, cross_entropy, layer_errors, loss_by_position,
-                      loss_by_stretch, make_report, mean_loss, passkey, passkey_texts, readable, state_bytes, unigram_loss, write_report)
-from model import CausalSelfAttention, State, save_model
+                      loss_by_stretch, make_report, mean_loss, passkey, passkey_texts, readable, unigram_loss, write_report)
+from model import CausalSelfAttention, State, remembered_bytes, save_model
 
 
 def nll(model, tokens: list[int], t: int) -> float:
@@ -116,16 +116,6 @@ def test_unigram_loss_by_hand():
     """Train a, a, b of a vocabulary {a, b, c}: with one more of each p = 3/6, 2/6, 1/6. Held out: a, c."""
     train, val = (SimpleNamespace(tokens=np.array(tokens, np.uint16), vocab_size=3) for tokens in ([0, 0, 1], [0, 2]))
     assert unigram_loss(train, val) == pytest.approx((math.log(2) + math.log(6)) / 2, rel=1e-12)
-
-
-@pytest.mark.parametrize("model", [{"mixer": "a"}, {"mixer": "a", "n_kv_head": 1}, {"mixer": "r"}, {"mixer": "ra", "ffn": "channelmix"}], ids=str)
-def test_state_bytes_are_those_of_really_running_n_tokens(model):
-    lm = tiny_model(**model).eval()
-    for n in (1, 2, 37):
-        with torch.no_grad():
-            _, state = lm(torch.zeros(1, n, dtype=torch.long))
-        assert state_bytes(lm, n) == state.nbytes()
-    assert (state_bytes(lm, 10) == state_bytes(lm, 10_000)) == (model["mixer"] == "r")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +323,7 @@ def test_the_report_has_every_key_and_its_numbers_follow_from_each_other(tiny):
     u, t, s = report["unigram_loss"], report["teacher"]["val_loss"], report["student"]["val_loss"]
     assert report["recovered"] == pytest.approx((u - s) / (u - t))
     for n, size in report["state_bytes"].items():
-        assert size == {"teacher": state_bytes(teacher, int(n)), "student": state_bytes(student, int(n))}
+        assert size == {"teacher": remembered_bytes(teacher.cfg, int(n)), "student": remembered_bytes(student.cfg, int(n))}
     assert len(report["by_position"]["student"]) == T
     assert json.loads(json.dumps(report)) == report
 
