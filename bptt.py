@@ -8,8 +8,8 @@ Ordinary backpropagation of l_1 + ... + l_n keeps the activations of all n piece
                     l_i + <S_{i+1}, dS_{i+1}>                    to the parameters, which add it up, and to S_i, which is dS_i
 
 dS_{i+1} = d(l_{i+1} + ... + l_n) / dS_{i+1} is a constant here, so that the sum's gradient is the chain rule, and nothing is
-approximated. The price is one more forward pass (of n - 1 pieces of n), the same as that of activation checkpointing, which
-keeps the inputs of all layers for all tokens.
+approximated. With n = 1 this is ordinary backpropagation. The price is one more forward pass (of n - 1 pieces of n), the same
+price as activation checkpointing, which still keeps every layer's input for every token.
 
 What a "state" is here: any nest of tuples, State and tensors. For RWKV-7 it is of constant size. Attention's is its cache, and
 the gradient of a cached key is what all later pieces want of it. As caches only grow, the last one holds all others.
@@ -18,7 +18,6 @@ What it is not: truncated backpropagation, which forgets dS. train.py has that t
 """
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -40,15 +39,15 @@ def restore_caches(state, last):
     return tree_map(lambda s, a: a[:, :, : s.shape[2]] if s.is_meta else s, state, last)
 
 
-def backward_in_pieces(module: nn.Module, batch: Batch, state, n: int | None, scale: float, exchange: bool) -> tuple[dict[str, Tensor], object]:
-    """Add the gradients of scale · loss of a whole batch to the parameters, running n tokens at a time (None: all at once).
+def backward_in_pieces(module: nn.Module, batch: Batch, state, chunk: int | None, scale: float, average: bool) -> tuple[dict[str, Tensor], object]:
+    """Add the gradients of scale · loss of a whole batch to the parameters, running `chunk` tokens at a time (None: all at once).
 
-    module(piece, state, losses) -> ({"loss": sum over the piece's targets, ...}, state) is the model and its loss, perhaps in DDP;
-    without `losses` the dict may be empty. `exchange`: DDP averages gradients at the end, in the backward pass of the first piece,
-    which comes last; every process must have as many pieces. Returns the sums over the whole batch and the state behind it.
-    No gradient goes into the `state` in front of it.
+    module(piece, state, with_loss) -> ({"loss": sum over the piece's targets, ...}, state) is the model and its loss, perhaps in
+    DDP; without `with_loss` the dict may be empty. `average`: DDP averages the gradients over the processes, in the backward pass
+    of the first piece, which comes last; every process must have as many pieces. Returns the sums over the whole batch and the
+    state after it. No gradient goes into the `state` before it.
     """
-    pieces = batch.split(n) if n else [batch]
+    pieces = batch.split(chunk)
     borders = [state]
     for piece in pieces[:-1]:
         with torch.no_grad(), mixed_precision(batch):
@@ -56,29 +55,20 @@ def backward_in_pieces(module: nn.Module, batch: Batch, state, n: int | None, sc
         borders[-1] = drop_caches(borders[-1], after)
         borders.append(after)
 
-    last, behind, sums, dS = borders[-1], None, {}, []
+    last, final, sums, dS = borders[-1], None, {}, []
     for i in reversed(range(len(pieces))):
         start = tree_map(lambda s: s.detach().requires_grad_(i > 0 and s.is_floating_point()), restore_caches(borders.pop(), last))
-        with quiet(module) if i or not exchange else contextlib.nullcontext():
+        with averaging(module, average and i == 0):
             with mixed_precision(batch):  # one per pass: what autocast caches without gradients would get none
                 losses, end = module(pieces[i], start, True)
             # dS is empty after the last piece, where nothing follows; a teacher's state gets no gradient
             ends = [(s, g) for s, g in zip(tensors(end), dS) if g is not None and s.requires_grad]
             torch.autograd.backward([losses["loss"] * scale, *(s for s, _ in ends)], [None, *(g for _, g in ends)])
         dS = [s.grad for s in tensors(start)]
-        behind = tree_map(Tensor.detach, end) if i == len(pieces) - 1 else behind
+        final = tree_map(Tensor.detach, end) if i == len(pieces) - 1 else final
         sums = {key: sums.get(key, 0) + value.detach().float() for key, value in losses.items()}
         del losses, end, ends, start  # or the next piece would run beside this one's activations
-    return sums, behind
-
-
-def forward_in_pieces(chunk_fn: Callable, n: int, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The terms of the loss of a whole batch, summed over its pieces of n tokens. For looking, without gradients."""
-    state, sums = None, {}
-    for piece in batch.split(n):
-        losses, state = chunk_fn(model, piece, state, True)
-        sums = {key: sums.get(key, 0) + value for key, value in losses.items()}
-    return sums
+    return sums, final
 
 
 def mixed_precision(batch: Batch):
@@ -86,9 +76,9 @@ def mixed_precision(batch: Batch):
     return torch.autocast(batch.x.device.type, torch.bfloat16, enabled=batch.x.is_cuda)
 
 
-def quiet(module: nn.Module):
-    """Around a backward pass after which DDP is not to exchange gradients."""
-    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+def averaging(module: nn.Module, now: bool):
+    """Around a forward and a backward pass: DDP averages the gradients in it if `now`, else each process only adds up its own (no_sync)."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not now else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

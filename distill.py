@@ -40,15 +40,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tyro.conf import OmitArgPrefixes
 
-from bptt import forward_in_pieces
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from evaluate import as_markdown, check_vocabulary, compare, global_sum, make_report, same_tokenizer, write_report
 from model import LM, CausalSelfAttention, ChannelMix, ModelConfig, State, TimeMixer, load_model
 from plan import describe
-from train import (RUN, FitConfig, TrainConfig, check_free, claim, cross_entropy_chunk, cross_entropy_loss, fit, joined, main_first, publish, restore,
-                   setup, train)
+from train import (RUN, FitConfig, TrainConfig, check_free, claim, cross_entropy_loss, fit, joined, main_first, publish, restore, setup, train)
 
 STAGES = ("align", "distil", "finish")
 
@@ -162,8 +160,8 @@ def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None, 
     """A copy of the teacher with RWKV-7 mixers that start near what its attention does with q, k, v and o.
 
     Token-shift mixes and bonus start at 0, the gate at exactly 1, the value residual near 0; decay, a share of 0.12 erased,
-    and the group norm do act. `tokens` (B, T) are what `lookback` and `calibrate`, which need them, look at; `block_size` is the length that
-    the student will be trained at (None: the teacher's). Raises ValueError for a student that the teacher does not allow.
+    and the group norm do act. `tokens` (B, T) are what `lookback` and `calibrate`, which need them, look at; `block_size` is the
+    length that the student will be trained at (None: the teacher's). Raises ValueError for a student that the teacher does not allow.
     """
     t = teacher.cfg
     if cfg.decay not in ("spread", "official", "lookback"):
@@ -172,7 +170,7 @@ def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None, 
     N = t.att_head_size
     ffn = cfg.ffn or ("channelmix" if t.ffn == "relu2" else t.ffn)
     if ffn != t.ffn and (ffn, t.ffn) != ("channelmix", "relu2"):
-        raise ValueError(f"a student with ffn {ffn} cannot take over the teacher's {t.ffn}: leave --ffn away")
+        raise ValueError(f"a student with ffn {ffn} cannot take over the teacher's {t.ffn}: omit --ffn")
     student = LM(replace(t, mixer=cfg.mixer, ffn=ffn, gate=cfg.gate, group_norm=cfg.group_norm, token_shift=cfg.token_shift, bonus=cfg.bonus,
                          rwkv_rope=cfg.rwkv_rope, tied=t.tied and not cfg.untie_head, rwkv_head_size=N, rwkv_size=t.n_head * N))
     theirs, ours = teacher.state_dict(), student.state_dict()
@@ -198,7 +196,7 @@ def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None, 
 def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
     """Give the mixer the attention's projections, and silence what can be silenced."""
     per_kv = m.H // t.n_kv  # grouped heads: each key and value head serves this many queries
-    if t.cfg.qk_norm:       # what follows a norm has to be scaled behind it
+    if t.cfg.qk_norm:       # what follows a norm has to be scaled after it
         m.r_norm.weight.copy_(t.q_norm.weight * m.N**-0.5)
         m.k_norm.weight.copy_(t.k_norm.weight)
     for ours, theirs, repeat, scale in ((m.receptance, t.q_proj, 1, 1.0 if t.cfg.qk_norm else m.N**-0.5), (m.key, t.k_proj, per_kv, 1.0),
@@ -293,10 +291,11 @@ def set_training(model: LM, names: Callable[[str], bool]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses: sums over targets
+# Losses: sums over targets, from a state to a state, as train.py explains
 
-def align_loss(model: LM, batch: Batch, kind: str = "relative") -> dict[str, Tensor]:
-    """Stage 1, mean over layers: relative ||t - s||^2 / ||t||^2 per token, or RWKVInside's l2norm ||t - s||_2 / sqrt(C)."""
+def align_loss(model: LM, batch: Batch, state: None = None, with_loss: bool = True, *, kind: str = "relative") -> tuple[dict[str, Tensor], None]:
+    """Stage 1, mean over layers: relative ||t - s||^2 / ||t||^2 per token, or RWKVInside's l2norm ||t - s||_2 / sqrt(C). Whole sequences only."""
+    assert state is None and with_loss, "stage 1 has no loss by pieces"
     model.hidden(batch.x)
     pairs = [block.att.pair for block in model.blocks if isinstance(block.att, AttentionWrapper)]
     total = 0.0
@@ -307,7 +306,7 @@ def align_loss(model: LM, batch: Batch, kind: str = "relative") -> dict[str, Ten
         else:
             error = error.clamp(min=1e-12).sqrt() / t.shape[-1] ** 0.5
         total = total + (error * batch.mask).sum() / len(pairs)
-    return {"loss": total}
+    return {"loss": total}, None
 
 
 def divergence(t: Tensor, s: Tensor, kind: str) -> Tensor:
@@ -333,31 +332,24 @@ def divergence(t: Tensor, s: Tensor, kind: str) -> Tensor:
     return weight * forward + (1 - weight) * reverse
 
 
-def distil_loss(student: LM, batch: Batch, teacher: LM, *how, **named) -> dict[str, Tensor]:
-    """Stage 2 on whole sequences; see distil_chunk."""
-    return distil_chunk(student, batch, None, True, teacher, *how, **named)[0]
+def distil_loss(student: LM, batch: Batch, state: tuple | None = None, with_loss: bool = True, *, teacher: LM, kind: str = "forward",
+                kl_weight: float = 1.0, ce_weight: float = 0.0, kl_chunk: int | None = None) -> tuple[dict[str, Tensor], tuple]:
+    """Stage 2: kl_weight KL + ce_weight CE over the masked targets, and the teacher's own CE to look at.
 
+    `state` is (student's, teacher's), each from its own reading of what came before.
 
-def distil_chunk(student: LM, batch: Batch, state: tuple | None, losses: bool, teacher: LM, kind: str = "forward",
-                 kl_weight: float = 1.0, ce_weight: float = 0.0, chunk: int | None = None) -> tuple[dict[str, Tensor], tuple]:
-    """Stage 2 on a piece of the sequences: kl_weight KL + ce_weight CE over the masked targets, and the teacher's own CE to look at.
-
-    `state` is (student's, teacher's), each from its own reading of what came before; without `losses` it alone is returned.
-
-    The heads run on `chunk` tokens at a time and again in the backward pass, so that (B, T, V) float32 logits of both
-    models never exist together; None chooses chunks of about 2^24 logits. A teacher with more tokens than the student is
+    The heads run on `kl_chunk` tokens at a time and again in the backward pass, so that (B, T, V) float32 logits of both
+    models never exist together; None: as many as have about 2^24 logits. A teacher with more tokens than the student is
     cut to the student's.
     """
     V = student.cfg.vocab_size
     with torch.no_grad():
         ht, theirs = teacher.hidden(batch.x, state and state[1])
     hs, ours = student.hidden(batch.x, state and state[0])
-    if not losses:
+    if not with_loss:
         return {}, (ours, theirs)
-    hs, ht = hs.flatten(0, 1), ht.flatten(0, 1)                                      # (BT, C)
-    y, mask = batch.y.flatten(), batch.mask.flatten()
 
-    def piece(hs, ht, y, mask):
+    def terms(hs, ht, y, mask):
         with torch.no_grad():
             t = teacher.head(ht)[:, :V]
         s = student.head(hs)
@@ -367,32 +359,28 @@ def distil_chunk(student: LM, batch: Batch, state: tuple | None, losses: bool, t
             teacher_ce = (F.cross_entropy(t.float(), y, reduction="none") * mask).sum()
         return kl, ce, teacher_ce
 
-    n = chunk or max(256, 2**24 // V)
-    pieces = list(zip(*(x.split(n) for x in (hs, ht, y, mask))))
-    sums = [piece(*p) if len(pieces) == 1 else checkpoint(piece, *p, use_reentrant=False) for p in pieces]
+    n = kl_chunk or max(256, 2**24 // V)
+    parts = list(zip(*(x.flatten(0, 1).split(n) for x in (hs, ht, batch.y, batch.mask))))              # of (BT, C) and (BT,)
+    sums = [terms(*part) if len(parts) == 1 else checkpoint(terms, *part, use_reentrant=False) for part in parts]
     kl, ce, teacher_ce = (sum(column) for column in zip(*sums))
     return {"loss": kl_weight * kl + ce_weight * ce, "kl": kl, "ce": ce, "teacher_ce": teacher_ce}, (ours, theirs)
 
 
 def sequence_logp(model: LM, batch: Batch, state: State | None = None) -> tuple[Tensor, State]:
-    """Per row, the sum over its targets of log p(target), (B,), and the state behind them."""
+    """Per row, the sum over its targets of log p(target), (B,), and the state after them."""
     logits, state = model(batch.x, state)
     logp = logits.float().log_softmax(-1).gather(-1, batch.y[..., None])[..., 0]
     return (logp * batch.mask).sum(1), state
 
 
-def dpo_loss(policy: LM, batch: Batch, reference: LM, *how, **named) -> dict[str, Tensor]:
-    """Stage 3 on whole preferences; see dpo_chunk."""
-    return dpo_chunk(policy, batch, None, True, reference, *how, **named)[0]
-
-
-def dpo_chunk(policy: LM, batch: Batch, state: tuple | None, losses: bool, reference: LM, beta: float = 0.1, kind: str = "sigmoid",
-              smoothing: float = 0.0) -> tuple[dict[str, Tensor], tuple]:
-    """Stage 3 on a piece of preferences (arXiv 2305.18290); the first half of the rows is chosen, the second rejected.
+def dpo_loss(policy: LM, batch: Batch, state: tuple | None = None, with_loss: bool = True, *, reference: LM, beta: float = 0.1,
+             kind: str = "sigmoid", smoothing: float = 0.0) -> tuple[dict[str, Tensor], tuple]:
+    """Stage 3 on preferences (arXiv 2305.18290); the first half of the rows is chosen, the second rejected.
 
     With d = beta (log-ratio of chosen - log-ratio of rejected), ratios of policy to reference, and label smoothing e:
     (1-e) f(d) + e f(-d), where f(d) is -log s(d) for sigmoid and max(0, 1 - d) for hinge. That is no sum over pieces, but what
-    each adds is: `state` is (policy's, reference's, log-ratios so far (B,), targets so far (B,)), and a piece's loss is f's increase.
+    each adds is: `state` is (policy's, reference's, log-ratios so far (B,), targets so far (B,)), and a piece's loss is the increase.
+    The ratios need the heads even without `with_loss`.
     """
     def terms(ratio: Tensor, targets: Tensor) -> dict[str, Tensor]:
         chosen, rejected = ratio.chunk(2)
@@ -487,36 +475,33 @@ def train_teacher(cfg: DistillConfig) -> None:
         dist.barrier()
 
 
-def prepare_stage(stage: str, cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, kind: str) -> tuple[LM, Callable, Callable | None]:
-    """What a stage is: the model with only its parameters set to train, its loss, and its loss by pieces (train.py).
-
-    `kind` of the data decides SFT or DPO.
-    """
+def prepare_stage(stage: str, cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, kind: str) -> tuple[LM, Callable]:
+    """What a stage is: the model with only its parameters set to train, and its loss. `kind` of the data decides SFT or DPO."""
     model = wrap(student, teacher if stage == "align" else None)
     if stage == "align":
         set_training(model, lambda name: ".att.student." in name)
-        return model, partial(align_loss, kind=cfg.align_kind), None
+        return model, partial(align_loss, kind=cfg.align_kind)
     if stage == "distil":
         frozen = [part for part in cfg.freeze.split(",") if part]
         set_training(model, lambda name: not any(part in name for part in frozen))
-        how = dict(teacher=logit_teacher, kind=cfg.kl_kind, kl_weight=cfg.kl_weight, ce_weight=cfg.ce_weight, chunk=cfg.kl_chunk)
-        return model, partial(distil_loss, **how), partial(distil_chunk, **how)
+        return model, partial(distil_loss, teacher=logit_teacher, kind=cfg.kl_kind, kl_weight=cfg.kl_weight, ce_weight=cfg.ce_weight, kl_chunk=cfg.kl_chunk)
     set_training(model, lambda name: True)
     if kind == "preference":
         reference = copy.deepcopy(student).eval().requires_grad_(False)
-        how = dict(reference=reference, beta=cfg.dpo_beta, kind=cfg.dpo_kind, smoothing=cfg.dpo_smoothing)
-        return model, partial(dpo_loss, **how), partial(dpo_chunk, **how)
-    return model, cross_entropy_loss, cross_entropy_chunk
+        return model, partial(dpo_loss, reference=reference, beta=cfg.dpo_beta, kind=cfg.dpo_kind, smoothing=cfg.dpo_smoothing)
+    return model, cross_entropy_loss
 
 
 @torch.no_grad()
-def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | None) -> dict[str, float]:
-    """Every term of a loss, as its mean over the held-out targets (over the pairs, for preferences)."""
+def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | None, chunk: int | None) -> dict[str, float]:
+    """Every term of a loss, as its mean over the held-out targets (over the pairs, for preferences), read `chunk` tokens at a time."""
     sums, count = {}, torch.zeros((), device=next(model.parameters()).device)
     for batch in loader.windows(max_tokens):
-        batch = batch.to(count.device)
-        for name, value in loss_fn(model, batch).items():
-            sums[name] = sums.get(name, 0.0) + value.double()
+        batch, state = batch.to(count.device), None
+        for piece in batch.split(chunk):
+            terms, state = loss_fn(model, piece, state)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
         count += (batch.mask.sum(1).chunk(2)[0] > 0).sum() if loader.kind == "preference" else batch.mask.sum()
     return {name: (global_sum(value) / global_sum(count)).item() for name, value in sums.items()}
 
@@ -578,14 +563,13 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
         if stage not in cfg.stages.split(","):
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        model, loss_fn, chunk_fn = prepare_stage(stage, cfg, student, teacher, logit_teacher, loaders[stage].kind)
+        model, loss_fn = prepare_stage(stage, cfg, student, teacher, logit_teacher, loaders[stage].kind)
         held_out = loaders["finish_val"] if stage == "finish" else None
-        look = partial(forward_in_pieces, chunk_fn, cfg.finish.bptt_chunk) if cfg.finish.bptt_chunk else loss_fn
-        before = held_out and mean_terms(look, model.eval(), held_out, cfg.eval_tokens)
-        done = fit(model, loss_fn, loaders[stage], getattr(cfg, stage), folder, student, meta, validate if stage == "distil" else None, stage, chunk_fn)
+        before = held_out and mean_terms(loss_fn, model.eval(), held_out, cfg.eval_tokens, cfg.finish.bptt_chunk)
+        done = fit(model, loss_fn, loaders[stage], getattr(cfg, stage), folder, student, meta, validate if stage == "distil" else None, stage)
         row = {"name": stage, "tokens": done["tokens"], "minutes": done["minutes"], **measure(teacher, student, val, cfg.eval_tokens, cfg.distil.bptt_chunk)}
         if held_out:
-            row["finish"] = {"before": before, "after": mean_terms(look, model.eval(), held_out, cfg.eval_tokens)}
+            row["finish"] = {"before": before, "after": mean_terms(loss_fn, model.eval(), held_out, cfg.eval_tokens, cfg.finish.bptt_chunk)}
             say("held-out loss of stage 3: {before[loss]:.4f} before, {after[loss]:.4f} after".format(**row["finish"]))
         if val.rank == 0:
             publish(folder, out)
@@ -593,20 +577,16 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
     return rows
 
 
-def distill(cfg: DistillConfig) -> dict:
-    """Teacher in, RNN out: run the stages into `cfg.out` and return the report. With cfg.rank_layers the ranking, made in OUT/rank."""
+WRITES = (*RUN, *STAGES, "controls", "start.json", "ranking.json", "report.json", "report.md", "report.png")  # what a run of distill.py writes
+
+
+def open_job(cfg: DistillConfig) -> tuple[LM, LM, LM, dict[str, Loader], dict]:
+    """Make what is missing, refuse what cannot be, claim the folder; returns (teacher, teacher of stage 2, student, loaders, meta)."""
     rank, world, device = setup(cfg.device)
-    if cfg.rank_layers:
-        if cfg.student.mixer not in ("r", "all"):
-            raise ValueError(f"mixer = {cfg.student.mixer!r}: --rank_layers replaces every layer once, so leave --mixer away")
-        cfg = replace(cfg, out=str(Path(cfg.out) / "rank"), stages="align", controls=False, student=replace(cfg.student, mixer="all"))
     out, stages = Path(cfg.out), cfg.stages.split(",")
-    if cfg.controls and not cfg.stages.startswith("align,distil"):
-        raise ValueError(f"--controls compares with the stages align,distil, but stages = {cfg.stages!r}: add them")
-    writes = (*RUN, *STAGES, "controls", "start.json", "ranking.json", "report.json", "report.md", "report.png")
     with main_first(rank):
         if rank == 0:
-            check_free(out, cfg.resume, cfg.overwrite, writes, "checkpoints", (cfg.teacher, cfg.logit_teacher))
+            check_free(out, cfg.resume, cfg.overwrite, WRITES, "checkpoints", (cfg.teacher, cfg.logit_teacher))
         tokenizer = cfg.teacher if Path(cfg.teacher).exists() else "bytes"
         ensure_prepared(cfg.data, tokenizer)
         if "finish" in stages:
@@ -622,7 +602,8 @@ def distill(cfg: DistillConfig) -> dict:
     torch.manual_seed(cfg.seed)
     student = make_student(teacher, cfg.student, calibration_batch(cfg, T, device), T).to(device)
     if "r" not in student.cfg.mixers:
-        raise ValueError(f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand, or name layers such as first:1")
+        raise ValueError(f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand, name layers such as first:1, "
+                         "or use auto:T with T above the teacher's block_size")
     if cfg.rank_layers and not 0 <= cfg.keep < teacher.cfg.n_layer:
         raise ValueError(f"keep = {cfg.keep}: of {teacher.cfg.n_layer} layers 0 to {teacher.cfg.n_layer - 1} can stay attention")
     for part in filter(None, cfg.freeze.split(",")):
@@ -651,35 +632,59 @@ def distill(cfg: DistillConfig) -> dict:
         print(describe(student.cfg, T), flush=True)
     with main_first(rank):
         if rank == 0:
-            claim(out, cfg.overwrite, writes)
-    meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
-    rows = run_stages(cfg, student, teacher, logit_teacher, loaders, out, meta)
+            claim(out, cfg.overwrite, WRITES)
+    return teacher, logit_teacher, student, loaders, {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
+
+
+def distill(cfg: DistillConfig) -> dict:
+    """Teacher in, RNN out: run the stages into `cfg.out` and return the report; with cfg.rank_layers, rank_layers instead."""
     if cfg.rank_layers:
-        ranking = propose(rank_layers(student, teacher, loaders["val"], cfg.eval_tokens), cfg.keep)
-        if rank == 0:
-            (out / "ranking.json").write_text(json.dumps(ranking, indent=1) + "\n")
-            print("\n".join("layer {layer}: replaced alone it costs KL {kl:.4f}, top-1 {top1:.1%}".format(**row) for row in ranking["layers"]))
-            print(f"{out}/ranking.json; attention stays best in {ranking['attention']}: python distill.py --mixer {ranking['mixer']}")
-        return ranking
+        return rank_layers(cfg)
+    out, stages = Path(cfg.out), cfg.stages.split(",")
+    if cfg.controls and not cfg.stages.startswith("align,distil"):
+        raise ValueError(f"--controls compares with the stages align,distil, but stages = {cfg.stages!r}: add them")
+    teacher, logit_teacher, student, loaders, meta = open_job(cfg)
+    val = loaders["val"]
+    rows = run_stages(cfg, student, teacher, logit_teacher, loaders, out, meta)
 
     # the report: the distilled student in full (the last stage may teach it something else), and a row per stage
     described = "distil" if "distil" in stages else stages[-1]
-    train_half = Loader(cfg.data, "train", 1, T, 0, rank, world)
-    report = make_report(teacher, load_model(out / described, device).eval(), train_half, loaders["val"], cfg.eval_tokens, cfg.distil.bptt_chunk)
+    train_half = Loader(cfg.data, "train", 1, val.T, 0, val.rank, val.W)
+    distilled = load_model(out / described, next(teacher.parameters()).device).eval()
+    report = make_report(teacher, distilled, train_half, val, cfg.eval_tokens, cfg.distil.bptt_chunk)
     report["student"]["stage"] = described
     report["stages"] = rows
     if cfg.controls:
         report["controls"] = run_controls(cfg, teacher, logit_teacher, loaders, out, meta)
-    if rank == 0:
+    if val.rank == 0:
         write_report(out, report, {name: Path(folder) / "metrics.jsonl" for name, folder in (("teacher", cfg.teacher), *((s, out / s) for s in stages))})
         print(as_markdown(report))
         print(f"{out}: model, report.json, report.md, report.png. Now: python sample.py --ckpt {out} --prompt \"The \"")
     return report
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Which layers to leave attention
+
+def rank_layers(cfg: DistillConfig) -> dict:
+    """Stage 1 for all layers at once, what replacing each alone then costs, and a proposal: OUT/ranking/ranking.json, returned as well."""
+    if cfg.student.mixer not in ("r", "all"):
+        raise ValueError(f"mixer = {cfg.student.mixer!r}: --rank_layers replaces every layer once, so omit --mixer")
+    out = Path(cfg.out) / "ranking"
+    cfg = replace(cfg, out=str(out), stages="align", controls=False, student=replace(cfg.student, mixer="all"))
+    teacher, logit_teacher, student, loaders, meta = open_job(cfg)
+    run_stages(cfg, student, teacher, logit_teacher, loaders, out, meta)
+    ranking = propose(replacement_costs(student, teacher, loaders["val"], cfg.eval_tokens), cfg.keep)
+    if loaders["val"].rank == 0:
+        (out / "ranking.json").write_text(json.dumps(ranking, indent=1) + "\n")
+        print("\n".join("layer {layer}: replaced alone it costs KL {kl:.4f}, top-1 {top1:.1%}".format(**row) for row in ranking["layers"]))
+        print(f"{out}/ranking.json; attention stays best in {ranking['attention']}: python distill.py --mixer {ranking['mixer']}")
+    return ranking
+
+
 @torch.no_grad()
-def rank_layers(student: LM, teacher: LM, val: Loader, max_tokens: int | None) -> list[dict]:
-    """What replacing each layer alone costs: KL(teacher || teacher with that mixer), dearest first. `student` has been aligned everywhere.
+def replacement_costs(student: LM, teacher: LM, val: Loader, max_tokens: int | None) -> list[dict]:
+    """What replacing each layer alone costs: KL(teacher || teacher with that mixer), costliest first. `student` has been aligned everywhere.
 
     v_first is layer 0's, as in stage 1, whichever layer is replaced.
     """
@@ -693,10 +698,13 @@ def rank_layers(student: LM, teacher: LM, val: Loader, max_tokens: int | None) -
 
 
 def propose(rows: list[dict], keep: int) -> dict:
-    """Leave the `keep` dearest layers attention: as if costs added up, which they do only roughly."""
+    """Leave the `keep` costliest layers attention: as if costs added up, which they do only roughly."""
     stay = sorted(row["layer"] for row in rows[:keep])
     return {"layers": rows, "keep": keep, "attention": stay, "mixer": "".join("a" if i in stay else "r" for i in range(len(rows)))}
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controls
 
 def run_controls(cfg: DistillConfig, teacher: LM, logit_teacher: LM, loaders: dict[str, Loader], out: Path, meta: dict) -> dict:
     """What the same student tokens give without each idea: a row each, compared with the same teacher."""

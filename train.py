@@ -10,15 +10,14 @@
 What it is: `fit`, the one loop of this project. Distillation (distill.py) is three more calls of it: a stage is a loss
 function and the parameters that train. What it is not: a framework; whoever needs another loop changes this one.
 
-    loss_fn(model, batch) -> {"loss": ..., ...}    SUMS over the targets of this batch, as scalars
+    loss_fn(model, batch, state=None, with_loss=True) -> ({"loss": ..., ...}, state)    SUMS over this batch's targets, as scalars
 
 `fit` divides by the number of targets in the whole step (all micro-batches of all ranks), which the loader knows. So
 accumulation, padding and data parallelism never change what is computed: two processes give one process's gradients.
 
-    chunk_fn(model, piece, state, losses) -> ({"loss": ..., ...}, state)    the same for a piece of each sequence
-
-is what `bptt_chunk` and `bptt_truncate` (bptt.py) ask for: the sum over the pieces is the loss. Where `losses` is False only the
-state is wanted, and the dict may be empty.
+The states are for `bptt_chunk` and `bptt_truncate` (bptt.py), where a batch is a piece of each sequence: `state` is what the loss
+returned after the piece before, None at the beginning. The sum over the pieces is the loss of the whole. Without `with_loss` only
+the state is wanted, and the dict may be empty.
 """
 
 import contextlib
@@ -43,14 +42,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
 
-from bptt import backward_in_pieces, mixed_precision, pack, quiet, unpack
+from bptt import backward_in_pieces, pack, unpack
 from config import cli, run
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from data.tokenizer import copy_tokenizer
 from evaluate import check_vocabulary, cross_entropy, global_sum, mean_loss, read_metrics, same_tokenizer
 from model import LM, ModelConfig, State, TimeMixer, load_model, open_model, save_model, tensors
-from plan import plan
+from plan import describe, plan
 
 
 @dataclass(frozen=True)
@@ -279,16 +278,13 @@ class Step(nn.Module):
 
 
 def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out: Path, save: LM, meta: dict,
-        validate: Callable[[], dict] | None = None, name: str = "train", chunk_fn: Callable | None = None) -> dict:
+        validate: Callable[[], dict] | None = None, name: str = "train") -> dict:
     """Train what requires gradients in `model`, from the newest checkpoint in `out` if there is one.
 
     `save` is the LM that checkpoints hold: the model itself, or the student inside it. `validate` gives a dict of floats.
-    `chunk_fn` is the loss of a piece of the sequences, which bptt_chunk and bptt_truncate need.
     Returns {"step", "tokens", "minutes", "loss"} and the last validation. Raises ValueError when the loss is not finite,
     and KeyboardInterrupt, after saving, for Ctrl-C; either way the last good checkpoint stays.
     """
-    in_pieces = cfg.bptt_chunk is not None or cfg.bptt_truncate
-    assert not in_pieces or chunk_fn, "whoever allows bptt_chunk gives the loss of a piece"
     assert cfg.bptt_truncate == loader.streams, "a state can only be carried along streams"
     rank, world = loader.rank, loader.W
     device = next(model.parameters()).device
@@ -300,7 +296,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
     step, tokens, seconds, carried = resume(checkpoint, save, optimizer, loader) if checkpoint else (0, 0, 0.0, None)
     log = MetricsLog(out, step, cfg.wandb) if rank == 0 else None
 
-    module = Step(model, chunk_fn if in_pieces else loss_fn)
+    module = Step(model, loss_fn)
     if cfg.compile:
         torch._functorch.config.enable_autograd_cache = False  # replaying cached view outputs fails in torch 2.13
         module = torch.compile(module)
@@ -319,7 +315,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
         return min(1.0, max(done))
 
     def checkpoint_now():
-        states = pack(carried) if cfg.bptt_truncate and carried else None
+        states = pack(carried) if carried else None
         if rank == 0:
             trainer = {"step": step, "tokens": tokens, "seconds": seconds, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "states": states}
             save_checkpoint(out, save, meta, trainer, cfg.keep_last, loader.folder)
@@ -338,11 +334,9 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, out
         while progress() < 1:
             lr = set_rates(optimizer, cfg, step, progress())
             batches, targets = loader.step(step)
-            if in_pieces:
-                carried = carried if cfg.bptt_truncate and not loader.begins(step) else [None] * loader.accum
-                sums, carried = forward_backward_in_pieces(module, batches, targets, world, device, cfg.bptt_chunk, carried)
-            else:
-                sums = forward_backward(module, batches, targets, world, device)
+            if loader.streams and loader.begins(step):
+                carried = [None] * loader.accum
+            sums, carried = forward_backward(module, batches, targets, world, device, cfg.bptt_chunk, carried)
             tokens += world * sum(batch.x.numel() for batch in batches)
             norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
             optimizer.step()
@@ -402,9 +396,10 @@ def resume(checkpoint: Path, save: LM, optimizer: torch.optim.Optimizer, loader:
     if rates(optimizer.param_groups) != rates(trainer["optimizer"]["param_groups"]):
         raise ValueError(f"{checkpoint} had another weight decay, rwkv_lr_multiplier or freeze: resume with the settings it was started with")
     states = trainer["states"] or []  # one for each micro-batch, each with the rows of all processes
-    rows = sum(tensors(layers)[0].shape[0] for _, layers in states)
-    if trainer["step"] and (len(states), rows) != (loader.streams * loader.accum, loader.streams * loader.accum * loader.W * loader.B):
-        raise ValueError(f"{checkpoint} carries the state of {rows} texts, and these settings another number: "
+    have = [tensors(layers)[0].shape[0] for _, layers in states]
+    want = [loader.W * loader.B] * (loader.accum if loader.streams else 0)
+    if trainer["step"] and have != want:
+        raise ValueError(f"{checkpoint} carries the state of {sum(have)} texts in {len(have)} micro-batches, these settings of {sum(want)} in {len(want)}: "
                          "resume with the bptt_truncate, batch_size, accum and processes that it was started with")
     optimizer.load_state_dict(trainer["optimizer"])
     torch.set_rng_state(trainer["rng"])
@@ -424,35 +419,24 @@ def set_rates(optimizer: torch.optim.Optimizer, cfg: FitConfig, step: int, progr
     return lr
 
 
-def forward_backward(module: nn.Module, batches: list[Batch], targets: int, world: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Gradients of the loss per target of the whole step, and this process's share of every term's mean.
+def forward_backward(module: nn.Module, batches: list[Batch], targets: int, world: int, device: torch.device, chunk: int | None = None,
+                     states: list | None = None) -> tuple[dict[str, torch.Tensor], list | None]:
+    """Gradients of the loss per target of the whole step; returns this process's share of every term's mean, and the next `states`.
 
     The losses are sums, `targets` counts those of all micro-batches of all processes, and DDP averages: hence `world`.
+    `states`, one for each micro-batch, is where the sequences go on from; None: they begin here, and what follows them is forgotten.
     """
     sums: dict[str, torch.Tensor] = {}
-    for i, batch in enumerate(batches):
-        last = world == 1 or i == len(batches) - 1  # DDP exchanges gradients once, behind the last micro-batch
-        batch = batch.to(device)
-        with contextlib.nullcontext() if last else quiet(module):
-            with mixed_precision(batch):
-                losses = module(batch)
-            (losses["loss"] * (world / targets)).backward()
-        for key, value in losses.items():
-            sums[key] = sums.get(key, 0) + value.detach().float() / targets
-    return sums
-
-
-def forward_backward_in_pieces(module: nn.Module, batches: list[Batch], targets: int, world: int, device: torch.device, chunk: int | None,
-                               states: list) -> tuple[dict[str, torch.Tensor], list]:
-    """The same from a state for each micro-batch, `chunk` tokens at a time; returns also the states behind them."""
-    sums: dict[str, torch.Tensor] = {}
     after = []
-    for i, (batch, state) in enumerate(zip(batches, states, strict=True)):
-        losses, state = backward_in_pieces(module, batch.to(device), state, chunk, world / targets, exchange=i == len(batches) - 1)
-        after.append(state)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1  # DDP averages once, after the last micro-batch
+        losses, state = backward_in_pieces(module, batch.to(device), states and states[i], chunk, world / targets, average=last)
+        if states:
+            after.append(state)
         for key, value in losses.items():
             sums[key] = sums.get(key, 0) + value / targets
-    return sums, after
+        del state  # a KV cache that nobody carries would stay beside the next micro-batch
+    return sums, after or None
 
 
 def agree(values: list[float], device: torch.device) -> list[float]:
@@ -504,7 +488,7 @@ class MetricsLog:
             try:
                 import wandb
             except ImportError:
-                raise ValueError("--wandb needs the package wandb: pip install wandb, or leave the flag away") from None
+                raise ValueError("--wandb needs the package wandb: pip install wandb, or omit --wandb") from None
             self.wandb = wandb.init(project=wandb_project, name=out.name, resume="allow", id=out.name)
 
     def write(self, row: dict) -> None:
@@ -517,15 +501,10 @@ class MetricsLog:
 # ---------------------------------------------------------------------------------------------------------------------
 # As a script
 
-def cross_entropy_loss(model: LM, batch: Batch) -> dict[str, torch.Tensor]:
-    """The language-modelling loss, summed over the targets."""
-    return {"loss": cross_entropy(model(batch.x)[0], batch)}
-
-
-def cross_entropy_chunk(model: LM, piece: Batch, state: State | None, losses: bool) -> tuple[dict[str, torch.Tensor], State]:
-    """The same of a piece of each sequence, from a state to a state; without `losses` the head is spared."""
-    x, state = model.hidden(piece.x, state)
-    return {"loss": cross_entropy(model.head(x), piece)} if losses else {}, state
+def cross_entropy_loss(model: LM, batch: Batch, state: State | None = None, with_loss: bool = True) -> tuple[dict[str, torch.Tensor], State]:
+    """The language-modelling loss, summed over the targets, and the state after them; without `with_loss` the head is spared."""
+    x, state = model.hidden(batch.x, state)
+    return {"loss": cross_entropy(model.head(x), batch)} if with_loss else {}, state
 
 
 @dataclass(frozen=True)
@@ -553,7 +532,7 @@ def train(cfg: TrainConfig) -> dict:
         ensure_prepared(cfg.data, cfg.init or "bytes")
     started = load_model(cfg.init) if cfg.init else None
     if started and cfg.model != ModelConfig() and replace(cfg.model, vocab_size=started.cfg.vocab_size) != started.cfg:
-        raise ValueError(f"--init takes the model of {cfg.init} as it is: leave the flags away that describe another one")
+        raise ValueError(f"--init takes the model of {cfg.init} as it is: omit the flags that describe another one")
     T = (started.cfg if started else cfg.model).block_size
     if cfg.fit.bptt_truncate and "a" in (started.cfg if started else cfg.model).mixers:
         raise ValueError("bptt_truncate carries the state from step to step, where attention's would grow without end: it is for --mixer r alone")
@@ -573,11 +552,12 @@ def train(cfg: TrainConfig) -> dict:
     meta = {"tokenizer": loaders[0].meta["tokenizer"], "data": cfg.data}
     if rank == 0:
         print(json.dumps(asdict(cfg)))
+        print(describe(model.cfg, T), flush=True)
 
     def validate() -> dict[str, float]:
         return {"val_loss": mean_loss(model, loaders[1], cfg.eval_tokens, cfg.fit.bptt_chunk)}
 
-    result = fit(model, cross_entropy_loss, loaders[0], cfg.fit, out, model, meta, validate, chunk_fn=cross_entropy_chunk)
+    result = fit(model, cross_entropy_loss, loaders[0], cfg.fit, out, model, meta, validate)
     result["val_loss"] = mean_loss(model.eval(), loaders[1], chunk=cfg.fit.bptt_chunk)
     if rank == 0:
         print(f"{out}: held-out loss {result['val_loss']:.4f} nats per token after {result['tokens']:,} tokens and {result['minutes']:.1f} minutes")

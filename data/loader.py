@@ -31,9 +31,9 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(self.x.to(device), self.y.to(device), self.mask.to(device))
 
-    def split(self, n: int) -> list["Batch"]:
-        """The same rows in pieces of n tokens, the last one perhaps shorter."""
-        return [Batch(*piece) for piece in zip(*(z.split(n, 1) for z in (self.x, self.y, self.mask)))]
+    def split(self, chunk: int | None) -> list["Batch"]:
+        """The same rows in pieces of `chunk` tokens, the last one perhaps shorter; None: in one piece."""
+        return [Batch(*piece) for piece in zip(*(z.split(chunk, 1) for z in (self.x, self.y, self.mask)))] if chunk else [self]
 
 
 class Loader:

@@ -17,15 +17,15 @@ import torch.multiprocessing
 
 import bptt
 import distill
-from bptt import backward_in_pieces, forward_in_pieces, pack, unpack
+from bptt import backward_in_pieces, pack, unpack
 from common import T, TINY, assert_same_run, metrics, moments, newest, one_line, padded, random_batch, tiny, tiny_model  # noqa: F401
 from data.loader import Batch, Loader
-from distill import distil_chunk, distil_loss, dpo_chunk, dpo_loss, make_student, StudentConfig, wrap
+from distill import StudentConfig, distil_loss, dpo_loss, make_student, mean_terms, wrap
 from evaluate import compare, cross_entropy, mean_loss
 from model import LM, State, tensors, tree_map
 from test_distill import job, loop, teacher  # noqa: F401   (fixtures)
 from test_train import META, QUIET, Killed
-from train import FitConfig, Step, TrainConfig, cross_entropy_chunk, cross_entropy_loss, fit, main, param_groups, train
+from train import FitConfig, Step, TrainConfig, cross_entropy_loss, fit, main, param_groups, train
 
 MODELS = {"rwkv": {"mixer": "r", "ffn": "channelmix"}, "attention": {"mixer": "a", "n_kv_head": 1}, "learned": {"mixer": "a", "positions": "learned"},
           "hybrid": {"mixer": "ar", "n_layer": 3}, "rwkv first": {"mixer": "rra", "n_layer": 3, "ffn": "channelmix"},
@@ -38,13 +38,14 @@ def gradients(model: LM) -> dict[str, torch.Tensor]:
     return found
 
 
-def both_ways(model: LM, batch: Batch, loss_fn, chunk_fn, n: int | None, state=None):
+def both_ways(model: LM, batch: Batch, loss_fn, n: int | None, state=None):
     """Gradients and terms by ordinary backpropagation and in pieces of n tokens."""
-    whole = loss_fn(model, batch)
+    with bptt.mixed_precision(batch):
+        whole, _ = loss_fn(model, batch, state)
     whole["loss"].backward()
     want = gradients(model)
-    terms, behind = backward_in_pieces(Step(model, chunk_fn), batch, state, n, 1.0, True)
-    return want, gradients(model), whole, terms, behind
+    terms, after = backward_in_pieces(Step(model, loss_fn), batch, state, n, 1.0, True)
+    return want, gradients(model), whole, terms, after
 
 
 def assert_equal_gradients(got: dict, want: dict, rel: float = 1e-5) -> None:
@@ -60,10 +61,10 @@ def assert_equal_gradients(got: dict, want: dict, rel: float = 1e-5) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradients_in_pieces_are_those_of_ordinary_backpropagation(kind, n):
     model, batch = tiny_model(block_size=40, **MODELS[kind]), random_batch(2, 40)
-    want, got, whole, terms, behind = both_ways(model, batch, cross_entropy_loss, cross_entropy_chunk, n)
+    want, got, whole, terms, after = both_ways(model, batch, cross_entropy_loss, n)
     assert_equal_gradients(got, want)
-    assert terms["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-5) and behind.position == 40
-    for a, b in zip(tensors(behind), tensors(model(batch.x)[1]), strict=True):
+    assert terms["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-5) and after.position == 40
+    for a, b in zip(tensors(after), tensors(model(batch.x)[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -72,7 +73,7 @@ def test_without_the_gradient_of_the_state_they_are_others(monkeypatch):
     model, batch = tiny_model(mixer="r"), random_batch(2, 40)
     with monkeypatch.context() as patch:
         patch.setattr(bptt, "tensors", lambda state: [])
-        want, cut, *_ = both_ways(model, batch, cross_entropy_loss, cross_entropy_chunk, 10)
+        want, cut, *_ = both_ways(model, batch, cross_entropy_loss, 10)
     assert (cut["blocks.0.att.value.weight"] - want["blocks.0.att.value.weight"]).norm() > 0.01 * want["blocks.0.att.value.weight"].norm()
 
 
@@ -84,8 +85,8 @@ def test_stage_2_in_pieces_with_its_heads_in_chunks_of_their_own(student, kind):
     model = wrap(make_student(teacher, StudentConfig(mixer=student)), None)
     distill.set_training(model, lambda name: "emb" not in name)
     batch, _ = padded([9, 40, 27])
-    how = dict(teacher=teacher, kind=kind, kl_weight=1.0, ce_weight=0.3, chunk=11)
-    want, got, whole, terms, _ = both_ways(model, batch, partial(distil_loss, **how), partial(distil_chunk, **how), 12)
+    how = dict(teacher=teacher, kind=kind, kl_weight=1.0, ce_weight=0.3, kl_chunk=11)
+    want, got, whole, terms, _ = both_ways(model, batch, partial(distil_loss, **how), 12)
     assert_equal_gradients(got, want)
     assert {key: x.item() for key, x in terms.items()} == pytest.approx({key: x.item() for key, x in whole.items()}, rel=1e-5)
     assert all(p.grad is None for p in teacher.parameters()) and model.emb.weight.grad is None
@@ -98,7 +99,7 @@ def test_preferences_in_pieces_though_their_loss_is_no_sum_over_tokens(kind):
     batch, _ = padded([40, 9, 30, 33, 12, 30])
     batch.mask[0, :30] = batch.mask[3, :30] = batch.mask[2] = batch.mask[5] = 0
     how = dict(reference=reference, beta=0.3, kind=kind, smoothing=0.2)
-    want, got, whole, terms, _ = both_ways(model, batch, partial(dpo_loss, **how), partial(dpo_chunk, **how), 12)
+    want, got, whole, terms, _ = both_ways(model, batch, partial(dpo_loss, **how), 12)
     assert_equal_gradients(got, want)
     assert {key: x.item() for key, x in terms.items()} == pytest.approx({key: x.item() for key, x in whole.items()}, rel=1e-5, abs=1e-6)
 
@@ -107,24 +108,28 @@ def test_in_mixed_precision_every_parameter_gets_its_gradient(monkeypatch):
     """Autocast keeps its copies of the weights for a while: those of the way there have no gradient."""
     model, batch = tiny_model(mixer="ra"), random_batch(2, 40)
     monkeypatch.setattr(bptt, "mixed_precision", lambda batch: torch.autocast("cpu", torch.bfloat16))
-
-    def whole(model, batch):
-        with torch.autocast("cpu", torch.bfloat16):
-            return cross_entropy_loss(model, batch)
-
-    want, got, *_ = both_ways(model, batch, whole, cross_entropy_chunk, 10)
+    want, got, *_ = both_ways(model, batch, cross_entropy_loss, 10)
     assert_equal_gradients(got, want, 0.05)
 
 
 def test_a_state_goes_in_front_and_no_gradient_into_it():
-    """From the state behind the first half, the second half's gradients are those with that state as a constant."""
+    """From the state after the first half, the second half's gradients are those with that state as a constant."""
     model, batch = tiny_model(mixer="r"), random_batch(2, 40)
     first, second = batch.split(20)
     state = tree_map(torch.Tensor.detach, model(first.x)[1])
     kept = [s.clone() for s in tensors(state)]
-    want, got, *_ = both_ways(model, second, lambda model, batch: {"loss": cross_entropy(model(batch.x, state)[0], batch)}, cross_entropy_chunk, 7, state)
+    want, got, *_ = both_ways(model, second, cross_entropy_loss, 7, state)
     assert_equal_gradients(got, want)
     assert all(map(torch.equal, tensors(state), kept)) and not any(s.requires_grad for s in tensors(state))
+
+
+def test_a_batch_splits_into_pieces_and_none_leaves_it_whole():
+    batch, _ = padded([9, 20, 14])
+    assert batch.split(None) == [batch]
+    for n in (1, 6, 20, 100):
+        pieces = batch.split(n)
+        assert [piece.x.shape[1] for piece in pieces] == [min(n, 20 - at) for at in range(0, 20, n)]
+        assert all(torch.equal(torch.cat([getattr(piece, z) for piece in pieces], 1), getattr(batch, z)) for z in ("x", "y", "mask"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ class Kept:
 def most_kept(model: LM, length: int, n: int | None) -> int:
     kept = Kept()
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda holder: holder.box[0]):
-        backward_in_pieces(Step(model, cross_entropy_chunk), random_batch(1, length), None, n, 1.0, True)
+        backward_in_pieces(Step(model, cross_entropy_loss), random_batch(1, length), None, n, 1.0, True)
     assert kept.now == 0
     return kept.most
 
@@ -173,10 +178,10 @@ def test_the_borders_of_attention_share_one_cache():
     """Between the two ways, the borders' keys and values are views of the last ones: linear memory, not quadratic."""
     model, seen = tiny_model(mixer="ra"), []
 
-    def spy(model, piece, state, losses):
-        if losses and state is not None:
+    def spy(model, piece, state, with_loss):
+        if with_loss and state is not None:
             seen.append(state.layers[1][0][0].untyped_storage().data_ptr())
-        return cross_entropy_chunk(model, piece, state, losses)
+        return cross_entropy_loss(model, piece, state, with_loss)
 
     backward_in_pieces(Step(model, spy), random_batch(1, 40), None, 8, 1.0, True)
     assert len(seen) == 4 and len(set(seen)) == 1
@@ -191,18 +196,19 @@ def test_what_is_measured_on_held_out_text_in_pieces_is_what_is_measured_at_once
     by_position = [side.pop("by_position") for side in (ours, theirs)]
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert all(by_position[0][who] == pytest.approx(by_position[1][who], rel=1e-4) for who in ("teacher", "student"))
-    batch, look = padded([40, 9])[0], partial(distil_chunk, teacher=teacher)
-    for key, value in distil_loss(model, batch, teacher).items():
-        assert forward_in_pieces(look, 7, model, batch)[key].item() == pytest.approx(value.item(), rel=1e-5)
+    for data, loss_fn in (("sft", cross_entropy_loss), ("text", partial(distil_loss, teacher=teacher)), ("dpo", partial(dpo_loss, reference=teacher))):
+        held_out = Loader(getattr(tiny, data), "val", 4, 64)
+        ours, theirs = (mean_terms(loss_fn, model, held_out, 500, chunk) for chunk in (7, None))
+        assert ours == pytest.approx(theirs, rel=1e-5), data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In the loop
 
-def run_fit(out: Path, data: str, cfg: FitConfig, model: LM, loss_fn=cross_entropy_chunk, length: int = T) -> dict:
+def run_fit(out: Path, data: str, cfg: FitConfig, model: LM, loss_fn=cross_entropy_loss, length: int = T) -> dict:
     out.mkdir(exist_ok=True)
     loader = Loader(data, "train", cfg.batch_size, length, 0, 0, 1, cfg.accum, cfg.bptt_truncate)
-    return fit(model, cross_entropy_loss, loader, cfg, out, model, META, chunk_fn=loss_fn)
+    return fit(model, loss_fn, loader, cfg, out, model, META)
 
 
 @pytest.mark.parametrize("kind", ["text", "sft"])
@@ -355,7 +361,7 @@ def test_a_run_with_a_carried_state_that_dies_and_resumes_equals_one_that_never_
         calls.append(1)
         if len(calls) == 50:  # in step 5: a step is two micro-batches of two pieces there and three back
             raise Killed
-        return cross_entropy_chunk(*args)
+        return cross_entropy_loss(*args)
 
     with pytest.raises(Killed):
         run_fit(tmp_path / "broken", tiny.text, cfg, tiny_model(mixer="r", std=0.05), dies)

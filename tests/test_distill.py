@@ -46,8 +46,8 @@ def test_gradient_reaches_the_first_layers_value_projection_through_v_first(stag
     def gradient() -> tuple[torch.Tensor, torch.nn.Module]:
         model = wrap(student, teacher if stage == 1 else None)
         set_training(model, lambda name: ".att.student." in name)
-        loss = align_loss(model, batch)["loss"] if stage == 1 else distil_loss(model, batch, teacher)["loss"]
-        return torch.autograd.grad(loss, first_value(model))[0], model
+        losses, _ = align_loss(model, batch) if stage == 1 else distil_loss(model, batch, teacher=teacher)
+        return torch.autograd.grad(losses["loss"], first_value(model))[0], model
 
     whole, model = gradient()
     with monkeypatch.context() as patch:
@@ -63,7 +63,8 @@ def test_gradient_reaches_the_first_layers_value_projection_through_v_first(stag
     for sign in (1, -1):
         with torch.no_grad():
             first_value(model).add_(sign * 1e-4 * direction)
-            values.append((align_loss(model, wide) if stage == 1 else distil_loss(model, wide, teacher))["loss"].item())
+            losses, _ = align_loss(model, wide) if stage == 1 else distil_loss(model, wide, teacher=teacher)
+            values.append(losses["loss"].item())
             first_value(model).sub_(sign * 1e-4 * direction)
     assert (values[0] - values[1]) / 2e-4 == pytest.approx(whole.norm().item(), rel=1e-3)
 
@@ -110,7 +111,7 @@ def test_the_gates_columns_get_different_gradients():
     """With equal rows in g2, all columns of g1 would learn the same for ever."""
     teacher, batch = tiny_model(), random_batch()
     model = wrap(make_student(teacher, StudentConfig()), teacher)
-    align_loss(model, batch)["loss"].backward()
+    align_loss(model, batch)[0]["loss"].backward()
     for block in model.blocks:
         columns = F.normalize(block.att.student.g1.grad.double(), dim=0).T           # (rank, C)
         distances = torch.cdist(columns, columns).fill_diagonal_(1)
@@ -157,7 +158,7 @@ def test_spread_decay_gives_half_lives_from_two_tokens_to_the_block():
 
 
 @torch.no_grad()
-def test_norms_of_queries_and_keys_come_along_with_the_scale_behind_them():
+def test_norms_of_queries_and_keys_come_along_with_the_scale_after_them():
     teacher = tiny_model(n_head=2, n_kv_head=1, head_size=24, qk_norm=True, qkv_bias=True, positions="none", norm="rmsnorm")
     mixer, att, x = make_student(teacher, StudentConfig()).blocks[1].att, teacher.blocks[1].att, torch.randn(2, T, 32)
     q, k, _ = att.qkv(x, 0)                                                           # (B, H, T, N)
@@ -233,11 +234,11 @@ def test_alignment_of_a_perfectly_copied_mixer_is_zero(kind):
     student, batch = tiny_model(mixer="r"), random_batch()
     teacher = pretend(student)
     eps = 1e-6 / 32**0.5 * batch.mask.sum().item() * 1.01 if kind == "l2norm" else 0  # the square root is kept differentiable at 0
-    assert align_loss(wrap(student, teacher), batch, kind)["loss"].item() <= eps
+    assert align_loss(wrap(student, teacher), batch, kind=kind)[0]["loss"].item() <= eps
     other = tiny_model(5, mixer="r")
     half = tiny_model(mixer="r")
     half.blocks[1].att = other.blocks[1].att
-    assert align_loss(wrap(half, teacher), batch, kind)["loss"].item() > 1
+    assert align_loss(wrap(half, teacher), batch, kind=kind)[0]["loss"].item() > 1
 
 
 def test_alignment_losses_equal_a_loop_over_layers_and_tokens():
@@ -245,7 +246,7 @@ def test_alignment_losses_equal_a_loop_over_layers_and_tokens():
     shake(student, 0.05)
     batch, _ = padded([5, 11, 16])
     model = wrap(student, teacher)
-    got = {kind: align_loss(model, batch, kind)["loss"].item() for kind in ("relative", "l2norm")}
+    got = {kind: align_loss(model, batch, kind=kind)[0]["loss"].item() for kind in ("relative", "l2norm")}
     want = {"relative": 0.0, "l2norm": 0.0}
     for block in model.blocks:
         t, s = block.att.pair
@@ -266,11 +267,12 @@ def test_a_padded_batch_has_the_losses_and_gradients_of_its_rows_alone(loss):
 
     def value(batch):
         if loss == "align":
-            return align_loss(wrap(student, teacher), batch)["loss"]
+            return align_loss(wrap(student, teacher), batch)[0]["loss"]
         if loss in ("dpo", "hinge"):
-            return dpo_loss(student, batch, teacher, 0.3, {"dpo": "sigmoid"}.get(loss, loss), 0.2)["loss"]
+            return dpo_loss(student, batch, reference=teacher, beta=0.3, kind={"dpo": "sigmoid"}.get(loss, loss), smoothing=0.2)[0]["loss"]
         kind = loss if loss in ("reverse", "adaptive") else "forward"
-        return distil_loss(wrap(student, None), batch, teacher, kind, float(loss != "ce"), float(loss == "ce"))["loss"]
+        how = dict(teacher=teacher, kind=kind, kl_weight=float(loss != "ce"), ce_weight=float(loss == "ce"))
+        return distil_loss(wrap(student, None), batch, **how)[0]["loss"]
 
     if loss in ("dpo", "hinge"):  # the first half is chosen, the second rejected: rows (0, 2) and (1, 3) are the pairs
         pairs = []
@@ -335,7 +337,7 @@ def test_kl_in_chunks_of_tokens_is_plain_kl_in_value_and_gradient(kind):
     plain = 0.7 * (kl * batch.mask).sum() + 0.2 * (ce * batch.mask).sum()
     want = torch.autograd.grad(plain, list(student.parameters()))
     for chunk in (None, 1, 7, 48, 1000):
-        got = distil_loss(student, batch, teacher, kind, 0.7, 0.2, chunk)
+        got, _ = distil_loss(student, batch, teacher=teacher, kind=kind, kl_weight=0.7, ce_weight=0.2, kl_chunk=chunk)
         torch.testing.assert_close(got["loss"], plain, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(got["kl"], (kl * batch.mask).sum(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(got["ce"], (ce * batch.mask).sum(), rtol=1e-5, atol=1e-5)
@@ -349,10 +351,10 @@ def test_kl_chunks_bound_the_largest_tensor_of_logits():
     teacher, student, batch = tiny_model(vocab_size=4096), tiny_model(mixer="r", vocab_size=4096), random_batch(4, T)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(0 if isinstance(x, torch.nn.Parameter) else x.numel()) or x, lambda x: x):
-        distil_loss(student, batch, teacher, chunk=8)
+        distil_loss(student, batch, teacher=teacher, kl_chunk=8)
         assert max(sizes) < 9 * 4096
         sizes.clear()
-        distil_loss(student, batch, teacher, chunk=None)
+        distil_loss(student, batch, teacher=teacher, kl_chunk=None)
         assert max(sizes) >= 4 * T * 4096  # the measure sees them where they are
 
 
@@ -365,8 +367,8 @@ def test_sequence_logp_is_the_log_probability_of_the_targets():
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_dpo_is_ln_2_where_policy_is_reference_and_hinge_1(smoothing):
     model, batch = tiny_model(mixer="r"), random_batch(6)
-    assert dpo_loss(model, batch, model, 0.1, "sigmoid", smoothing)["loss"].item() == pytest.approx(3 * math.log(2), rel=1e-6)
-    assert dpo_loss(model, batch, model, 0.1, "hinge", smoothing)["loss"].item() == pytest.approx(3.0, rel=1e-6)
+    for kind, want in (("sigmoid", 3 * math.log(2)), ("hinge", 3.0)):
+        assert dpo_loss(model, batch, reference=model, kind=kind, smoothing=smoothing)[0]["loss"].item() == pytest.approx(want, rel=1e-6)
 
 
 def test_dpo_by_hand(monkeypatch):
@@ -379,7 +381,7 @@ def test_dpo_by_hand(monkeypatch):
     for kind, smoothing, want in (("sigmoid", 0.0, soft(1) + soft(-1.5)), ("hinge", 0.0, 0 + 2.5),
                                   ("sigmoid", e, (1 - e) * soft(1) + e * soft(-1) + (1 - e) * soft(-1.5) + e * soft(1.5)),
                                   ("hinge", e, e * 2 + (1 - e) * 2.5)):
-        got = dpo_loss(policy, batch, reference, 0.5, kind, smoothing)
+        got, _ = dpo_loss(policy, batch, reference=reference, beta=0.5, kind=kind, smoothing=smoothing)
         assert got["loss"].item() == pytest.approx(want, rel=1e-5), (kind, smoothing)
         assert (got["accuracy"].item(), got["margin"].item()) == (1, -0.5)
 
@@ -391,11 +393,12 @@ def test_one_dpo_step_raises_the_chosen_and_lowers_the_rejected_log_probability(
     assert pairs == 8
     before = sequence_logp(policy, batch)[0].detach()
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
-    (dpo_loss(policy, batch, reference, 0.1, kind)["loss"] / pairs).backward()
+    (dpo_loss(policy, batch, reference=reference, kind=kind)[0]["loss"] / pairs).backward()
     optimizer.step()
     chosen, rejected = (sequence_logp(policy, batch)[0] - before).chunk(2)
     assert chosen.mean() > 0 > rejected.mean()
-    assert dpo_loss(policy, batch, reference, 0.1, kind)["loss"] < dpo_loss(reference, batch, reference, 0.1, kind)["loss"]
+    after, at_first = (dpo_loss(model, batch, reference=reference, kind=kind)[0]["loss"] for model in (policy, reference))
+    assert after < at_first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,6 +455,7 @@ def test_a_damaged_stage_file_is_named_and_overwriting_keeps_the_teacher(job, tm
         distill.distill(job("out", **one, resume=True))
     teacher = Path(job("x").teacher)
     for changes, says in (({"out": str(teacher)}, "read by this run"), ({"student": StudentConfig(mixer="a")}, "replaces no layer"),
+                          ({"student": StudentConfig(mixer=f"auto:{T}")}, "or use auto:T with T above"),
                           ({"student": StudentConfig(mixer="rrrrr")}, "n_layer")):
         with pytest.raises(ValueError, match=says):
             distill.distill(replace(job("out", **one, overwrite=True), **changes))

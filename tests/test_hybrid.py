@@ -1,4 +1,4 @@
-"""Hybrids: patterns of layers, what each kind costs, what stage 1 trains, and which layer is dearest to replace."""
+"""Hybrids: patterns of layers, what each kind costs, what stage 1 trains, and which layer is costliest to replace."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 import distill
 from common import T, one_line, random_batch, state_dict, tiny, tiny_model  # noqa: F401
 from data.loader import Loader
-from distill import DistillConfig, StudentConfig, align_loss, make_student, prepare_stage, propose, rank_layers, wrap
+from distill import DistillConfig, StudentConfig, align_loss, make_student, prepare_stage, propose, replacement_costs, wrap
 from evaluate import compare
 from model import ModelConfig, cache_bytes, load_model, save_model
 from plan import describe, unit
@@ -143,12 +143,12 @@ def test_describe_counts_what_a_real_model_has_and_remembers(shape, n):
 def test_stage_1_of_a_hybrid_moves_the_replaced_layers_and_nothing_else(pattern):
     teacher = tiny_model(n_layer=3).requires_grad_(False)
     student, batch = make_student(teacher, StudentConfig(mixer=pattern)), random_batch()
-    model, loss_fn, *_ = prepare_stage("align", DistillConfig(), student, teacher, teacher, "text")
+    model, loss_fn = prepare_stage("align", DistillConfig(), student, teacher, teacher, "text")
     replaced = {f"blocks.{i}.att." for i, letter in enumerate(student.cfg.mixers) if letter == "r"}
     before = state_dict(student)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(2):
-        loss_fn(model, batch)["loss"].backward()
+        loss_fn(model, batch)[0]["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     moved = {name for name, p in student.state_dict().items() if not torch.equal(p, before[name])}
@@ -159,7 +159,7 @@ def test_stage_1_of_a_hybrid_moves_the_replaced_layers_and_nothing_else(pattern)
     assert len([block for block in model.blocks if hasattr(block.att, "pair")]) == len(replaced)
 
 
-def test_a_layers_rank_is_the_kl_of_a_model_with_that_layer_replaced(tiny):
+def test_a_layers_cost_is_the_kl_of_a_model_with_that_layer_replaced(tiny):
     """Layer 0 alone, whose v_first is its own: the ranking's number is that of the literal hybrid first:1. A mixer that
     gives nothing costs what removing the attention does."""
     teacher = tiny_model(n_layer=3, ffn="gelu").eval().requires_grad_(False)
@@ -168,7 +168,7 @@ def test_a_layers_rank_is_the_kl_of_a_model_with_that_layer_replaced(tiny):
         for p in student.blocks[2].att.parameters():
             p.zero_()
     val = Loader(tiny.text, "val", 4, T)
-    rows = rank_layers(student, teacher, val, 640)
+    rows = replacement_costs(student, teacher, val, 640)
     assert [row["kl"] for row in rows] == sorted((row["kl"] for row in rows), reverse=True) and {row["layer"] for row in rows} == {0, 1, 2}
     kl = {row["layer"]: row["kl"] for row in rows}
 
@@ -181,10 +181,10 @@ def test_a_layers_rank_is_the_kl_of_a_model_with_that_layer_replaced(tiny):
         without.blocks[2].att.o_proj.weight.zero_()
     assert kl[2] == pytest.approx(compare(teacher, without, val, 640)["kl"], rel=1e-5)
     again = wrap(student, teacher)
-    assert all(block.att.teacher is not None for block in again.blocks) and align_loss(again, random_batch())["loss"].isfinite()
+    assert all(block.att.teacher is not None for block in again.blocks) and align_loss(again, random_batch())[0]["loss"].isfinite()
 
 
-def test_the_proposal_keeps_the_dearest_layers():
+def test_the_proposal_keeps_the_costliest_layers():
     rows = [{"layer": i, "kl": kl} for i, kl in ((2, 0.9), (0, 0.5), (3, 0.2), (1, 0.1))]
     assert [propose(rows, keep)["mixer"] for keep in range(4)] == ["rrrr", "rrar", "arar", "araa"]
     assert propose(rows, 2)["attention"] == [0, 2]
@@ -197,12 +197,12 @@ def test_rank_layers_as_a_script_writes_what_it_proposes_and_the_flag_makes_that
                         align=FitConfig(max_steps=3, batch_size=2, eval_every=None))
     ranking = distill.distill(cfg)
     said = capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "rank" / "ranking.json").read_text()) == ranking
+    assert json.loads((tmp_path / "out" / "ranking" / "ranking.json").read_text()) == ranking
     assert f"--mixer {ranking['mixer']}" in said and "RWKV-7" in said and len(ranking["layers"]) == 3
     assert ranking["mixer"].count("a") == 2 and make_student(teacher, StudentConfig(mixer=ranking["mixer"])).cfg.mixers == ranking["mixer"]
     assert not (tmp_path / "out" / "model.safetensors").exists()  # a later run of the three stages has its folder to itself
     assert distill.distill(replace(cfg, resume=True)) == ranking
-    for change, says in (({"keep": 3}, "keep = 3"), ({"keep": -1}, "keep = -1"), ({"student": StudentConfig(mixer="ra")}, "leave --mixer away")):
+    for change, says in (({"keep": 3}, "keep = 3"), ({"keep": -1}, "keep = -1"), ({"student": StudentConfig(mixer="ra")}, "omit --mixer")):
         with pytest.raises(ValueError, match=says) as e:
             distill.distill(replace(cfg, out=str(tmp_path / "other"), **change))
         one_line(e.value)

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +16,12 @@ import torch
 
 import model as model_file
 import train
-from common import T, TINY, assert_same_run, metrics, moments, newest, one_line, start, state_dict, tiny, tiny_model  # noqa: F401   (tiny is a fixture)
+from common import T, TINY, assert_same_run, metrics, moments, newest, one_line, random_batch, start, state_dict, tiny, tiny_model  # noqa: F401
 from data.loader import Loader
 from evaluate import cross_entropy, mean_loss, read_metrics
 from model import load_model
 import config
-from train import RUN, FitConfig, TrainConfig, check_free, cross_entropy_loss, fit, interpolate, param_groups
+from train import RUN, FitConfig, TrainConfig, check_free, cross_entropy_loss, fit, forward_backward, interpolate, param_groups
 
 QUIET = dict(save_every=None, eval_every=None, log_every=1, warmup_steps=0)
 META = {"tokenizer": "bytes"}
@@ -73,6 +74,27 @@ def test_accumulation_over_two_batches_is_one_doubled_batch(tmp_path, tiny, kind
         assert one["tokens"] == two["tokens"] == 8 * T
     for a, b in zip(ours, theirs):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
+
+
+class Cache:
+    """In the place of a state, where somebody counts who is alive."""
+
+
+def test_a_state_that_is_not_carried_is_gone_before_the_next_micro_batch(monkeypatch):
+    """Attention's is a cache: kept for every micro-batch it would cost memory that grows with accum."""
+    states: list[weakref.ref] = []
+
+    def backward(module, batch, state, *args, **kwargs):
+        assert state is None and not any(ref() for ref in states)
+        states.append(weakref.ref(cache := Cache()))
+        return {"loss": torch.ones(())}, cache
+
+    monkeypatch.setattr(train, "backward_in_pieces", backward)
+    batches = [random_batch()] * 3
+    sums, after = forward_backward(None, batches, 6, 1, torch.device("cpu"))
+    assert sums["loss"] == 0.5 and after is None and len(states) == 3
+    monkeypatch.setattr(train, "backward_in_pieces", lambda module, batch, state, *args, **kwargs: ({}, state + 1))
+    assert forward_backward(None, batches, 6, 1, torch.device("cpu"), states=[10, 20, 30])[1] == [11, 21, 31]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,9 +168,9 @@ def test_terminate_at_loss_waits_for_the_mean_of_a_log_interval(tmp_path, tiny):
     """Losses 8, 7, 6, ...: in pairs 7.5, 5.5, 3.5. At most 4 is reached by the third pair, in step 6, not by the single 4 of step 5."""
     losses = iter(range(8, 0, -1))
 
-    def loss_fn(model, batch):
+    def loss_fn(model, batch, state, with_loss):
         loss = cross_entropy(model(batch.x)[0], batch)
-        return {"loss": loss * 0 + next(losses) * batch.mask.sum()}
+        return {"loss": loss * 0 + next(losses) * batch.mask.sum()}, None
 
     result = run_fit(tmp_path / "run", tiny, FitConfig(max_steps=8, batch_size=2, terminate_at_loss=4.0, **QUIET | {"log_every": 2}), loss_fn=loss_fn)
     assert result["step"] == 6 and result["loss"] == pytest.approx(3.5)
@@ -160,9 +182,9 @@ def test_max_minutes_stops_by_the_clock_and_evaluation_does_not_count(tmp_path, 
     now = [1e9]
     monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[0]))
 
-    def loss_fn(model, batch):
+    def loss_fn(*args):
         now[0] += 30
-        return cross_entropy_loss(model, batch)
+        return cross_entropy_loss(*args)
 
     def validate():
         now[0] += 3600
@@ -197,7 +219,7 @@ def test_validation_comes_every_eval_every_steps_and_at_the_end(tmp_path, tiny):
 
 def test_keep_last_keeps_the_newest_k_whole_checkpoints(tmp_path, tiny):
     out = tmp_path / "run"
-    stale = out / "checkpoints" / "step_0000099.tmp"  # what a killed run leaves behind must not count as a checkpoint
+    stale = out / "checkpoints" / "step_0000099.tmp"  # what a killed run leaves must not count as a checkpoint
     stale.mkdir(parents=True)
     run_fit(out, tiny, FitConfig(max_steps=9, batch_size=2, keep_last=2, **QUIET | {"save_every": 2}))
     assert sorted(p.name for p in (out / "checkpoints").glob("step_???????")) == ["step_0000008", "step_0000009"]
@@ -223,11 +245,11 @@ def dies_at(step: int):
     """The loss, but the process "dies" in the forward pass of this step (two micro-batches per step)."""
     calls = []
 
-    def loss_fn(model, batch):
+    def loss_fn(*args):
         calls.append(1)
         if len(calls) == 2 * step:
             raise Killed
-        return cross_entropy_loss(model, batch)
+        return cross_entropy_loss(*args)
 
     return loss_fn
 
@@ -307,7 +329,7 @@ def test_two_torchrun_processes_train_as_one_with_the_doubled_batch(tmp_path, ti
     train.main([*common, "--batch_size", "8", "--out", str(tmp_path / "one")])
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out.count("held-out loss") == 1  # only rank 0 speaks
+    assert out.count("held-out loss") == out.count("2 layers, ar;") == 1  # only rank 0 speaks, first of what the model is
     for a, b in zip(moments(newest(tmp_path / "one")), moments(newest(tmp_path / "two")), strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-8
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -325,10 +347,10 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_good_checkp
     for bad in (math.nan, math.inf):
         calls, out = [], tmp_path / f"{bad}"
 
-        def loss_fn(model, batch):
+        def loss_fn(*args):
             calls.append(1)
-            loss = cross_entropy_loss(model, batch)["loss"]
-            return {"loss": loss * bad if len(calls) == 8 else loss}
+            losses, state = cross_entropy_loss(*args)
+            return {"loss": losses["loss"] * (bad if len(calls) == 8 else 1)}, state
 
         with pytest.raises(ValueError) as error:
             run_fit(out, tiny, FitConfig(max_steps=20, batch_size=2, **QUIET | {"save_every": 3, "log_every": 5}), loss_fn=loss_fn)
