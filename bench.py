@@ -40,7 +40,7 @@ from config import cli, run
 from data.loader import Batch
 from decode import optimize_for_inference
 from model import LM, ModelConfig, cache_bytes
-from train import Step, cross_entropy_chunk
+from train import Step, cross_entropy_loss
 from wkv import why_not_triton, wkv7
 
 SHAPES = ((16, 256, 4, 3.0), (4, 1024, 4, 4.0), (1, 4096, 4, 6.0))  # B, T, H, and how much faster than the loop we want to be
@@ -188,7 +188,7 @@ def length_side(name: str, T: int, cfg: BenchConfig, device: str) -> dict[str, f
     if name.endswith("checkpointed"):
         for block in model.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    module = Step(model, cross_entropy_chunk)
+    module = Step(model, cross_entropy_loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(shape.vocab_size, (1, T + 1), device=device)
 

@@ -64,7 +64,7 @@ def loss_by_position(model: LM, loader: Loader, max_tokens: int | None = None, c
     sums = torch.zeros(2, loader.T, dtype=torch.float64, device=device)
     for batch in loader.windows(max_tokens):
         state = None
-        for piece in batch.to(device).split(reach or loader.T)[0].split(chunk or loader.T):
+        for piece in batch.to(device).split(reach)[0].split(chunk):
             logits, state = model(piece.x, state)
             here = slice(state.position - piece.x.shape[1], state.position)
             sums[:, here] += torch.stack([token_losses(logits, piece).sum(0), piece.mask.sum(0)])
@@ -92,7 +92,7 @@ def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = N
     count = torch.zeros(T, dtype=torch.float64, device=device)
     for batch in loader.windows(max_tokens):
         theirs, ours = None, None
-        for piece in batch.to(device).split(chunk or T):
+        for piece in batch.to(device).split(chunk):
             t, theirs = teacher(piece.x, theirs)
             s, ours = student(piece.x, ours)
             t, s = t[..., :V].float().log_softmax(-1), s.float().log_softmax(-1)            # (B, T, V)
