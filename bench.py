@@ -313,7 +313,7 @@ def decode_sides(model: LM, tokens: list[int], folder: str | Path) -> dict[str, 
 
 
 def bench_decode(cfg: BenchConfig, device: str) -> list[dict]:
-    print(f"\none text, one token at a time, {device}: tokens/s; GB/s of weights, each read once for a token; largest difference of logits from ours")
+    print(f"\none text, one token at a time, {device}: tokens/s; GB/s of weights, as if all were read for each token; largest difference of logits from ours")
     rows = []
     for name, (shape, n) in DECODE.items():
         model = random_rwkv(shape).to(device)
@@ -554,6 +554,8 @@ def main(argv: list[str] | None = None) -> None:
         if not least <= getattr(cfg, name) < math.inf or name == "embd" and cfg.embd % 32:
             raise ValueError(f"{name} = {getattr(cfg, name)}: it must be at least {least}" + ", and a multiple of 32" * (name == "embd"))
     parse_lengths(cfg.lengths or "16")
+    if cfg.json and Path(cfg.json).is_dir():  # found out before all the measuring
+        raise ValueError(f"json = {cfg.json!r} is a folder: name a file")
     if cfg.repeat < 1:
         raise ValueError(f"repeat = {cfg.repeat}: it must be at least 1")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -113,8 +113,8 @@ def generate(model: "LM | Decoder", tokens: Tensor | Sequence[Sequence[int]], n:
 
     Prompts of different lengths come as a list of lists; each gets the tokens that it would get alone, and `state` is then
     [(rows, their state), ...]: one for RWKV-7, for attention one for each length.
-    The state has not read the tokens it comes with. A row that has drawn one of `stop` goes on with the first of them; the
-    end is where all rows have.
+    The state has not read the tokens it comes with. A row that has drawn one of `stop` goes on with the first of them, and one
+    of several lengths that is at the last learned position with -1; the end is where all rows have ended.
     `presence` and `frequency` as OpenAI has them: logit -= presence * (count > 0) + frequency * count, over what was generated.
     Raises ValueError for options outside their range, tokens outside the vocabulary, and text beyond learned positions.
     """
@@ -125,11 +125,11 @@ def generate(model: "LM | Decoder", tokens: Tensor | Sequence[Sequence[int]], n:
     for row in rows:
         if len(row) == 0 or row.min() < 0 or row.max() >= cfg.vocab_size:
             raise ValueError(f"a prompt needs at least one token, all in 0 ... {cfg.vocab_size - 1}, the model's vocabulary: got {row.tolist()}"[:300])
-    longest = (state.position if state else 0) + max(map(len, rows)) + n - 1
+    one = isinstance(tokens, Tensor)
+    longest = (state.position if state else 0) + max(map(len, rows)) + (n - 1 if one else 0)
     if cfg.longest and longest > cfg.longest:
         raise ValueError(f"prompt and max_tokens need {longest} positions, the model has learned {cfg.longest}: shorten one of them")
 
-    one = isinstance(tokens, Tensor)
     if one:
         logits, state = process(decoder.model, tokens, state)                      # (B, V)
     else:
@@ -137,24 +137,31 @@ def generate(model: "LM | Decoder", tokens: Tensor | Sequence[Sequence[int]], n:
         batches = join(cfg, states)
     counts = torch.zeros_like(logits)
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    full = torch.zeros_like(done)  # at the last learned position
     for i in range(n):
         if i and one:
             logits, state = decoder(tokens, state)
         elif i:
-            steps = [(batch, *decoder(tokens[batch], after)) for batch, after in batches]
-            batches, logits = [(batch, after) for batch, _, after in steps], torch.empty_like(logits)
-            for batch, new, _ in steps:
-                logits[batch] = new
+            before, batches, logits = batches, [], torch.zeros_like(logits)
+            for batch, after in before:
+                if after.position == cfg.longest:
+                    full[batch] = True
+                else:
+                    logits[batch], after = decoder(tokens[batch], after)
+                batches.append((batch, after))
         if presence or frequency:
             logits = logits - presence * (counts > 0) - frequency * counts
         tokens = choose(logits, temperature, top_k, top_p, generator)              # (B,)
         if presence or frequency:
             counts += torch.nn.functional.one_hot(tokens, cfg.vocab_size)
+        tokens = tokens.masked_fill(full, -1)
         if stop:
             tokens = torch.where(done, stop[0], tokens)
             done |= torch.isin(tokens, torch.tensor(stop, device=device))
+        if full.all():
+            return
         yield tokens, state if one else batches
-        if done.all():
+        if (done | full).all():
             return
 
 
@@ -182,7 +189,7 @@ def read_prompt(prompt: str) -> str:
     if not prompt.startswith("FILE:"):
         return prompt
     try:
-        return Path(prompt[5:]).read_text(encoding="utf-8")
+        return Path(prompt[5:]).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"prompt file {prompt[5:]} is not UTF-8 (byte {e.start}): convert it, for example with iconv") from None
     except OSError as e:
@@ -195,6 +202,9 @@ def main(argv: list[str] | None = None) -> None:
     check(1 if cfg.max_tokens == 0 and cfg.save_state and not cfg.chat else cfg.max_tokens, **options)
     if cfg.num_samples < 1:
         raise ValueError(f"num_samples = {cfg.num_samples}: it must be at least 1")
+    for name in ("prompts", "load_state", "save_state"):
+        if getattr(cfg, name) == "":  # "$FILE" of a shell that has none
+            raise ValueError(f"--{name} is empty: name a file, or omit it")
     if cfg.prompts and (cfg.prompt or cfg.chat or cfg.num_samples > 1):
         raise ValueError("--prompts has one text for each line of its file: omit --prompt, --chat and --num_samples")
     if cfg.save_state and (cfg.prompts or cfg.num_samples > 1):
@@ -206,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{name} = {getattr(cfg, name)!r}: choose one of {', '.join(choices)}")
     if not 0 <= cfg.seed < 2**63:
         raise ValueError(f"seed = {cfg.seed}: it must be in 0 ... 2^63 - 1")
+    if cfg.state_dtype != "float32" and not (cfg.save_state or cfg.chat):
+        raise ValueError(f"--state_dtype {cfg.state_dtype} is for --save_state and --chat: omit it, or give one of them")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if cfg.device not in ["auto", *devices]:
         raise ValueError(f"device = {cfg.device!r}: choose auto or {' or '.join(devices)}, which is what this machine has")
@@ -213,9 +225,10 @@ def main(argv: list[str] | None = None) -> None:
 
     texts = [read_prompt(cfg.prompt)] * cfg.num_samples
     if cfg.prompts:
-        texts = read_prompt(f"FILE:{cfg.prompts}").splitlines()
-        if not texts:
+        text = read_prompt(f"FILE:{cfg.prompts}")
+        if not text:
             raise ValueError(f"prompts = {cfg.prompts!r} has no line: write one prompt on each")
+        texts = text.removesuffix("\n").split("\n")
     if cfg.save_state:
         Path(cfg.save_state).parent.mkdir(parents=True, exist_ok=True)
     model, enc = load_model(cfg.ckpt, device).eval(), load_tokenizer(cfg.ckpt)
@@ -230,17 +243,19 @@ def main(argv: list[str] | None = None) -> None:
             save_state(cfg.save_state, model, compress(state, cfg.state_dtype), enc.name, unread)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; give Python's own flush at exit another place to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if cfg.save_state:
+            raise ValueError(f"nothing was saved to {cfg.save_state}: whatever read the output ended before the text did") from None
 
 
 def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
           unread: list[int]) -> tuple[State, list[int]]:
     """Print one text as it comes, or several one after another when all are done; then speed and memory to stderr.
 
-    Returns the state in the end, and what it has not read.
+    Returns the state in the end, and what it has not read. Ctrl-C ends the text.
     """
     prompts = [unread + enc.encode_ordinary(text) if state else [*opening(enc), *enc.encode_ordinary(text)] for text in texts]
     prompts = [prompt or opening(enc) for prompt in prompts]  # after all that was read, and with nothing to continue: another document
-    highest, longest = max(map(max, prompts)), max(map(len, prompts))
+    highest, lengths = max(map(max, prompts)), list(map(len, prompts))
     if highest >= decoder.cfg.vocab_size:
         raise ValueError(f"the prompt has token {highest}, the model's vocabulary ends at {decoder.cfg.vocab_size - 1}: "
                          f"meta.json in {cfg.ckpt} names another tokenizer ({enc.name}) than the model was trained with")
@@ -248,11 +263,12 @@ def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: li
         return read(decoder.model, prompts[0], state, device)
     stop = stops(enc) if cfg.stop else ()
     n, B = cfg.max_tokens, len(texts)
-    end, most = (state.position if state else 0) + longest, decoder.cfg.longest or math.inf
-    if end > most:
-        raise ValueError(f"the prompt ends at position {end}, the model has learned {most}: shorten it"
-                         + (f", or begin without the {state.position} of --load_state" if state else ""))
-    n = min(n, most - end + 1)
+    start, most = state.position if state else 0, decoder.cfg.longest or math.inf
+    if start + max(lengths) > most:
+        line = f" in line {lengths.index(max(lengths)) + 1}" if cfg.prompts else ""
+        raise ValueError(f"the prompt{line} ends at position {start + max(lengths)}, the model has learned {most}: shorten it"
+                         + (f", or begin without the {start} of --load_state" if state else ""))
+    n = min(n, most - start - min(lengths) + 1)
     generators = [torch.Generator(device).manual_seed(cfg.seed) for _ in texts]
     steps = generate(decoder, prompts if cfg.prompts else torch.tensor(prompts, device=device), n, stop=stop,
                      generator=generators if cfg.prompts else generators[0], state=state and select(state, [0] * B), **options)
@@ -261,12 +277,16 @@ def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: li
     one = B == 1
     if one:
         print(texts[0], end="", flush=True)
-    for tokens, state in steps:
-        pieces = ["" if token in stop else stream(token) for token, stream in zip(tokens.tolist(), streams)]
-        times.append(time.perf_counter())
-        samples = [sample + piece for sample, piece in zip(samples, pieces)]
-        if one:
-            print(pieces[0], end="", flush=True)
+    try:
+        for tokens, state in steps:
+            pieces = ["" if token in (-1, *stop) else stream(token) for token, stream in zip(tokens.tolist(), streams)]
+            times.append(time.perf_counter())
+            samples = [sample + piece for sample, piece in zip(samples, pieces)]
+            if one:
+                print(pieces[0], end="", flush=True)
+    except KeyboardInterrupt:
+        if len(times) == 1:
+            raise
     ends = [stream(None) for stream in streams]
     print(ends[0] if one else "\n---------------\n".join(sample + end for sample, end in zip(samples, ends)), flush=True)
 
@@ -275,7 +295,7 @@ def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: li
     if n:
         speed += f"; decode {B} x {n} tokens, {B * n / (times[-1] - times[1]):,.0f} tokens/s"
     print(f"{speed}\n{memory(state, decoder.cfg, B)}", file=sys.stderr)
-    return state, [token for token in tokens.tolist() if token not in stop]
+    return state, [token for token in tokens.tolist() if token not in (-1, *stop)]
 
 
 def read(model: LM, prompt: list[int], state: State | None, device: str) -> tuple[State, list[int]]:
@@ -298,28 +318,33 @@ def memory(state: State | Batches, cfg: ModelConfig, B: int = 1) -> str:
 
 def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
          unread: list[int]) -> tuple[State, list[int]]:
-    """Answer each line of stdin; one state hears them all. texts[0], if there is any, is the first message. Returns as `write`."""
+    """Answer each line of stdin; one state hears them all. texts[0], if there is any, is the first message. Ctrl-C ends it. Returns as `write`."""
     if not getattr(enc, "chat", None):
         raise ValueError(f"{cfg.ckpt} has no chat template that frames each message: take an instruct model, or omit --chat to continue a text")
     if cfg.num_samples > 1 or not cfg.stop:
         raise ValueError("--chat has one conversation whose answers end: omit --num_samples and --no-stop")
     generator, stop = torch.Generator(device).manual_seed(cfg.seed), stops(enc)
+    _, end, after = enc.chat["assistant"]
+    closing = enc.encode(end + after, allowed_special="all")
     state = state and compress(state, cfg.state_dtype)  # while it waits
     longest = decoder.cfg.longest or math.inf
-    for message in messages(texts[0]):
-        ids, _ = encode_turns(enc, [("user", message)], opens=state is None, reply=True)
-        room = longest + 1 - len(unread + ids) - (state.position if state else 0)
-        if room < 1:
-            raise ValueError(f"the conversation is longer than the {longest} positions that the model has learned: begin a new one")
-        stream = Characters(enc)
-        for tokens, state in generate(decoder, torch.tensor([unread + ids], device=device), min(cfg.max_tokens, room), stop=stop,
-                                      state=state and expand(state), generator=generator, **options):
-            token = tokens.item()
-            print("" if token in stop else stream(token), end="", flush=True)
-        print(stream(None), flush=True)
-        state = compress(state, cfg.state_dtype)
-        _, end, after = enc.chat["assistant"]  # whatever ended the answer, the next message follows a whole one
-        unread = [token] * (token not in stop) + enc.encode(end + after, allowed_special="all")
+    try:
+        for message in messages(texts[0]):
+            ids, _ = encode_turns(enc, [("user", message)], opens=state is None, reply=True)
+            room = longest + 1 - len(unread + ids) - (state.position if state else 0)
+            if room < 1:
+                print(f"the conversation is longer than the {longest} positions that the model has learned: begin a new one", file=sys.stderr)
+                break
+            stream = Characters(enc)
+            for tokens, state in generate(decoder, torch.tensor([unread + ids], device=device), min(cfg.max_tokens, room), stop=stop,
+                                          state=state and expand(state), generator=generator, **options):
+                token = tokens.item()
+                unread = [token] * (token not in stop) + closing  # whatever ends the answer, the next message follows a whole one
+                print("" if token in stop else stream(token), end="", flush=True)
+            print(stream(None), flush=True)
+            state = compress(state, cfg.state_dtype)
+    except KeyboardInterrupt:  # as people leave a chat: what was said is kept
+        print()
     if state:
         print(memory(state, decoder.cfg), file=sys.stderr)
     elif cfg.save_state:
@@ -336,10 +361,7 @@ def messages(first: str) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        try:
-            line = sys.stdin.readline()
-        except KeyboardInterrupt:  # as people leave a chat: what was said is kept
-            return
+        line = sys.stdin.readline()
         if not line:
             return
         if line.strip():

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model import LM, ModelConfig, State, stored_shapes, tensors, tree_map
 
-PIECE = 512  # tokens per call: fast matrix products, and small activations however long the text is
+PIECE = 512  # tokens per call, of all rows: fast matrix products, and small activations however long the text is
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 FORMAT = "nanoRWKVInside state, version 1"
 
@@ -44,13 +44,18 @@ class Int8(NamedTuple):
 
 @torch.no_grad()
 def process(model: LM, tokens: Tensor, state: State | None = None, piece: int = PIECE) -> tuple[Tensor, State]:
-    """Read tokens (B, T >= 1), continuing from `state`: logits (B, V) of what comes next, and the state. Needs memory for one piece's activations.
+    """Read tokens (B, T >= 1), continuing from `state`: logits (B, V) of what comes next, and the state.
 
-    Raises ValueError for an empty text or piece, and what LM raises.
+    Needs memory for the activations of one piece: `piece` tokens of all rows together, but at least 16 of each.
+    Raises ValueError for an empty text or piece, a state of another number of rows or in int8, and what LM raises.
     """
-    if tokens.shape[1] == 0 or piece < 1:
-        raise ValueError(f"{tokens.shape[1]} tokens in pieces of {piece}: there must be at least one of each")
-    for part in tokens.split(piece, 1):
+    B, T = tokens.shape
+    if T == 0 or piece < 1:
+        raise ValueError(f"{T} tokens in pieces of {piece}: there must be at least one of each")
+    for x in tensors(state)[:1]:
+        if len(x) != B or x.dtype == torch.int8:
+            raise ValueError(f"{B} texts, and the {x.dtype} state of {len(x)}: select as many rows of it, and expand a compressed one")
+    for part in tokens.split(min(piece, max(16, piece // B)), 1):
         x, state = model.hidden(part, state)
     return model.head(x[:, -1]), state
 
@@ -61,6 +66,8 @@ def process_rows(model: LM, rows: Sequence[Tensor], state: State | None = None, 
     All read as far as the shortest goes; whoever is at the end steps out, the others read on. So nothing is padded, no state
     sees what is not its text, and every token is computed once.
     """
+    if not len(rows):
+        raise ValueError("no rows: there must be at least one text")
     logits, states = [None] * len(rows), [None] * len(rows)
     reading, read = list(range(len(rows))), 0
     for end in sorted({len(row) for row in rows}):

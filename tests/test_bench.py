@@ -112,14 +112,14 @@ def test_the_script_prints_tables_and_writes_what_they_say(installed, tmp_path, 
     assert speed.keys() == sides and all(x <= most.get(side, 1e-4) for side, x in decode["difference"].items())
 
 
-def test_one_part_alone_and_bad_options_in_one_line(capsys, monkeypatch):
+def test_one_part_alone_and_bad_options_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", ((1, 20, 1, 3.0),))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     main(["--only", "operator", "--repeat", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "wkv7" in out and "training" not in out and "memory" not in out
     for args, word in ((["--only", "speed"], "choose operator"), (["--repeat", "0"], "at least 1"), (["--device", "tpu"], "choose auto"),
-                       (["--kernels", "--device", "cpu"], "needs tensors on an NVIDIA GPU")):
+                       (["--json", str(tmp_path)], "is a folder"), (["--kernels", "--device", "cpu"], "needs tensors on an NVIDIA GPU")):
         with pytest.raises(ValueError) as e:
             main(args)
         assert word in one_line(e.value)

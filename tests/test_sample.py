@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,9 @@ from data.bpe import BYTE
 from data.chat import encode_turns
 from data.tokenizer import get_tokenizer, load_tokenizer, write_tokenizer
 from model import LM, ModelConfig, State, load_model, save_model, tensors
+from decode import Product
 from sample import Characters, Decoder, choose, generate, main, optimize_for_inference
+from state import load_state, process
 
 BYTES = get_tokenizer("bytes")
 MODELS = {
@@ -72,7 +75,8 @@ SWITCHES = {
     "relu2": {}, "gelu, biases, tied": {"ffn": "gelu", "bias": True, "qkv_bias": True, "tied": True}, "swiglu, rmsnorm": {"ffn": "swiglu", "norm": "rmsnorm"},
     "no gate": {"gate": False}, "no group norm": {"group_norm": False}, "no token shift": {"token_shift": False}, "no bonus": {"bonus": False},
     "nothing": {"gate": False, "group_norm": False, "token_shift": False, "bonus": False, "ln0": False, "norm_bias": False},
-    "ranks": {"rank_w": 3, "rank_a": 5, "rank_v": 2, "rank_g": 9}, "learned positions": {"positions": "learned"}, "one layer": {"n_layer": 1},
+    "ranks": {"rank_w": 3, "rank_a": 5, "rank_v": 2, "rank_g": 9}, "v's rank the largest": {"rank_w": 3, "rank_a": 3, "rank_v": 9, "rank_g": 5},
+    "learned positions": {"positions": "learned"}, "one layer": {"n_layer": 1},
 }
 
 
@@ -132,6 +136,22 @@ def test_optimize_for_inference_says_what_the_model_says_as_well_as_its_matrices
     with pytest.raises(ValueError, match="model.to") as e:
         optimize_for_inference(tiny_model(mixer="ra"), torch.bfloat16)
     one_line(e.value)
+
+
+@pytest.mark.parametrize("shape, sparse", (((600, 300), False), ((3, 300, 200), False), ((600, 300), True)), ids=str)
+@pytest.mark.parametrize("dtype, most", ((None, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)))
+def test_a_product_is_x_times_w_plus_what_is_added(shape, sparse, dtype, most):
+    """By rows and by BLAS; where the rows of zeros are skipped, also with nothing but zeros and with a single number."""
+    torch.manual_seed(0)
+    W, bias = torch.randn(shape), torch.randn(*shape[:-2], 1, shape[-1])
+    product = Product(W, bias, dtype, sparse=sparse)
+    for B, kept in ((1, 600), (4, 600), (1, 100), (1, 1), (1, 0)):
+        x, add = torch.randn(*shape[:-2], B, shape[-2]), torch.randn(*shape[:-2], B, shape[-1])
+        x[..., kept:] = 0
+        out, want = torch.empty_like(add), x.double() @ W.double() + bias
+        for got, true in ((product(x), want), (product(x, add, out=out), want + add)):
+            assert (got - true).norm() <= most * true.norm()
+        assert torch.equal(out, product(x, add))
 
 
 def test_the_scripts_dtype_is_of_the_decoders_matrices(tmp_path, capsys):
@@ -401,6 +421,43 @@ def talker(tmp_path_factory):
     write_tokenizer({"tokens": letters, "split": ["(?s:.)"], "normalizer": None, "unknown": None, "added": {}, "start": None, "end": 256, "stop": [256, 261],
                      "special": {name: 256 + i for i, name in enumerate(("<s>", "<u>", "</u>", "<x>", "<a>", "</a>"))}, "chat": frames}, path)
     return path
+
+
+@pytest.mark.parametrize("when", (0, 3))
+def test_a_chat_that_is_interrupted_keeps_what_was_said(talker, when, tmp_path, monkeypatch):
+    """In the second answer, before its first token or after three: the state is that of all that was read for what was said."""
+    said = []
+
+    def interrupted(decoder, text, *args, **options):
+        said.append((text[0].tolist(), []))
+        for i, (token, state) in enumerate(generate(decoder, text, *args, **options)):
+            if len(said) == 2 and i == when:
+                raise KeyboardInterrupt
+            said[-1][1].append(token.item())
+            yield token, state
+
+    monkeypatch.setattr(sample, "generate", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\nthree\n"))
+    main(["--ckpt", str(talker), "--chat", "--max_tokens", "6", "--save_state", str(tmp_path / "c.state")])
+    assert len(said) == 2 and len(said[1][1]) == when
+    model = load_model(talker).eval()
+    state, unread = load_state(tmp_path / "c.state", model)
+    read = [token for text, answer in said if answer for token in (*text, *answer[:-1])]
+    _, whole = process(model, torch.tensor([read]))
+    assert state.position == len(read) and (unread[0] == said[1 if when else 0][1][-1] or unread[0] == 261) and unread[-2:] == [261, 10]
+    for a, b in zip(tensors(state), tensors(whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_chat_at_the_last_learned_position_ends_and_keeps_what_was_said(talker, tmp_path, capsys, monkeypatch):
+    save_model(tiny_model(positions="learned", block_size=40, vocab_size=270), tmp_path / "a", {})
+    for file in talker.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, tmp_path / "a")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n" * 9))
+    main(["--ckpt", str(tmp_path / "a"), "--chat", "--max_tokens", "6", "--save_state", str(tmp_path / "c.state")])
+    assert "longer than the 40 positions" in capsys.readouterr().err
+    assert 20 < load_state(tmp_path / "c.state", load_model(tmp_path / "a"))[0].position <= 40
 
 
 def test_a_chat_reads_each_word_once_and_as_the_template_has_it(talker, capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """A state is a value: reading gives another one, texts of any lengths go side by side, and a file gives it back or refuses."""
 
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import state as states
-from common import one_line, tiny_model
+from common import REPO, one_line, tiny_model
 from model import State, load_model, save_model, tensors
 from sample import Decoder, generate, main
 from state import Int8, compress, copy, expand, fingerprint, join, load_state, process, process_rows, reset, save_state, select
@@ -323,6 +325,63 @@ def test_a_chat_goes_on_in_another_process(talker, dtype, tmp_path, capsys, monk
     assert isinstance(back.layers[0][0][1], Int8) == (dtype == "int8") and unread[-1] == 10
 
 
+def test_prompts_end_each_at_its_own_last_position(tmp_path, capsys):
+    """With learned positions a short line is not cut by a long one; a line that is too long is named."""
+    save_model(tiny_model(positions="learned", block_size=24, std=0.5), tmp_path / "m", {"tokenizer": "bytes"})
+    lines, base = ["one", "a much longer line", "two", "x" * 22], ["--ckpt", str(tmp_path / "m"), "--max_tokens", "30"]
+    for more in (["--no-stop"], []):
+        (tmp_path / "p.txt").write_text("\n".join(lines))
+        main([*base, *more, "--prompts", str(tmp_path / "p.txt")])
+        out, single = capsys.readouterr().out, []
+        for line in lines:
+            main([*base, *more, "--prompt", line])
+            single.append(capsys.readouterr().out.removesuffix("\n"))
+        assert out == "\n---------------\n".join(single) + "\n"
+    (tmp_path / "p.txt").write_text("one\n" + "x" * 24)
+    with pytest.raises(ValueError, match="in line 2 ends at position 25"):
+        main([*base, "--prompts", str(tmp_path / "p.txt")])
+
+
+def test_only_a_line_feed_ends_a_prompt(tmp_path, capsys):
+    save_model(tiny_model(mixer="r"), tmp_path / "m", {"tokenizer": "bytes"})
+    (tmp_path / "p.txt").write_bytes("\ufeffone\x0ctwo\u2028three\x85four\r\n\r\nfive\r\n".encode())
+    main(["--ckpt", str(tmp_path / "m"), "--prompts", str(tmp_path / "p.txt"), "--max_tokens", "1"])
+    wants = ["one\x0ctwo\u2028three\x85four", "", "five"]
+    for text, want in zip(capsys.readouterr().out.split("\n---------------\n"), wants, strict=True):
+        assert text.startswith(want)
+
+
+def test_pieces_are_shorter_for_more_rows(monkeypatch):
+    """So that memory does not grow with the number of rows, down to 16 tokens of each."""
+    model, shapes = model_of("RWKV-7"), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda text, state: shapes.append(tuple(text.shape)) or hidden(text, state))
+    for B, T, widths in ((1, 700, (512, 188)), (5, 700, (102,) * 6 + (88,)), (100, 40, (16, 16, 8))):
+        shapes.clear()
+        process(model, tokens(B, T))
+        assert shapes == [(B, n) for n in widths]
+
+
+def test_what_cannot_be_read_on_from_is_one_line():
+    model = model_of("RWKV-7")
+    _, two = process(model, tokens(2, 3))
+    for call, word in ((lambda: process(model, tokens(1, 3), two), "state of 2"), (lambda: process_rows(model, [tokens(1, 3)[0]], two), "state of 2"),
+                       (lambda: process(model, tokens(2, 3), compress(two, "int8")), "expand"), (lambda: process_rows(model, []), "at least one text")):
+        with pytest.raises(ValueError, match=word) as e:
+            call()
+        one_line(e.value)
+
+
+def test_a_reader_who_leaves_early_is_told_that_nothing_was_saved(folder, tmp_path):
+    """`python sample.py ... --save_state F | head` ends in one line and a status that is not 0."""
+    run = subprocess.Popen([sys.executable, str(REPO / "sample.py"), "--ckpt", str(folder), "--prompt", "a", "--max_tokens", "100000", "--no-stop",
+                            "--save_state", str(tmp_path / "s.state")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run.stdout.read(3)
+    run.stdout.close()
+    err = run.stderr.read()
+    assert run.wait() == 1 and "nothing was saved" in err and "Traceback" not in err and not (tmp_path / "s.state").exists()
+
+
 def test_a_text_ends_at_the_last_learned_position_whatever_was_read_before(tmp_path, capsys):
     """Nothing is printed before what cannot go on is refused; what can goes on to the last position."""
     save_model(tiny_model(positions="learned", block_size=16), tmp_path / "m", {"tokenizer": "bytes"})
@@ -345,7 +404,8 @@ def test_bad_states_of_the_script_are_one_line(folder, talker, tmp_path, monkeyp
                        (["--dtype", "int8"], "dtype = 'int8': choose one of float32, float16, bfloat16"),
                        (["--save_state", s, "--num_samples", "2"], "num_samples"), (["--save_state", s, "--prompts", p], "prompts"),
                        (["--prompts", p, "--prompt", "a"], "prompt"), (["--prompts", str(tmp_path / "empty.txt")], "has no line"),
-                       (["--prompts", "none.txt"], "can't be read"), (["--max_tokens", "0"], "max_tokens"),
+                       (["--prompts", "none.txt"], "can't be read"), (["--prompts", ""], "prompts is empty"), (["--load_state", ""], "load_state is empty"),
+                       (["--save_state", ""], "save_state is empty"), (["--state_dtype", "int8"], "for --save_state and --chat"), (["--max_tokens", "0"], "max_tokens"),
                        (["--max_tokens", "0", "--save_state", s], "nothing to read"),
                        (["--ckpt", str(talker), "--chat", "--save_state", s], "nothing was said")):
         with pytest.raises(ValueError, match=word) as e:
