@@ -375,7 +375,8 @@ def test_what_cannot_be_read_on_from_is_one_line():
 def test_a_reader_who_leaves_early_is_told_that_nothing_was_saved(folder, tmp_path):
     """`python sample.py ... --save_state F | head` ends in one line and a status that is not 0."""
     run = subprocess.Popen([sys.executable, str(REPO / "sample.py"), "--ckpt", str(folder), "--prompt", "a", "--max_tokens", "100000", "--no-stop",
-                            "--save_state", str(tmp_path / "s.state")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            "--save_state", str(tmp_path / "s.state")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     run.stdout.read(3)
     run.stdout.close()
     err = run.stderr.read()
@@ -404,7 +405,8 @@ def test_bad_states_of_the_script_are_one_line(folder, talker, tmp_path, monkeyp
                        (["--dtype", "int8"], "dtype = 'int8': choose one of float32, float16, bfloat16"),
                        (["--save_state", s, "--num_samples", "2"], "num_samples"), (["--save_state", s, "--prompts", p], "prompts"),
                        (["--prompts", p, "--prompt", "a"], "prompt"), (["--prompts", str(tmp_path / "empty.txt")], "has no line"),
-                       (["--prompts", "none.txt"], "can't be read"), (["--prompts", ""], "prompts is empty"), (["--load_state", ""], "load_state is empty"),
+                       (["--prompts", "none.txt"], "can't be read"), (["--prompts", ""], "prompts is empty"),
+                       (["--load_state", ""], "load_state is empty"),
                        (["--save_state", ""], "save_state is empty"), (["--state_dtype", "int8"], "for --save_state and --chat"), (["--max_tokens", "0"], "max_tokens"),
                        (["--max_tokens", "0", "--save_state", s], "nothing to read"),
                        (["--ckpt", str(talker), "--chat", "--save_state", s], "nothing was said")):
