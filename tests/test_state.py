@@ -406,8 +406,8 @@ def test_bad_states_of_the_script_are_one_line(folder, talker, tmp_path, monkeyp
                        (["--save_state", s, "--num_samples", "2"], "num_samples"), (["--save_state", s, "--prompts", p], "prompts"),
                        (["--prompts", p, "--prompt", "a"], "prompt"), (["--prompts", str(tmp_path / "empty.txt")], "has no line"),
                        (["--prompts", "none.txt"], "can't be read"), (["--prompts", ""], "prompts is empty"),
-                       (["--load_state", ""], "load_state is empty"),
-                       (["--save_state", ""], "save_state is empty"), (["--state_dtype", "int8"], "for --save_state and --chat"), (["--max_tokens", "0"], "max_tokens"),
+                       (["--load_state", ""], "load_state is empty"), (["--save_state", ""], "save_state is empty"),
+                       (["--state_dtype", "int8"], "for --save_state and --chat"), (["--max_tokens", "0"], "max_tokens"),
                        (["--max_tokens", "0", "--save_state", s], "nothing to read"),
                        (["--ckpt", str(talker), "--chat", "--save_state", s], "nothing was said")):
         with pytest.raises(ValueError, match=word) as e:
