@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(PY) sample.py --ckpt out/demo --prompt "The " --max_tokens 300 --seed 1
 
 test: .venv/ready-test
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 # Larger budget, 3 seeds, and for the first seed the controls. Up to an hour on 2 cores.
 results: .venv/ready
