@@ -10,3 +10,5 @@ import torch
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+from common import tiny  # noqa: E402, F401   (a fixture of several files; it imports the kernels)

@@ -18,7 +18,7 @@ import torch.multiprocessing
 import bptt
 import distill
 from bptt import backward_in_pieces, pack, unpack
-from common import T, TINY, assert_same_run, metrics, moments, newest, one_line, padded, random_batch, tiny, tiny_model  # noqa: F401
+from common import T, TINY, assert_same_run, metrics, moments, newest, one_line, padded, random_batch, tiny_model
 from data.loader import Batch, Loader
 from distill import StudentConfig, distil_loss, dpo_loss, make_student, mean_terms, wrap
 from evaluate import compare, cross_entropy, mean_loss

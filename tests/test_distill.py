@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import data.prepare
 import distill
 import evaluate
-from common import T, assert_same_run, metrics, moments, newest, one_line, padded, random_batch, shake, start, state_dict, tiny, tiny_model  # noqa: F401
+from common import T, assert_same_run, metrics, moments, newest, one_line, padded, random_batch, shake, start, state_dict, tiny_model
 from data.loader import Loader
 from distill import (AllGather, DistillConfig, StudentConfig, VFirstHolder, align_loss, distil_loss, divergence, dpo_loss, head_scales,
                      lookback, make_student, sequence_logp, set_training, wrap)

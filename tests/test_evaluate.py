@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evaluate
-from common import T, one_line, padded, random_batch, tiny, tiny_model  # noqa: F401   (tiny is a fixture)
+from common import T, one_line, padded, random_batch, tiny_model
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
 from evaluate import (EvaluateConfig, answer_scores, as_markdown, check_vocabulary, collect, compare, cross_entropy, layer_errors, loss_by_position,

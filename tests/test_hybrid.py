@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import distill
-from common import T, one_line, random_batch, state_dict, tiny, tiny_model  # noqa: F401
+from common import T, one_line, random_batch, state_dict, tiny_model
 from data.loader import Loader
 from distill import DistillConfig, StudentConfig, align_loss, make_student, prepare_stage, propose, replacement_costs, wrap
 from evaluate import compare

@@ -16,7 +16,7 @@ import torch
 
 import model as model_file
 import train
-from common import T, TINY, assert_same_run, metrics, moments, newest, one_line, random_batch, start, state_dict, tiny, tiny_model  # noqa: F401
+from common import T, TINY, assert_same_run, metrics, moments, newest, one_line, random_batch, start, state_dict, tiny_model
 from data.loader import Loader
 from evaluate import cross_entropy, mean_loss, read_metrics
 from model import load_model
