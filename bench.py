@@ -39,7 +39,7 @@ from bptt import backward_in_pieces
 from config import cli, run
 from data.loader import Batch
 from decode import optimize_for_inference
-from model import LM, ModelConfig, cache_bytes
+from model import LM, ModelConfig, cache_bytes, remembered_bytes
 from train import Step, cross_entropy_loss
 from wkv import why_not_triton, wkv7
 
@@ -291,9 +291,9 @@ def decode_sides(model: LM, tokens: list[int], folder: str | Path) -> dict[str, 
     sides = {"ours": lambda: ours(decoder, (1,)), "ours, 1 thread": lambda: ours(decoder, (1,), 1), "ours, bfloat16": lambda: ours(half, (1,)),
              "LM": lambda: ours(model, (1, 1))}
     if device.type == "cuda":  # threads are the CPU's, and the package's kernels are not compared here
-        launched = optimize_for_inference(model)
-        launched.records = False
-        return {"ours": sides["ours"], "ours, no graph": lambda: ours(launched, (1,)), "ours, bfloat16": sides["ours, bfloat16"], "LM": sides["LM"]}
+        unrecorded = optimize_for_inference(model)
+        unrecorded.records = False
+        return {"ours": sides["ours"], "ours, no graph": lambda: ours(unrecorded, (1,)), "ours, bfloat16": sides["ours, bfloat16"], "LM": sides["LM"]}
     try:
         forward = official(model, folder)
     except ImportError:
@@ -313,28 +313,27 @@ def decode_sides(model: LM, tokens: list[int], folder: str | Path) -> dict[str, 
 
 
 def bench_decode(cfg: BenchConfig, device: str) -> list[dict]:
-    print(f"\none text, one token at a time, {device}: tokens/s; GB/s of weights, as if all were read for each token; largest difference of logits from ours")
+    print(f"\none text, one token at a time, {device}: GB/s of weights, as if all were read for each token; largest difference of logits / largest logit")
     rows = []
     for name, (shape, n) in DECODE.items():
         model = random_rwkv(shape).to(device)
         with tempfile.TemporaryDirectory() as folder:
             sides = decode_sides(model, torch.randint(shape.vocab_size, (n,)).tolist(), folder)
             speed = {side: n / seconds for side, seconds in in_turns(sides, cfg.repeat).items()}
-            last = {side: run_side() for side, run_side in sides.items()}
+            logits = {side: run_side() for side, run_side in sides.items()}
         read = 4 * (model.n_params() - model.emb.weight.numel())  # of the embedding it is one row
         bandwidth = {side: v * read / (2 if "bfloat16" in side else 1) / 1e9 for side, v in speed.items() if side.startswith("ours")}
-        difference = {side: ((x - last["ours"]).abs().max() / last["ours"].abs().max()).item() for side, x in last.items()}
+        difference = {side: ((x - logits["ours"]).abs().max() / logits["ours"].abs().max()).item() for side, x in logits.items()}
         row = {"model": name, "n_layer": shape.n_layer, "n_embd": shape.n_embd, "parameters": model.n_params(), "tokens_per_s": speed,
                "GB_per_s": bandwidth, "difference": difference}
-        print(f"{name}: {shape.n_layer} layers, C {shape.n_embd}")
+        print(f"{f'{name}: {shape.n_layer} layers, C {shape.n_embd}':25}{'tokens/s':>10}{'GB/s':>8}{'difference':>12}")
         for side, v in speed.items():
-            print(f"  {side:16}{v:10,.0f}{cell(bandwidth, side, 8, 1)}{difference[side]:10.1e}")
+            print(f"  {side:23}{v:10,.0f}{cell(bandwidth, side, 8, 1)}{difference[side]:12.1e}")
         if "rwkv" in sides:
             theirs = max(speed["rwkv"], speed["rwkv, 1 thread"])
             row["ratio"] = {"float32": max(speed["ours"], speed["ours, 1 thread"]) / theirs, "bfloat16": speed["ours, bfloat16"] / theirs}
             print("  ours is {float32:.2f} times as fast as rwkv (goal 2), {bfloat16:.2f} times with matrices in bfloat16".format(**row["ratio"]), flush=True)
-        _, state = model(torch.zeros(1, 1, dtype=torch.long, device=device))
-        rows.append(row | {"state_bytes": state.nbytes(), "kv_bytes": {T: shape.n_layer * cache_bytes(shape, "a", T) for T in (1024, 8192, 65536)}})
+        rows.append(row | {"state_bytes": remembered_bytes(shape, 1), "kv_bytes": {T: shape.n_layer * cache_bytes(shape, "a", T) for T in (1024, 8192, 65536)}})
 
     print(f"\nmemory of one text in bytes, float32\n{'':22}{'RWKV-7':>12}" + "".join(f"{f'attention, {T}':>19}" for T in rows[0]["kv_bytes"]))
     for row in rows:

@@ -85,7 +85,7 @@ def averaging(module: nn.Module, now: bool):
 # A state that is carried from step to step belongs to the checkpoint: as plain tuples, with the rows of all processes
 
 def pack(states: list[State]) -> list[tuple]:
-    """For each micro-batch (position, layers) on the CPU, rows of all processes one below another. Every process must call it."""
+    """For each micro-batch (position, layers) on the CPU, the rows of all processes concatenated. Every process must call it."""
     def rows(x: Tensor) -> Tensor:
         parts = [x]
         if dist.is_initialized():

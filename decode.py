@@ -2,9 +2,9 @@
 
 A step costs reading every weight once, and a microsecond or two for each operation, view and new tensor. LM, written to be
 read and trained, takes 71 operations and 62 views for a layer; here they are 36 and 4, on weights that lie ready, in memory
-that is allocated once. What can be computed once is: ln0 of the embedding, -e^-0.5, 1 - k_a, half of the gate's maps; r, k
+that is allocated once. What can be computed once is: ln0 of the embedding, -e^-0.5, 1 - k_a, the gate's maps, halved; r, k
 and v are one product, and so is each half of the four low-rank maps. On a GPU all of it is one launch, a CUDA graph. The
-numbers are the same, and model.py is the place to understand them. What it is not: another model, or faster for more than
+numbers are the same up to rounding, and model.py is the place to understand them. What it is not: another model, or faster for more than
 one token at a time.
 
 Names beyond model.py's: nu = sigmoid(v0 + x_v v1 v2), how much of v_first goes into v; stored = S kk, what S holds at kk.
@@ -24,7 +24,8 @@ from model import LM, Block, State, tensors, tree_map
 
 
 class Decoder:
-    """tokens (B,), state -> logits (B, V), state, as LM(tokens[:, None], state) gives them. Holds copies of the weights.
+    """tokens (B,), state -> logits (B, V), state, as LM(tokens[:, None], state) gives them, from the state of some call
+    of the model or of this. Holds copies of the weights.
 
     `dtype`: of the matrices alone, None = the model's; all between them, the state too, is float32.
     A model with attention, with rotary positions or norms in its RWKV heads, or in half precision goes through LM itself.
@@ -32,7 +33,7 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: LM, dtype: torch.dtype | None = None):
-        self.model, self.cfg, self.layers, self.B = model, model.cfg, None, 0
+        self.model, self.cfg, self.device, self.layers, self.B = model, model.cfg, model.emb.weight.device, None, 0
         if "a" not in self.cfg.mixers and not (self.cfg.rwkv_rope or self.cfg.qk_norm) and model.emb.weight.dtype.itemsize >= 4:
             self.layers, self.emb, self.head = [weights(b, dtype) for b in model.blocks], model.emb.weight.detach(), Product(model.head.weight.T, dtype=dtype)
             self.ln0, self.ln_out = norm(model.blocks[0].ln0) if self.cfg.ln0 else None, norm(model.ln_out)
@@ -41,8 +42,8 @@ class Decoder:
             self.recorded = None
             self.records = self.emb.is_cuda and self.cfg.positions != "learned"  # a recording has one position
         elif dtype is not None:
-            raise ValueError(f"dtype = {dtype}: only the matrices of a pure RWKV-7 model in float32, without rotary positions and norms in its heads, "
-                             "can be of another; keep float32 for this one, or use model.to(dtype)")
+            raise ValueError(f"dtype = {dtype}: only a pure RWKV-7 model in float32, without rwkv_rope and qk_norm, takes another; "
+                             "keep float32 for this one, or use model.to(dtype)")
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -113,10 +114,10 @@ def time_mix(p: SimpleNamespace, s: SimpleNamespace, x: Tensor, v_first: Tensor 
     """x + TimeMixer(ln1(x)) for x (B, C), with the weights p and the memory s; v_first, and the new last x and S."""
     x1 = p.ln1(x)
     torch.lerp(x1, last, p.mix, out=s.mixed)                        # token shift for r, k, v; g, w, a, v      (7, B, C)
-    p.rkv(s.mixed_rkv, p.rkv_bias, out=s.rkv)                          #                                          (3, B, A)
+    p.rkv(s.mixed_rkv, p.rkv_bias, out=s.rkv)                       # r, k, v                                  (3, B, A)
     p.down(s.mixed_low, out=s.inner)                                # the low-rank maps, side by side          (4, B, rank)
     s.inner_g_w.tanh_()
-    p.up(s.inner, p.up_bias, out=s.low)                                   #                                          (4, B, A)
+    p.up(s.inner, p.up_bias, out=s.low)                             # gate, w, a, nu                           (4, B, A)
     s.w_a_nu.sigmoid_()
     if v_first is None:
         v_first = s.v.clone()
@@ -194,16 +195,18 @@ def scratch(p: SimpleNamespace, B: int) -> SimpleNamespace:
 class Product:
     """x, add -> x W + add + bias, for x (B, C) and W (C, A), or G of them at once: x (G, B, C) and W (G, C, A).
 
-    One text on a CPU: W's rows are added up by embedding_bag, which streams memory at 1.5 times the speed of the BLAS's
-    matrix-vector product (measured 32 against 20 GB/s; in 16 bits 27 against 10 for bfloat16, 1 for float16), and in `parts`,
-    one for each thread, where W has a quarter of a million numbers or more (measured 42 GB/s with two). Otherwise a matrix
-    product. A W in another dtype than x gets x in its own and gives it back in x's.
-    `sparse`: rows that meet a zero of x are not read. After relu that is half of them, in trained models nine tenths.
+    For one text on a CPU W's rows are added up by embedding_bag (mode 0: the sum), which streams memory at 1.5 times the speed
+    of the BLAS (measured 32 against 20 GB/s; in 16 bits 27 against 10 for bfloat16, 1 for float16); from 2^18 numbers on in
+    `parts`, one for each thread (33 to 41 GB/s with two). Otherwise it is a matrix product. Where W has another dtype, x is
+    converted to it and the result back.
+    `sparse`, for a single product: rows that meet a zero of x are not read. After relu that is half of them, in trained models
+    nine tenths.
     """
 
     def __init__(self, W: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, sparse: bool = False):
         self.W, self.bias, self.sparse = W.detach().to(dtype or W.dtype).contiguous(), bias, sparse
         *G, C, A = W.shape
+        assert not (G and sparse), "zeros are skipped in one product, not in G"
         self.mm, self.addmm = (torch.bmm, torch.baddbmm) if G else (torch.mm, torch.addmm)
         least = 2**17 if self.W.dtype == torch.float32 else 0  # numbers; with fewer, the call costs more than the reading
         self.by_rows = W.device.type == "cpu" and self.W.dtype.itemsize <= 4 and W.numel() >= least

@@ -46,7 +46,7 @@ from data.prepare import ensure_prepared
 from evaluate import as_markdown, check_vocabulary, compare, global_sum, make_report, same_tokenizer, write_report
 from model import LM, CausalSelfAttention, ChannelMix, ModelConfig, State, TimeMixer, load_model
 from plan import describe
-from train import (RUN, FitConfig, TrainConfig, check_free, claim, cross_entropy_loss, fit, joined, main_first, publish, restore, setup, train)
+from train import RUN, FitConfig, TrainConfig, check_free, claim, cross_entropy_loss, fit, joined, main_first, publish, restore, setup, train
 
 STAGES = ("align", "distil", "finish")
 
@@ -580,6 +580,28 @@ def run_stages(cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM, 
 WRITES = (*RUN, *STAGES, "controls", "start.json", "ranking.json", "report.json", "report.md", "report.png")  # what a run of distill.py writes
 
 
+def open_loaders(cfg: DistillConfig, student: LM, logit_teacher: LM, T: int, rank: int, world: int) -> dict[str, Loader]:
+    """The text of every stage by its name, and what is held out: val, and finish_val. Refuses what the models cannot read."""
+    def load(data: str, half: str, loop: FitConfig, T: int, seed: int) -> Loader:
+        loader = Loader(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
+        if loader.kind == "preference" and loop is not cfg.finish:
+            raise ValueError(f"{data} holds preferences, not text: they are for stage 3, --finish_data")
+        check_vocabulary(logit_teacher, student, loader)
+        same_tokenizer(loader, cfg.teacher, cfg.logit_teacher or cfg.teacher)
+        return loader
+
+    stages = cfg.stages.split(",")
+    loaders = {"val": load(cfg.data, "val", replace(cfg.distil, batch_size=16), T, 0)}
+    if "align" in stages:  # a stage's seed does not depend on which other stages run
+        loaders["align"] = load(cfg.data, "train", cfg.align, T, cfg.seed)
+    if "distil" in stages:
+        loaders["distil"] = load(cfg.data, "train", cfg.distil, T, cfg.seed + 1)
+    if "finish" in stages:
+        for name, half in (("finish", "train"), ("finish_val", "val")):
+            loaders[name] = load(cfg.finish_data, half, cfg.finish, cfg.finish_block_size or T, cfg.seed + 2)
+    return loaders
+
+
 def open_job(cfg: DistillConfig) -> tuple[LM, LM, LM, dict[str, Loader], dict]:
     """Make what is missing, refuse what cannot be, claim the folder; returns (teacher, teacher of stage 2, student, loaders, meta)."""
     rank, world, device = setup(cfg.device)
@@ -610,22 +632,7 @@ def open_job(cfg: DistillConfig) -> tuple[LM, LM, LM, dict[str, Loader], dict]:
         if not any(part in name for name, _ in student.named_parameters()):
             raise ValueError(f"freeze = {cfg.freeze!r}: no parameter has {part!r} in its name; try emb, att, ffn, ln or head")
 
-    def load(data: str, half: str, loop: FitConfig, T: int, seed: int) -> Loader:
-        loader = Loader(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
-        if loader.kind == "preference" and loop is not cfg.finish:
-            raise ValueError(f"{data} holds preferences, not text: they are for stage 3, --finish_data")
-        check_vocabulary(logit_teacher, student, loader)
-        same_tokenizer(loader, cfg.teacher, cfg.logit_teacher or cfg.teacher)
-        return loader
-
-    loaders = {"val": load(cfg.data, "val", replace(cfg.distil, batch_size=16), T, 0)}
-    if "align" in stages:  # a stage's seed does not depend on which other stages run
-        loaders["align"] = load(cfg.data, "train", cfg.align, T, cfg.seed)
-    if "distil" in stages:
-        loaders["distil"] = load(cfg.data, "train", cfg.distil, T, cfg.seed + 1)
-    if "finish" in stages:
-        for name, half in (("finish", "train"), ("finish_val", "val")):
-            loaders[name] = load(cfg.finish_data, half, cfg.finish, cfg.finish_block_size or T, cfg.seed + 2)
+    loaders = open_loaders(cfg, student, logit_teacher, T, rank, world)
     if rank == 0:
         print(json.dumps(asdict(cfg)))
         print(f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}", flush=True)

@@ -10,7 +10,7 @@ the same token (top-1) and the teacher's choice is among the student's five best
 
 (0: knows only how frequent each token is; 1: all the teacher knows), loss by position, and per layer how far each mixer
 is from the attention it replaced, on the teacher's own inputs. `--longest 8` adds the loss by position up to 8 times
-block_size, `--passkey 16` asks at the end of long texts for 16 numbers told there, by depth and length. Small models fail
+block_size, `--passkey 16` hides 16 numbers in long texts and asks for each at the end, by depth and length. Small models fail
 that for lack of skill, not of memory: so beside the exact answers stands how many nats per token the number costs, with it
 in the text and without. What it is not: a benchmark suite (associative recall: recall.py).
 """
@@ -157,7 +157,8 @@ def readable(model: LM, n: int) -> int:
 
 def loss_by_stretch(model: LM, loader: Loader, T: int, max_tokens: int | None = None) -> list[float]:
     """Mean loss in nats per target within each stretch of T positions of the loader's windows, as far as model and text reach."""
-    losses, counts = loss_by_position(model, loader, max_tokens, T, readable(model, loader.T) // T * T).view(2, -1, T).sum(2).tolist()
+    reach = readable(model, loader.T) // T * T  # whole stretches only
+    losses, counts = loss_by_position(model, loader, max_tokens, T, reach).view(2, -1, T).sum(2).tolist()
     return [loss / count for loss, count in zip(losses, counts) if count]
 
 
@@ -179,7 +180,8 @@ def passkey_texts(enc: tiktoken.Encoding, text: np.ndarray, T: int, n: int, dept
         at = rng.randrange(len(text) - between + 1)
         filler = text[at : at + between].tolist()
         cuts = [round(depth * room) for depth in np.linspace(0, 1, depths)]
-        texts += [(start + middle + ask, answer) for middle in [filler[:cut] + told + filler[cut:room] for cut in cuts] + [filler]]
+        for middle in [*(filler[:cut] + told + filler[cut:room] for cut in cuts), filler]:
+            texts.append((start + middle + ask, answer))
     return texts
 
 
@@ -248,17 +250,30 @@ def as_markdown(report: dict) -> str:
         lines += ["", "| tokens read | teacher's KV cache | student's state |", "|---:|---:|---:|"]
         lines += [f"| {int(n):,} | {m['teacher']:,} bytes | {m['student']:,} bytes |" for n, m in report["state_bytes"].items()]
     if "length" in report:
-        T, models = report["length"]["T"], report["length"]["models"]
-        most = max(map(len, models.values()))
-        lines += ["", "| loss at positions up to | " + " | ".join(f"{(i + 1) * T:,}" for i in range(most)) + " |", "|---|" + "---:|" * most]
-        lines += [f"| {name} | " + " | ".join([f"{x:.4f}" for x in losses] + ["-"] * (most - len(losses))) + " |" for name, losses in models.items()]
+        lines += length_table(report["length"])
     if "passkey" in report:
-        depths = report["passkey"]["depths"]
-        lines += ["", "| passkey, nats per token (exact) | tokens | not told | " + " | ".join(f"depth {d:.2f}" for d in depths) + " |",
-                  "|---|---:|---:|" + "---:|" * len(depths)]
-        lines += [f"| {name} | {row['T']:,} | {row['nats_without']:.2f} | " + " | ".join(f"{x:.2f} ({e:.0%})" for x, e in zip(row["nats"], row["exact"])) + " |"
-                  for name, rows in report["passkey"]["models"].items() for row in rows]
+        lines += passkey_table(report["passkey"])
     return "\n".join(lines) + "\n"
+
+
+def length_table(length: dict) -> list[str]:
+    """A row for each model, a column for each stretch of positions."""
+    T, models = length["T"], length["models"]
+    most = max(map(len, models.values()))
+    lines = ["", "| loss at positions up to | " + " | ".join(f"{(i + 1) * T:,}" for i in range(most)) + " |", "|---|" + "---:|" * most]
+    return lines + [f"| {name} | " + " | ".join([f"{x:.4f}" for x in losses] + ["-"] * (most - len(losses))) + " |" for name, losses in models.items()]
+
+
+def passkey_table(passkey: dict) -> list[str]:
+    """A row for each model and length, a column for each depth."""
+    depths = passkey["depths"]
+    lines = ["", "| passkey, nats per token (exact) | tokens | not told | " + " | ".join(f"depth {d:.2f}" for d in depths) + " |",
+             "|---|---:|---:|" + "---:|" * len(depths)]
+    for name, rows in passkey["models"].items():
+        for row in rows:
+            cells = [f"{x:.2f} ({e:.0%})" for x, e in zip(row["nats"], row["exact"])]
+            lines.append(f"| {name} | {row['T']:,} | {row['nats_without']:.2f} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -299,8 +314,8 @@ def plot(out: Path, report: dict, curves: dict[str, list[dict]]) -> None:
     ax = next(panels)
     width = max(1, len(report["by_position"]["teacher"]) // 32)
     for who, losses in report["by_position"].items():
-        n = len(losses) // width * width
-        ax.plot(np.arange(width / 2, n, width), np.reshape(losses[:n], (-1, width)).mean(1), label=who)
+        whole = len(losses) // width * width
+        ax.plot(np.arange(width / 2, whole, width), np.reshape(losses[:whole], (-1, width)).mean(1), label=who)
     ax.set(title="loss by position", xlabel="position", ylabel="nats per token")
     if "length" in report:
         ax, T = next(panels), report["length"]["T"]

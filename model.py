@@ -184,10 +184,10 @@ def remembered_bytes(cfg: ModelConfig, T: int) -> int:
 
 @dataclass(frozen=True)
 class State:
-    """What a model remembers: a plain value that no call changes. Per layer: (mixer's, ffn's)."""
+    """What a model remembers: a plain value that no call changes."""
 
     position: int    # tokens read so far
-    layers: tuple
+    layers: tuple    # for each (mixer's, ffn's): attention's (k, v) or TimeMixer's (last x, S, position); ChannelMix's last x or None
 
     def nbytes(self) -> int:
         """Bytes of all its tensors: constant for RWKV-7, growing with the text for attention."""
@@ -549,7 +549,7 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict()
-    tensors = {name: weights[name].detach().cpu().contiguous() for name in stored_shapes(model)}
+    stored = {name: weights[name].detach().cpu().contiguous() for name in stored_shapes(model)}
 
     def write(name: str, to: Callable[[Path], object]) -> None:
         to(folder / f"{name}.tmp")
@@ -557,7 +557,7 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
 
     write("config.json", lambda f: f.write_text(json.dumps(asdict(model.cfg), indent=1) + "\n"))
     write("meta.json", lambda f: f.write_text(json.dumps(meta, indent=1) + "\n"))
-    write("model.safetensors", lambda f: save_file(tensors, f))
+    write("model.safetensors", lambda f: save_file(stored, f))
 
 
 def open_model(folder: str | Path) -> tuple[LM, Path]:
@@ -574,8 +574,8 @@ def open_model(folder: str | Path) -> tuple[LM, Path]:
             raise ValueError(f"{folder}/config.json has unknown keys: {', '.join(sorted(unknown))}")
         with torch.device("meta"):  # shapes, but no memory and no initial values
             model = LM(ModelConfig(**cfg))
-        with safe_open(file, "pt") as tensors:
-            there = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        with safe_open(file, "pt") as f:
+            there = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
     except FileNotFoundError as e:
         raise ValueError(f"no model at {folder}: {Path(e.filename or file).name} is missing; train one first, or check the path") from None
     except NotADirectoryError:
@@ -605,5 +605,5 @@ def stored_shapes(model: LM) -> dict[str, tuple[int, ...]]:
 
 def read_tensor(file: str | Path, name: str) -> Tensor:
     """One tensor of a .safetensors file, mapped into memory. Opened anew each time, for an open file keeps what it has read."""
-    with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor(name)
+    with safe_open(file, "pt") as f:
+        return f.get_tensor(name)

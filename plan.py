@@ -9,7 +9,8 @@ The model is made on the meta device, which has shapes but no memory. A training
     activations    what the backward pass needs of each token, of B sequences of T tokens: activation_floats
 
 so more GPUs read more tokens a step, but none of them holds less. All is in float32, which is what the CPU computes in and
-what the tests measure; on a GPU bfloat16 halves the activations of the matrix products, so there it is an upper bound.
+what the tests measure. On a GPU autocast halves the activations of the matrix products, and adds a bfloat16 copy of every
+matrix, 2 P: for large models with few tokens that is more.
 What it is not: a profiler; what one layer's backward pass needs for a moment is not in it.
 """
 
@@ -39,8 +40,8 @@ def unit(n: float) -> str:
 def describe(cfg: ModelConfig, T: int) -> str:
     """A table for people: layers, parameters of the mixers and memory of T tokens, of attention and of RWKV-7.
 
-    Shares of parameters are of the whole model's, shares of memory of all that the mixers remember, in float32; the first line
-    counts ChannelMix's last x too, and is State.nbytes().
+    Percentages are of the whole model's parameters, and of the memory of all mixers, in float32. The memory in the first line
+    also counts ChannelMix's last x, as State.nbytes() does.
     Raises ValueError for T < 1.
     """
     if T < 1:

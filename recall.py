@@ -20,7 +20,7 @@ import torch
 
 from config import cli, run
 from distill import DistillConfig, StudentConfig, distill
-from model import LM, ModelConfig, load_model
+from model import LM, ModelConfig, load_model, remembered_bytes
 from train import FitConfig, TrainConfig, setup, train
 
 KEYS, VALUES = 32, 7  # bytes 0 ... 31 ask for a key, 32 ... 255 are the pairs of one with a value: all fits into the tokenizer `bytes`
@@ -116,7 +116,7 @@ def recall(cfg: RecallConfig) -> dict:
     for name, folder in folders.items():
         model = load_model(folder).eval()
         models[name] = {"mixers": model.cfg.mixers, "accuracy": [pairs_accuracy(model, n, cfg.asked, cfg.seed) for n in cfg.n_pairs],
-                        "bytes": [model(torch.zeros(1, 3 * n, dtype=torch.long))[1].nbytes() for n in cfg.n_pairs]}
+                        "bytes": [remembered_bytes(model.cfg, 3 * n) for n in cfg.n_pairs]}
     return {"pairs": cfg.n_pairs, "chance": 1 / VALUES, "models": models}
 
 

@@ -34,7 +34,7 @@ from decode import Decoder, optimize_for_inference
 from model import LM, ModelConfig, State, cache_bytes, load_model
 from state import DTYPES, compress, expand, join, load_state, process, process_rows, save_state, select
 
-Batches = list[tuple[list[int], State]]  # the rows that share a state, and it
+Batches = list[tuple[list[int], State]]  # [(rows, the State that holds them side by side), ...]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,34 @@ class SampleConfig:
     load_state: str | None = None  # continue a text that was read before
     save_state: str | None = None  # write what the model remembers in the end, for --load_state; with max_tokens 0 that is the prompt
     state_dtype: str = "float32"  # of a state in a file, and in a chat while it waits: float32, bfloat16, float16, int8
-    dtype: str = "float32"        # of the matrices of a pure RWKV-7 while it generates: float32, bfloat16, float16; half the memory to read for a token
+    dtype: str = "float32"        # of the matrices of a pure RWKV-7 while it generates: float32, bfloat16, float16; large ones gain, small ones lose
     device: str = "auto"          # auto, cpu, cuda
+
+    def __post_init__(self):
+        check(1 if self.max_tokens == 0 and self.save_state and not self.chat else self.max_tokens, **self.sampling)
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples = {self.num_samples}: it must be at least 1")
+        for name in ("prompts", "load_state", "save_state"):
+            if getattr(self, name) == "":  # an unset "$FILE" in the shell
+                raise ValueError(f"--{name} is empty: name a file, or omit it")
+        if self.prompts and (self.prompt or self.chat or self.num_samples > 1):
+            raise ValueError("--prompts has one text for each line of its file: omit --prompt, --chat and --num_samples")
+        if self.save_state and (self.prompts or self.num_samples > 1):
+            raise ValueError("--save_state writes the state of one text: omit --prompts and --num_samples")
+        if self.save_state and Path(self.save_state).is_dir():  # found out before all the reading, not after it
+            raise ValueError(f"--save_state {self.save_state} is a folder: name a file")
+        for name, choices in (("state_dtype", list(DTYPES)), ("dtype", [name for name in DTYPES if name != "int8"])):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed}: it must be in 0 ... 2^63 - 1")
+        if self.state_dtype != "float32" and not (self.save_state or self.chat):
+            raise ValueError(f"--state_dtype {self.state_dtype} is for --save_state and --chat: omit it, or give one of them")
+
+    @property
+    def sampling(self) -> dict:
+        """The options of `generate` that say how tokens are drawn."""
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "presence", "frequency")}
 
 
 def check(n: int, temperature: float, top_k: int | None, top_p: float | None, presence: float, frequency: float) -> None:
@@ -111,24 +137,24 @@ def generate(model: "LM | Decoder", tokens: Tensor | Sequence[Sequence[int]], n:
              stop: tuple[int, ...] = ()) -> "Iterator[tuple[Tensor, State | Batches]]":
     """Continue `tokens` (B, T >= 1), read from `state`, by up to n tokens; yields (tokens (B,), state) for each.
 
-    Prompts of different lengths come as a list of lists; each gets the tokens that it would get alone, and `state` is then
-    [(rows, their state), ...]: one for RWKV-7, for attention one for each length.
-    The state has not read the tokens it comes with. A row that has drawn one of `stop` goes on with the first of them, and one
-    of several lengths that is at the last learned position with -1; the end is where all rows have ended.
+    Prompts of different lengths come as a list of lists; each gets the tokens that it would get alone. The state is then a list
+    [(rows, their state), ...] (state.join): one entry for RWKV-7, for attention one for each length.
+    A yielded state has not yet read the tokens yielded with it. After one of `stop` a row yields stop[0]; a row of a list that
+    has reached the last learned position yields -1. Ends when every row has.
     `presence` and `frequency` as OpenAI has them: logit -= presence * (count > 0) + frequency * count, over what was generated.
     Raises ValueError for options outside their range, tokens outside the vocabulary, and text beyond learned positions.
     """
     check(n, temperature, top_k, top_p, presence, frequency)
     decoder = model if isinstance(model, Decoder) else optimize_for_inference(model)
-    cfg, device = decoder.cfg, decoder.model.emb.weight.device
+    cfg, device = decoder.cfg, decoder.device
     rows = list(tokens) if isinstance(tokens, Tensor) else [torch.tensor(row, dtype=torch.long, device=device) for row in tokens]
     for row in rows:
         if len(row) == 0 or row.min() < 0 or row.max() >= cfg.vocab_size:
             raise ValueError(f"a prompt needs at least one token, all in 0 ... {cfg.vocab_size - 1}, the model's vocabulary: got {row.tolist()}"[:300])
     one = isinstance(tokens, Tensor)
-    longest = (state.position if state else 0) + max(map(len, rows)) + (n - 1 if one else 0)
-    if cfg.longest and longest > cfg.longest:
-        raise ValueError(f"prompt and max_tokens need {longest} positions, the model has learned {cfg.longest}: shorten one of them")
+    needed = (state.position if state else 0) + max(map(len, rows)) + (n - 1 if one else 0)
+    if cfg.longest and needed > cfg.longest:
+        raise ValueError(f"prompt and max_tokens need {needed} positions, the model has learned {cfg.longest}: shorten one of them")
 
     if one:
         logits, state = process(decoder.model, tokens, state)                      # (B, V)
@@ -198,26 +224,6 @@ def read_prompt(prompt: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(SampleConfig, argv)
-    options = {name: getattr(cfg, name) for name in ("temperature", "top_k", "top_p", "presence", "frequency")}
-    check(1 if cfg.max_tokens == 0 and cfg.save_state and not cfg.chat else cfg.max_tokens, **options)
-    if cfg.num_samples < 1:
-        raise ValueError(f"num_samples = {cfg.num_samples}: it must be at least 1")
-    for name in ("prompts", "load_state", "save_state"):
-        if getattr(cfg, name) == "":  # "$FILE" of a shell that has none
-            raise ValueError(f"--{name} is empty: name a file, or omit it")
-    if cfg.prompts and (cfg.prompt or cfg.chat or cfg.num_samples > 1):
-        raise ValueError("--prompts has one text for each line of its file: omit --prompt, --chat and --num_samples")
-    if cfg.save_state and (cfg.prompts or cfg.num_samples > 1):
-        raise ValueError("--save_state writes the state of one text: omit --prompts and --num_samples")
-    if cfg.save_state and Path(cfg.save_state).is_dir():  # found out before all the reading, not after it
-        raise ValueError(f"--save_state {cfg.save_state} is a folder: name a file")
-    for name, choices in (("state_dtype", list(DTYPES)), ("dtype", [name for name in DTYPES if name != "int8"])):
-        if getattr(cfg, name) not in choices:
-            raise ValueError(f"{name} = {getattr(cfg, name)!r}: choose one of {', '.join(choices)}")
-    if not 0 <= cfg.seed < 2**63:
-        raise ValueError(f"seed = {cfg.seed}: it must be in 0 ... 2^63 - 1")
-    if cfg.state_dtype != "float32" and not (cfg.save_state or cfg.chat):
-        raise ValueError(f"--state_dtype {cfg.state_dtype} is for --save_state and --chat: omit it, or give one of them")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if cfg.device not in ["auto", *devices]:
         raise ValueError(f"device = {cfg.device!r}: choose auto or {' or '.join(devices)}, which is what this machine has")
@@ -238,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         state, unread = load_state(cfg.load_state, model, enc.name) if cfg.load_state else (None, [])
         state = state and expand(state)
         decoder = optimize_for_inference(model, None if cfg.dtype == "float32" else DTYPES[cfg.dtype])
-        state, unread = (chat if cfg.chat else write)(cfg, decoder, enc, texts, device, options, state, unread)
+        state, unread = (chat if cfg.chat else write)(cfg, decoder, enc, texts, state, unread)
         if cfg.save_state:
             save_state(cfg.save_state, model, compress(state, cfg.state_dtype), enc.name, unread)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; give Python's own flush at exit another place to go
@@ -247,8 +253,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"nothing was saved to {cfg.save_state}: whatever read the output ended before the text did") from None
 
 
-def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
-          unread: list[int]) -> tuple[State, list[int]]:
+def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], state: State | None,
+          unread: list[int]) -> tuple[State | Batches, list[int]]:
     """Print one text as it comes, or several one after another when all are done; then speed and memory to stderr.
 
     Returns the state in the end, and what it has not read. Ctrl-C ends the text.
@@ -260,18 +266,18 @@ def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: li
         raise ValueError(f"the prompt has token {highest}, the model's vocabulary ends at {decoder.cfg.vocab_size - 1}: "
                          f"meta.json in {cfg.ckpt} names another tokenizer ({enc.name}) than the model was trained with")
     if cfg.max_tokens == 0:
-        return read(decoder.model, prompts[0], state, device)
+        return read(decoder, prompts[0], state)
     stop = stops(enc) if cfg.stop else ()
-    n, B = cfg.max_tokens, len(texts)
-    start, most = state.position if state else 0, decoder.cfg.longest or math.inf
-    if start + max(lengths) > most:
+    n, B, device = cfg.max_tokens, len(texts), decoder.device
+    start, limit = state.position if state else 0, decoder.cfg.longest or math.inf
+    if start + max(lengths) > limit:
         line = f" in line {lengths.index(max(lengths)) + 1}" if cfg.prompts else ""
-        raise ValueError(f"the prompt{line} ends at position {start + max(lengths)}, the model has learned {most}: shorten it"
+        raise ValueError(f"the prompt{line} ends at position {start + max(lengths)}, the model has learned {limit}: shorten it"
                          + (f", or begin without the {start} of --load_state" if state else ""))
-    n = min(n, most - start - min(lengths) + 1)
+    n = min(n, limit - start - min(lengths) + 1)
     generators = [torch.Generator(device).manual_seed(cfg.seed) for _ in texts]
     steps = generate(decoder, prompts if cfg.prompts else torch.tensor(prompts, device=device), n, stop=stop,
-                     generator=generators if cfg.prompts else generators[0], state=state and select(state, [0] * B), **options)
+                     generator=generators if cfg.prompts else generators[0], state=state and select(state, [0] * B), **cfg.sampling)
     streams = [Characters(enc) for _ in texts]
     samples, times = list(texts), [time.perf_counter()]
     one = B == 1
@@ -298,46 +304,46 @@ def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: li
     return state, [token for token in tokens.tolist() if token not in (-1, *stop)]
 
 
-def read(model: LM, prompt: list[int], state: State | None, device: str) -> tuple[State, list[int]]:
+def read(decoder: Decoder, prompt: list[int], state: State | None) -> tuple[State, list[int]]:
     """Read a prompt but for its last token, which is to be read when there is something to say."""
     if len(prompt) > 1:
-        _, state = process(model, torch.tensor([prompt[:-1]], device=device), state)
-        print(memory(state, model.cfg), file=sys.stderr)
+        _, state = process(decoder.model, torch.tensor([prompt[:-1]], device=decoder.device), state)
+        print(memory(state, decoder.cfg), file=sys.stderr)
     if state is None:
         raise ValueError("--max_tokens 0 with an empty prompt: there is nothing to read and to remember; give a prompt")
     return state, prompt[-1:]
 
 
 def memory(state: State | Batches, cfg: ModelConfig, B: int = 1) -> str:
-    """Bytes for each of B texts, beside attention's for the longest."""
+    """Mean bytes for each of B texts, beside what attention would keep for the longest one."""
     states = [state] if isinstance(state, State) else [s for _, s in state]
-    longest = max(s.position for s in states)
-    return (f"memory of {longest:,} tokens: {sum(s.nbytes() for s in states) // B:,} bytes; attention with as many layers and heads keeps "
-            f"{cfg.n_layer * cache_bytes(cfg, 'a', longest):,}")
+    T = max(s.position for s in states)
+    return (f"memory of {T:,} tokens: {sum(s.nbytes() for s in states) // B:,} bytes; attention with as many layers and heads keeps "
+            f"{cfg.n_layer * cache_bytes(cfg, 'a', T):,}")
 
 
-def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], device: str, options: dict, state: State | None,
+def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], state: State | None,
          unread: list[int]) -> tuple[State, list[int]]:
     """Answer each line of stdin; one state hears them all. texts[0], if there is any, is the first message. Ctrl-C ends it. Returns as `write`."""
     if not getattr(enc, "chat", None):
         raise ValueError(f"{cfg.ckpt} has no chat template that frames each message: take an instruct model, or omit --chat to continue a text")
     if cfg.num_samples > 1 or not cfg.stop:
         raise ValueError("--chat has one conversation whose answers end: omit --num_samples and --no-stop")
-    generator, stop = torch.Generator(device).manual_seed(cfg.seed), stops(enc)
+    generator, stop = torch.Generator(decoder.device).manual_seed(cfg.seed), stops(enc)
     _, end, after = enc.chat["assistant"]
     closing = enc.encode(end + after, allowed_special="all")
     state = state and compress(state, cfg.state_dtype)  # while it waits
-    longest = decoder.cfg.longest or math.inf
+    limit = decoder.cfg.longest or math.inf
     try:
         for message in messages(texts[0]):
             ids, _ = encode_turns(enc, [("user", message)], opens=state is None, reply=True)
-            room = longest + 1 - len(unread + ids) - (state.position if state else 0)
+            room = limit + 1 - len(unread + ids) - (state.position if state else 0)
             if room < 1:
-                print(f"the conversation is longer than the {longest} positions that the model has learned: begin a new one", file=sys.stderr)
+                print(f"the conversation is longer than the {limit} positions that the model has learned: begin a new one", file=sys.stderr)
                 break
             stream = Characters(enc)
-            for tokens, state in generate(decoder, torch.tensor([unread + ids], device=device), min(cfg.max_tokens, room), stop=stop,
-                                          state=state and expand(state), generator=generator, **options):
+            for tokens, state in generate(decoder, torch.tensor([unread + ids], device=decoder.device), min(cfg.max_tokens, room), stop=stop,
+                                          state=state and expand(state), generator=generator, **cfg.sampling):
                 token = tokens.item()
                 unread = [token] * (token not in stop) + closing  # whatever ends the answer, the next message follows a whole one
                 print("" if token in stop else stream(token), end="", flush=True)

@@ -52,9 +52,9 @@ def process(model: LM, tokens: Tensor, state: State | None = None, piece: int = 
     B, T = tokens.shape
     if T == 0 or piece < 1:
         raise ValueError(f"{T} tokens in pieces of {piece}: there must be at least one of each")
-    for x in tensors(state)[:1]:
-        if len(x) != B or x.dtype == torch.int8:
-            raise ValueError(f"{B} texts, and the {x.dtype} state of {len(x)}: select as many rows of it, and expand a compressed one")
+    held = tensors(state)
+    if held and (len(held[0]) != B or held[0].dtype == torch.int8):
+        raise ValueError(f"{B} texts, and the {held[0].dtype} state of {len(held[0])}: select as many rows of it, and expand a compressed one")
     for part in tokens.split(min(piece, max(16, piece // B)), 1):
         x, state = model.hidden(part, state)
     return model.head(x[:, -1]), state
@@ -64,7 +64,7 @@ def process_rows(model: LM, rows: Sequence[Tensor], state: State | None = None, 
     """Read rows (T_i >= 1,) of any lengths, continuing from `state`: logits (B, V), and each row's state.
 
     All read as far as the shortest goes; whoever is at the end steps out, the others read on. So nothing is padded, no state
-    sees what is not its text, and every token is computed once.
+    sees what is not its text, and every token is computed once. Raises ValueError for no rows, and as `process`.
     """
     if not len(rows):
         raise ValueError("no rows: there must be at least one text")
@@ -107,7 +107,7 @@ def select(state: State, rows: list[int]) -> State:
 def join(cfg: ModelConfig, states: Sequence[State]) -> list[tuple[list[int], State]]:
     """States side by side, as far as one step can serve them all: batches, each with the indices of its states.
 
-    RWKV-7 does not count its tokens, so it is one batch, whose position is the longest text's. Attention does, by its
+    RWKV-7 does not count its tokens, so all its states fit in one batch, whose position is the longest text's. Attention does, by its
     cache's length, and so do rotary and learned positions: there each batch is of states with one position.
     """
     counts = "a" in cfg.mixers or cfg.rwkv_rope or cfg.positions == "learned"
@@ -125,7 +125,7 @@ def join(cfg: ModelConfig, states: Sequence[State]) -> list[tuple[list[int], Sta
 # Smaller
 
 def compress(state: State, dtype: str) -> State:
-    """The state in float16, bfloat16 or int8, for keeping, not for computing. In float32, and where it is int8 already, it stays as it is.
+    """The state in float16, bfloat16 or int8, for keeping, not for computing. float32 changes nothing, and an int8 state stays int8.
 
     Raises ValueError for another dtype, and for a number that it cannot hold.
     """
@@ -199,7 +199,7 @@ def digest(parts: dict[str, Tensor], meta: dict[str, str]) -> str:
 def save_state(file: str | Path, model: LM, state: State, tokenizer: str, unread: Sequence[int] = ()) -> None:
     """Write a state, compressed or not, as a .safetensors file that appears whole or not at all.
 
-    `unread`: tokens of the text that the state has not read yet, such as the last one drawn.
+    `unread`: tokens of the text that the state has not read yet, such as the last one drawn. Raises ValueError if it can't be written.
     """
     file = Path(file)
     parts = {name: x.cpu().contiguous() for name, x in named(copy(state).layers)}  # a copy: safetensors refuses memory that tensors share

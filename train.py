@@ -16,7 +16,7 @@ function and the parameters that train. What it is not: a framework; whoever nee
 accumulation, padding and data parallelism never change what is computed: two processes give one process's gradients.
 
 The states are for `bptt_chunk` and `bptt_truncate` (bptt.py), where a batch is a piece of each sequence: `state` is what the loss
-returned after the piece before, None at the beginning. The sum over the pieces is the loss of the whole. Without `with_loss` only
+returned for the previous piece, None at the beginning. The sum over the pieces is the loss of the whole. Without `with_loss` only
 the state is wanted, and the dict may be empty.
 """
 

@@ -366,7 +366,7 @@ def test_the_script_prints_prompt_and_text_and_on_stderr_speed_and_memory(folder
     assert len(texts) == 3 and all(t.startswith("né") for t in texts) and len(set(texts)) == 3
 
 
-def test_a_prompt_is_what_training_saw_behind_the_end_of_a_document(folder, capsys, tmp_path, monkeypatch):
+def test_a_prompt_is_what_training_saw_after_the_end_of_a_document(folder, capsys, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(sample, "generate", lambda model, tokens, n, **options: seen.append((tokens.tolist(), options["stop"])) or iter(
         [(torch.tensor([65] * len(tokens)), State(1, ())), (torch.tensor([256] * len(tokens)), State(2, ()))]))
@@ -461,7 +461,7 @@ def test_a_chat_at_the_last_learned_position_ends_and_keeps_what_was_said(talker
 
 
 def test_a_chat_reads_each_word_once_and_as_the_template_has_it(talker, capsys, monkeypatch):
-    """What the model is fed, piece by piece, is the whole conversation; whatever ends an answer, the next question stands behind a whole one."""
+    """What the model is fed, piece by piece, is the whole conversation; whatever ends an answer, the next question follows a whole one."""
     fed, answers = [], iter([b"yes", b"no", b"cut"])
     ends = iter([[261], [256], []])  # its own end of a turn, the end of a document, max_tokens
 

@@ -124,7 +124,7 @@ def test_rows_of_any_lengths_are_read_as_alone_each_token_once(name, monkeypatch
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("temperature", (0.0, 1.0))
 def test_prompts_of_different_lengths_get_the_tokens_each_gets_alone(name, temperature):
-    """Also when they draw, each by its own generator; and behind a state."""
+    """Also when they draw, each by its own generator; and after a state."""
     model, prompts = model_of(name), [tokens(1, n, seed=i)[0].tolist() for i, n in enumerate(LENGTHS)]
     seeds = lambda: [torch.Generator().manual_seed(i) for i in range(len(prompts))]  # noqa: E731
     for state in (None, process(model, tokens(len(prompts), 4, seed=9))[1]):
