@@ -40,7 +40,8 @@ class Decoder:
             if self.ln0 and self.cfg.positions != "learned":  # else the position comes in between
                 self.emb, self.ln0 = self.ln0(self.emb), None
             self.recorded = None
-            self.records = self.emb.is_cuda and self.cfg.positions != "learned"  # a recording has one position
+            # a recording has one position, and is made on the current device
+            self.records = self.device.type == "cuda" and self.device.index == torch.cuda.current_device() and self.cfg.positions != "learned"
         elif dtype is not None:
             raise ValueError(f"dtype = {dtype}: only a pure RWKV-7 model in float32, without rwkv_rope and qk_norm, takes another; "
                              "keep float32 for this one, or use model.to(dtype)")
@@ -51,8 +52,9 @@ class Decoder:
             logits, state = self.model(tokens[:, None], state)
             return logits[:, 0], state
         if self.B != len(tokens):
-            self.B, self.scratch = len(tokens), scratch(self.layers[0], len(tokens))
+            self.B, self.recorded, self.scratch = 0, None, scratch(self.layers[0], len(tokens))
             self.recorded = Recorded(self.step, tokens, state) if self.records else None
+            self.B = len(tokens)
         if self.recorded:
             return self.recorded(tokens, state)
         threads = torch.get_num_threads()

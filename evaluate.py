@@ -216,7 +216,9 @@ def make_report(teacher: LM, student: LM | None, train: Loader, val: Loader, max
                 "by_position": {"teacher": averages(losses, counts)}}
     result = compare(teacher, student, val, max_tokens, chunk)
     t, s, unigram = result["teacher_loss"], result["val_loss"], unigram_loss(train, val)
-    memory = {str(n): {"teacher": remembered_bytes(teacher.cfg, n), "student": remembered_bytes(student.cfg, n)} for n in (val.T, 16 * val.T, 256 * val.T)}
+    memory = {}
+    for n in (val.T, 16 * val.T, 256 * val.T):  # None: more than the model can read
+        memory[str(n)] = {who: remembered_bytes(m.cfg, n) if readable(m, n) == n else None for who, m in (("teacher", teacher), ("student", student))}
     return {
         "teacher": {"val_loss": t, "params": teacher.n_params()},
         "student": {"val_loss": s, "params": student.n_params()},
@@ -248,7 +250,8 @@ def as_markdown(report: dict) -> str:
         lines += ["| mixer | ‖t − s‖² / ‖t‖² | cosine |", "|---|---:|---:|"]
         lines += [f"| layer {row['layer']} | {row['error']:.3f} | {row['cosine']:.3f} |" for row in report["layers"]]
         lines += ["", "| tokens read | teacher's KV cache | student's state |", "|---:|---:|---:|"]
-        lines += [f"| {int(n):,} | {m['teacher']:,} bytes | {m['student']:,} bytes |" for n, m in report["state_bytes"].items()]
+        for n, size in report["state_bytes"].items():
+            lines.append(f"| {int(n):,} | " + " | ".join(f"{size[who]:,} bytes" if size[who] else "-" for who in ("teacher", "student")) + " |")
     if "length" in report:
         lines += length_table(report["length"])
     if "passkey" in report:
@@ -393,10 +396,16 @@ class EvaluateConfig:
     collect: str | None = None        # instead: a table over the report.json files of several seeds in this folder
 
     def __post_init__(self):
-        for name, least, most in (("longest", 1, 65536), ("passkey", 1, 90000), ("depths", 2, 100)):
+        for name, least, most in (("longest", 1, 65536), ("passkey", 1, 90000), ("depths", 2, 100), ("batch_size", 1, 2**20), ("block_size", 1, 2**31),
+                                  ("max_tokens", 1, 2**62)):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} = {value}: it must be from {least} to {most}")
+        for name in ("student", "out", "collect"):
+            if getattr(self, name) == "":  # an unset "$FOLDER" in the shell
+                raise ValueError(f"--{name} is empty: name a folder, or omit it")
+        if self.out and Path(self.out).is_file():  # found out before all the measuring
+            raise ValueError(f"--out {self.out} is a file: name a folder")
 
 
 def main(argv: list[str] | None = None) -> None:

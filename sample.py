@@ -247,10 +247,15 @@ def main(argv: list[str] | None = None) -> None:
         state, unread = (chat if cfg.chat else write)(cfg, decoder, enc, texts, state, unread)
         if cfg.save_state:
             save_state(cfg.save_state, model, compress(state, cfg.state_dtype), enc.name, unread)
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; give Python's own flush at exit another place to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        hush()
         if cfg.save_state:
-            raise ValueError(f"nothing was saved to {cfg.save_state}: whatever read the output ended before the text did") from None
+            raise ValueError(f"nothing was saved to {cfg.save_state}: whatever reads the output ended before the text began") from None
+
+
+def hush() -> None:
+    """The reader of stdout, `head` perhaps, has seen enough: give what is still printed, and Python's own flush at exit, another place to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: list[str], state: State | None,
@@ -290,9 +295,11 @@ def write(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: li
             samples = [sample + piece for sample, piece in zip(samples, pieces)]
             if one:
                 print(pieces[0], end="", flush=True)
-    except KeyboardInterrupt:
-        if len(times) == 1:
+    except (KeyboardInterrupt, BrokenPipeError) as e:  # what is to be kept is kept
+        if not cfg.save_state or len(times) == 1:
             raise
+        if isinstance(e, BrokenPipeError):
+            hush()
     ends = [stream(None) for stream in streams]
     print(ends[0] if one else "\n---------------\n".join(sample + end for sample, end in zip(samples, ends)), flush=True)
 
@@ -330,8 +337,8 @@ def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: lis
     if cfg.num_samples > 1 or not cfg.stop:
         raise ValueError("--chat has one conversation whose answers end: omit --num_samples and --no-stop")
     generator, stop = torch.Generator(decoder.device).manual_seed(cfg.seed), stops(enc)
-    _, end, after = enc.chat["assistant"]
-    closing = enc.encode(end + after, allowed_special="all")
+    _, end, between = enc.chat["assistant"]
+    closing = enc.encode(end + between, allowed_special="all")
     state = state and compress(state, cfg.state_dtype)  # while it waits
     limit = decoder.cfg.longest or math.inf
     try:
@@ -342,15 +349,17 @@ def chat(cfg: SampleConfig, decoder: Decoder, enc: tiktoken.Encoding, texts: lis
                 print(f"the conversation is longer than the {limit} positions that the model has learned: begin a new one", file=sys.stderr)
                 break
             stream = Characters(enc)
-            for tokens, state in generate(decoder, torch.tensor([unread + ids], device=decoder.device), min(cfg.max_tokens, room), stop=stop,
+            for tokens, after in generate(decoder, torch.tensor([unread + ids], device=decoder.device), min(cfg.max_tokens, room), stop=stop,
                                           state=state and expand(state), generator=generator, **cfg.sampling):
                 token = tokens.item()
-                unread = [token] * (token not in stop) + closing  # whatever ends the answer, the next message follows a whole one
+                state, unread = after, [token] * (token not in stop) + closing  # whatever ends the answer, the next message follows a whole one
                 print("" if token in stop else stream(token), end="", flush=True)
             print(stream(None), flush=True)
             state = compress(state, cfg.state_dtype)
     except KeyboardInterrupt:  # as people leave a chat: what was said is kept
-        print()
+        print(file=sys.stderr)
+    except BrokenPipeError:
+        hush()
     if state:
         print(memory(state, decoder.cfg), file=sys.stderr)
     elif cfg.save_state:

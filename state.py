@@ -50,8 +50,8 @@ def process(model: LM, tokens: Tensor, state: State | None = None, piece: int = 
     Raises ValueError for an empty text or piece, a state of another number of rows or in int8, and what LM raises.
     """
     B, T = tokens.shape
-    if T == 0 or piece < 1:
-        raise ValueError(f"{T} tokens in pieces of {piece}: there must be at least one of each")
+    if B * T == 0 or piece < 1:
+        raise ValueError(f"{B} texts of {T} tokens in pieces of {piece}: there must be at least one of each")
     held = tensors(state)
     if held and (len(held[0]) != B or held[0].dtype == torch.int8):
         raise ValueError(f"{B} texts, and the {held[0].dtype} state of {len(held[0])}: select as many rows of it, and expand a compressed one")

@@ -509,7 +509,6 @@ def test_a_run_killed_by_sigkill_resumes_to_what_it_would_have_been(job, tiny, t
     flags = ["--teacher", teacher, "--data", tiny.text, "--device", "cpu", "--eval_tokens", "200", "--stages", "align,distil", "--align.max_steps", "150",
              "--align.save_every", "10", "--distil.max_steps", "2", "--align.batch_size", "2", "--distil.batch_size", "2", "--align.log_every", "5"]
     process = start("distill.py", *flags, "--out", tmp_path / "broken")
-    distill.main([*flags, "--out", str(tmp_path / "whole")])
     end = time.time() + 60
     while not list((tmp_path / "broken").glob("align/checkpoints/step_00000[3-9]0")) and process.poll() is None and time.time() < end:
         time.sleep(0.005)
@@ -517,6 +516,7 @@ def test_a_run_killed_by_sigkill_resumes_to_what_it_would_have_been(job, tiny, t
     err = process.communicate()[1]
     assert process.returncode == -signal.SIGKILL, err  # it was still running
     distill.main([*flags, "--out", str(tmp_path / "broken"), "--resume"])
+    distill.main([*flags, "--out", str(tmp_path / "whole")])
     for stage in ("align", "distil"):
         assert_same_run(tmp_path / "broken" / stage, tmp_path / "whole" / stage)
 

@@ -239,6 +239,7 @@ def test_the_script_compares_reads_on_and_asks_for_the_passkey(mixer, tiny, tmp_
     assert {name: [row["T"] for row in rows] for name, rows in report["passkey"]["models"].items()} == {"teacher": [128], "student": [128, 256, 512]}
     assert (out / "report.md").read_text() == as_markdown(report) and as_markdown(report) in said and panels(out) == 3
     assert f"| teacher | {models['teacher'][0]:.4f} | - | - | - | - |" in said and said.count("| student | 512 |") == 1
+    assert report["state_bytes"]["2048"]["teacher"] is None and "\n| 2,048 | - | " in said  # more than learned positions can read
 
 
 def test_the_teacher_alone_is_evaluated_too(tiny, tmp_path, capsys):
@@ -258,7 +259,9 @@ def test_the_teacher_alone_is_evaluated_too(tiny, tmp_path, capsys):
 
 
 def test_bad_input_ends_in_one_clear_line(tiny, tmp_path):
-    for change, says in (({"longest": 0}, "from 1"), ({"passkey": 0}, "from 1"), ({"passkey": 90001}, "to 90000"), ({"depths": 1}, "from 2")):
+    for change, says in (({"longest": 0}, "from 1"), ({"passkey": 0}, "from 1"), ({"passkey": 90001}, "to 90000"), ({"depths": 1}, "from 2"),
+                         ({"block_size": 0}, "from 1"), ({"max_tokens": -5}, "from 1"), ({"batch_size": 0}, "from 1"), ({"out": ""}, "out is empty"),
+                         ({"collect": ""}, "collect is empty"), ({"student": ""}, "student is empty"), ({"out": __file__}, "is a file: name a folder")):
         with pytest.raises(ValueError, match=says) as e:
             EvaluateConfig(**change)
         one_line(e.value)

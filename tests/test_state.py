@@ -366,21 +366,27 @@ def test_what_cannot_be_read_on_from_is_one_line():
     model = model_of("RWKV-7")
     _, two = process(model, tokens(2, 3))
     for call, word in ((lambda: process(model, tokens(1, 3), two), "state of 2"), (lambda: process_rows(model, [tokens(1, 3)[0]], two), "state of 2"),
-                       (lambda: process(model, tokens(2, 3), compress(two, "int8")), "expand"), (lambda: process_rows(model, []), "at least one text")):
+                       (lambda: process(model, tokens(2, 3), compress(two, "int8")), "expand"), (lambda: process_rows(model, []), "at least one text"),
+                       (lambda: process(model, tokens(2, 3)[:0]), "0 texts of 3 tokens")):
         with pytest.raises(ValueError, match=word) as e:
             call()
         one_line(e.value)
 
 
-def test_a_reader_who_leaves_early_is_told_that_nothing_was_saved(folder, tmp_path):
-    """`python sample.py ... --save_state F | head` ends in one line and a status that is not 0."""
-    run = subprocess.Popen([sys.executable, str(REPO / "sample.py"), "--ckpt", str(folder), "--prompt", "a", "--max_tokens", "100000", "--no-stop",
-                            "--save_state", str(tmp_path / "s.state")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("chats", (False, True))
+def test_what_was_said_is_kept_when_the_reader_leaves_early(chats, talker, tmp_path):  # noqa: F811
+    """`python sample.py ... --save_state F | head`: quiet, and the state is that of a text that goes on."""
+    file, more = tmp_path / "s.state", ["--chat"] if chats else ["--prompt", "a", "--no-stop"]
+    run = subprocess.Popen([sys.executable, str(REPO / "sample.py"), "--ckpt", str(talker), *more, "--max_tokens", "20000", "--save_state", str(file)],
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run.stdin.write(b"hello\n" * 2000)
+    run.stdin.close()
     run.stdout.read(3)
     run.stdout.close()
-    err = run.stderr.read()
-    assert run.wait() == 1 and "nothing was saved" in err and "Traceback" not in err and not (tmp_path / "s.state").exists()
+    err = run.stderr.read().decode()
+    assert run.wait() == 0 and "Traceback" not in err and "memory of" in err and "BrokenPipe" not in err
+    state, unread = load_state(file, load_model(talker))
+    assert state.position > 1 and len(unread) >= 1
 
 
 def test_a_text_ends_at_the_last_learned_position_whatever_was_read_before(tmp_path, capsys):
