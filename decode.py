@@ -4,8 +4,8 @@ A step costs reading every weight once, and a microsecond or two for each operat
 read and trained, takes 71 operations and 62 views for a layer; here they are 36 and 4, on weights that lie ready, in memory
 that is allocated once. What can be computed once is: ln0 of the embedding, -e^-0.5, 1 - k_a, the gate's maps, halved; r, k
 and v are one product, and so is each half of the four low-rank maps. On a GPU all of it is one launch, a CUDA graph. The
-numbers are the same up to rounding, and model.py is the place to understand them. What it is not: another model, or faster for more than
-one token at a time.
+numbers are the same up to rounding, and model.py is the place to understand them. What it is not: another model, or faster
+for more than one token at a time.
 
 Names beyond model.py's: nu = sigmoid(v0 + x_v v1 v2), how much of v_first goes into v; stored = S kk, what S holds at kk.
 """

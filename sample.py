@@ -170,9 +170,7 @@ def generate(model: "LM | Decoder", tokens: Tensor | Sequence[Sequence[int]], n:
         elif i:
             before, batches, logits = batches, [], torch.zeros_like(logits)
             for batch, after in before:
-                if after.position == cfg.longest:
-                    full[batch] = True
-                else:
+                if after.position != cfg.longest:
                     logits[batch], after = decoder(tokens[batch], after)
                 batches.append((batch, after))
         if presence or frequency:
@@ -180,14 +178,16 @@ def generate(model: "LM | Decoder", tokens: Tensor | Sequence[Sequence[int]], n:
         tokens = choose(logits, temperature, top_k, top_p, generator)              # (B,)
         if presence or frequency:
             counts += torch.nn.functional.one_hot(tokens, cfg.vocab_size)
-        tokens = tokens.masked_fill(full, -1)
+        if not one:
+            tokens = tokens.masked_fill(full, -1)
         if stop:
             tokens = torch.where(done, stop[0], tokens)
             done |= torch.isin(tokens, torch.tensor(stop, device=device))
-        if full.all():
-            return
         yield tokens, state if one else batches
-        if (done | full).all():
+        if not one:
+            for batch, after in batches:
+                full[batch] = after.position == cfg.longest
+        if (done if one else done | full).all():
             return
 
 
