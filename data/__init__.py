@@ -1,1 +1,4 @@
-"""Text to tokens (`prepare.py`, from `sources.py` by `tokenizer.py`, `bpe.py` and `chat.py`) and tokens to batches (`loader.py`)."""
+"""Text to tokens (`prepare`, from `sources` by `tokenizer`) and tokens to batches (`loader`).
+
+The room's law: it knows of texts, tokenizers and files, and of no model.
+"""

@@ -1,0 +1,113 @@
+"""Which layers are attention, and what each kind of layer remembers.
+
+    a, r, ra, rrra ...    by letter, repeated over the layers (r = RWKV-7, a = attention)
+    all                   every layer is RWKV-7; the names below say which, the others are attention
+    every:K, alternate    0, K, 2K, ...; alternate is every:2
+    first:K, last:K       the first K, the last K
+    0,2,5                 these; layers count from 0
+    auto:T                as many layers stay attention as fit: after T tokens the model may hold no
+                          more than it would with attention in every layer after block_size tokens.
+                          They are spread evenly, the last in the last layer
+"""
+
+import torch
+
+from model import LM, ModelConfig
+
+
+def is_letters(pattern: str) -> bool:
+    return bool(pattern) and set(pattern) <= set("ar")
+
+
+def mixer_letters(cfg: ModelConfig, pattern: str) -> str:
+    """The pattern as one letter per layer of cfg.
+
+    Raises ValueError for what is no pattern, and for layers that the model does not have.
+    """
+    L = cfg.n_layer
+    if is_letters(pattern) and len(pattern) <= L:
+        return (pattern * L)[:L]
+    layers = named_layers(cfg, pattern)
+    if layers is None:
+        raise ValueError(f"mixer = {pattern!r}: with n_layer = {L} write a (attention) and r (RWKV-7) for up to "
+                         f"{L} layers, all, alternate, first:K, last:K or every:K with K up to {L}, numbers of "
+                         f"RWKV-7 layers from 0 to {L - 1} with commas, or auto:T for T tokens")
+    return "".join("r" if i in layers else "a" for i in range(L))
+
+
+def named_layers(cfg: ModelConfig, pattern: str) -> set[int] | None:
+    """The RWKV-7 layers of a pattern that is not letters; None where there is no such pattern."""
+    L = cfg.n_layer
+    name, _, number = pattern.partition(":")
+    K = int(number) if number.isdecimal() else 0
+    if pattern == "all":
+        return set(range(L))
+    if pattern == "alternate":
+        return set(range(0, L, 2))
+    if all(part.isdecimal() and int(part) < L for part in pattern.split(",")):
+        return set(map(int, pattern.split(",")))
+    if name == "auto" and K >= 1:
+        n = attention_layers_that_fit(cfg, K)
+        return set(range(L)) - {(i + 1) * L // n - 1 for i in range(n)}
+    if 1 <= K <= L:
+        return {"first": set(range(K)), "last": set(range(L - K, L)), "every": set(range(0, L, K))}.get(name)
+    return None
+
+
+def attention_layers_that_fit(cfg: ModelConfig, T: int) -> int:
+    """The greatest n with n T cache + (L - n) fixed <= L block_size cache, in bytes."""
+    L, cache, fixed = cfg.n_layer, cache_bytes(cfg, "a", 1), cache_bytes(cfg, "r", 1)
+    room = L * cfg.block_size * cache
+    return max((n for n in range(L + 1) if n * T * cache + (L - n) * fixed <= room), default=0)
+
+
+def cache_bytes(cfg: ModelConfig, kind: str, T: int) -> int:
+    """What a mixer of this kind, a or r, remembers of T tokens in float32.
+
+    Attention its keys and values, RWKV-7 the last x and S.
+    """
+    if kind == "a":
+        return 4 * T * 2 * cfg.kv_heads * cfg.att_head_size
+    return 4 * (cfg.n_embd + cfg.rwkv_width * cfg.rwkv_head_size)
+
+
+def remembered_bytes(cfg: ModelConfig, T: int) -> int:
+    """What the whole model remembers of T tokens in float32: the bytes of its State."""
+    last_x = 4 * cfg.n_embd * cfg.n_layer if cfg.ffn == "channelmix" else 0
+    return sum(cache_bytes(cfg, kind, T) for kind in cfg.mixers) + last_x
+
+
+def unit(n: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    if n < 1000:
+        return f"{n:,.0f} bytes"
+    for name in ("kB", "MB", "GB", "TB"):
+        n /= 1000
+        if n < 1000:
+            break
+    return f"{n:,.2f} {name}"
+
+
+def describe(cfg: ModelConfig, T: int) -> str:
+    """A table for people: layers, parameters and memory of T tokens, of attention and of RWKV-7.
+
+    Percentages are of the whole model's parameters, and of the memory of all mixers, in float32.
+    The memory in the first line also counts ChannelMix's last x. Raises ValueError for T < 1.
+    """
+    if T < 1:
+        raise ValueError(f"describe at T = {T} tokens: it must be at least 1")
+    with torch.device("meta"):
+        model = LM(cfg)
+    total, whole = model.n_params(), remembered_bytes(cfg, T)
+    memory = {kind: cfg.mixers.count(kind) * cache_bytes(cfg, kind, T) for kind in "ar"}
+    first = f"{cfg.n_layer} layers, {cfg.mixers}; {total:,} parameters; memory of {T:,} tokens: {unit(whole)}"
+    if cfg.ffn == "channelmix":
+        first += f", {unit(whole - sum(memory.values()))} of it in ChannelMix"
+    lines = [first]
+    for kind, name in (("a", "attention"), ("r", "RWKV-7")):
+        mixers = [block.att for block, letter in zip(model.blocks, cfg.mixers) if letter == kind]
+        n = sum(p.numel() for mixer in mixers for p in mixer.parameters())
+        share = memory[kind] / sum(memory.values())
+        lines.append(f"  {name:10}{len(mixers):3} layers  {n:14,} parameters {n / total:6.1%}  "
+                     f"{unit(memory[kind]):>12} {share:6.1%}")
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""torchrun's processes, and the device that each computes on."""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def setup(device: str = "auto") -> tuple[int, int, torch.device]:
+    """(rank, world size, device) from torchrun's environment; alone it is (0, 1, device).
+
+    NCCL on GPUs, gloo on CPUs. Raises ValueError as `pick_device`.
+    """
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    chosen = pick_device(device, local)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return rank, world, chosen
+
+
+def pick_device(device: str = "auto", local: int = 0) -> torch.device:
+    """The device called so; auto is this process's GPU, or the CPU where there is none."""
+    gpu = torch.cuda.is_available()
+    if device not in ("auto", "cpu") and not (gpu and device.startswith("cuda")):
+        raise ValueError(f"device = {device!r}: choose auto, cpu"
+                         + (" or cuda" if gpu else "; there is no CUDA here"))
+    if gpu and device in ("auto", "cuda"):
+        return torch.device(f"cuda:{local}")
+    return torch.device("cpu" if device == "auto" else device)
+
+
+@contextlib.contextmanager
+def joined():
+    """Around a script's work: no process tears its connections down while another uses them."""
+    try:
+        yield
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def main_first(rank: int):
+    """Rank 0 runs the block before the others do: for preparing data once."""
+    if dist.is_initialized() and rank > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank == 0:
+        dist.barrier()
+
+
+def agree(values: list[float], device: torch.device) -> list[float]:
+    """The maximum over all ranks of each value, so that all of them decide alike."""
+    if not dist.is_initialized():
+        return values
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t, dist.ReduceOp.MAX)
+    return t.tolist()
+
+
+def global_sum(x: Tensor) -> Tensor:
+    """x summed over all processes."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def mixed_precision(x: Tensor):
+    """bfloat16 compute on GPUs only: on a CPU it is slower than float32."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
+
+
+def averaging(module: nn.Module, now: bool):
+    """Around a forward and a backward pass: DDP averages the gradients in it if `now`.
+
+    Else each process only adds up its own (no_sync).
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not now else contextlib.nullcontext()
+
+
+def data_parallel(module: nn.Module, world: int, device: torch.device) -> nn.Module:
+    """The module in DDP, where there are several processes."""
+    if world == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
