@@ -54,7 +54,6 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         accum: int = 1,
-        streams: bool = False,
     ):
         for name, value, least in (("batch_size", batch_size, 1), ("block_size", block_size, 1), ("seed", seed, 0),
                                    ("world_size", world_size, 1), ("accum", accum, 1)):
@@ -64,7 +63,7 @@ class Loader:
             raise ValueError(f"rank is {rank}, but must be in [0, world_size = {world_size})")
         self.folder, self.split, self.path = Path(folder), split, Path(folder) / f"{split}.bin"
         self.B, self.T, self.W, self.accum = batch_size, block_size, world_size, accum
-        self.seed, self.rank, self.streams = seed, rank, streams
+        self.seed, self.rank = seed, rank
         self.meta = read_meta(folder)
         try:
             self.kind, self.vocab_size = self.meta["kind"], int(self.meta["vocab_size"])
@@ -81,8 +80,6 @@ class Loader:
             T, L = self.T, n_tokens
             self.n = max(1, (L - T) // T)  # blocks in the grid
             self.n_offsets = min(T, L - self.n * T)  # ≤ 0 where no block fits
-        elif streams:
-            raise ValueError(f"{self.folder} holds {self.kind} examples, which do not go on from step to step: streams (bptt_truncate) are for text")
         else:
             self.learnt = self._map(".mask", np.dtype(np.uint8), n_tokens)
             self._find_examples(rows=2 if self.kind == "preference" else 1)
@@ -99,24 +96,15 @@ class Loader:
         self._require_enough()
         G = self.W * self.B  # rows of a global micro-batch
         if self.kind == "text":
-            batches = []
+            batches, all_starts = [], self._starts(i)
             for micro in range(self.accum):
-                g = micro * G + np.arange(G)
-                if self.streams:
-                    starts = self._stretches(i)[g][:, None]
-                else:
-                    g = i * self.accum * G + g
-                    starts = np.array([self._crop(*divmod(int(j), self.n)) for j in g])[:, None]  # (G, 1)
+                starts = all_starts[micro * G : (micro + 1) * G, None]
                 batches.append(self._batch(starts, starts + self.T + 1))
             return batches, self.accum * G * self.T
         epoch, within = divmod(i, self.n // (self.accum * G))
         order = _permutation(self.n, self.seed, 1 + epoch)[within * self.accum * G :][: self.accum * G]
         batches = [self._batch(self.starts[ids], self.stops[ids]) for ids in order.reshape(self.accum, G)]
         return batches, len(order) if self.kind == "preference" else int(self.n_targets[order].sum())
-
-    def begins(self, i: int) -> bool:
-        """Whether the streams start anew with step i, so that no state is to be carried into it."""
-        return i % (self.n // (self.accum * self.W * self.B)) == 0
 
     def windows(self, max_tokens: int | None = None) -> Iterator[Batch]:
         """This rank's share of the whole split, in order, once: windows of T tokens, or the examples.
@@ -143,14 +131,25 @@ class Loader:
         offset = _permutation(self.n_offsets, self.seed, 0)[epoch % self.n_offsets]
         return int(offset + self.T * _permutation(self.n, self.seed, 1 + epoch)[j])
 
-    def _stretches(self, i: int) -> np.ndarray:
-        """Where the rows of step i start in their streams: (accum · W · B,). The blocks left over are other ones in each epoch."""
+    def _starts(self, i: int) -> np.ndarray:
         rows = self.accum * self.W * self.B
-        length = self.n // rows  # of a stretch, in blocks
-        epoch, within = divmod(i, length)
-        offset = _permutation(self.n_offsets, self.seed, 0)[epoch % self.n_offsets]
-        skipped = _permutation(self.n - rows * length + 1, self.seed, 1 + epoch)[0]
-        return offset + self.T * (skipped + length * _permutation(rows, self.seed, 1 + epoch) + within)
+        return np.array([self._crop(*divmod(int(j), self.n)) for j in i * rows + np.arange(rows)])
+
+    def carried(self, i: int) -> list:
+        return [None] * self.accum
+
+    def carry(self, micro: int, state) -> None:
+        pass
+
+    def state_dict(self):
+        return None
+
+    def load_state_dict(self, states, step: int, where: str) -> None:
+        if states:
+            raise ValueError(f"{where} carries the state of")
+
+    def _different_rows(self) -> int:
+        return self.n * self.n_offsets if self.kind == "text" else self.n
 
     def _batch(self, starts: np.ndarray, stops: np.ndarray) -> Batch:
         """This rank's rows of a global micro-batch of spans tokens[start:stop].
@@ -200,7 +199,7 @@ class Loader:
                 f"{self.path} has {len(self.tokens)} tokens, but one crop of block_size {self.T} needs {self.T + 1}: "
                 f"use a block_size of at most {len(self.tokens) - 1}, or more data"
             )
-        have = self.n * self.n_offsets if self.kind == "text" and not self.streams else self.n
+        have = self._different_rows()
         if have < need:
             raise ValueError(
                 f"{self.path} has {have} different rows, but one step takes {need} (batch_size {self.B} · world_size "

@@ -1,0 +1,446 @@
+"""A run: the folder it writes, how far it is, and the gauges that watch its loop.
+
+OUT/checkpoints/step_N/ is a model folder with trainer.pt. It is written under another name and then
+renamed, so whatever bears the name is whole. OUT itself is the newest checkpoint's model, for
+everybody else, with metrics.jsonl. A stage of a distillation is such a run in OUT/STAGE.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from config import at_least, settings
+from data.loader import Loader
+from data.tokenizer import copy_tokenizer
+from lib.folders import check_vocabulary, load_model, save_model, write_json, write_whole
+from lib.processes import agree, global_sum, main_first
+from model import LM
+
+MODEL = ("config.json", "tokenizer.json", "meta.json", "model.safetensors")  # the second only where needed
+TRAIN = ("checkpoints", *MODEL, "metrics.jsonl")                             # what train.py writes
+DISTILL = (*TRAIN, "align", "match", "distil", "finish", "controls", "start.json", "ranking.json",
+           "report.json", "report.md", "report.png")                         # what distill.py writes
+FORMER = {"distil": "match"}                                                 # a stage's name of before
+
+
+@settings
+class RunConfig:
+    """Where a run writes, and how often. None means off."""
+
+    out: str = "out/teacher"
+    resume: bool = False                                # go on from the newest checkpoint in `out`
+    overwrite: bool = False                             # replace what is in `out`
+    device: str = "auto"                                # auto, cpu, cuda
+    seed: int = at_least(0, 0)
+    save_every: int | None = at_least(1, 500)           # steps; the end and Ctrl-C always save
+    save_minutes: float | None = at_least(0.0, None)
+    keep_last: int = at_least(1, 2)                     # checkpoints
+    log_every: int = at_least(1, 10)
+    compile: bool = False
+    wandb: str | None = None                            # project name
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    tokens: int = 0         # inputs read, over all processes
+    seconds: float = 0.0    # of training
+
+    def fraction(self, cfg) -> float:
+        """0 at the start, 1 at the end, by whichever limit of the FitConfig is nearest."""
+        done = [self.step / cfg.max_steps if cfg.max_steps else 1.0]
+        done += [self.tokens / cfg.max_tokens] if cfg.max_tokens else []
+        done += [self.seconds / 60 / cfg.max_minutes] if cfg.max_minutes else []
+        return min(1.0, max(done))
+
+
+class Run:
+    """The folder `cfg.out`, which this run alone may write.
+
+    `kind` is train or distill, whose folders differ; `reads` are the model folders that the run
+    starts from. Raises ValueError, before anything is written, where another's work would be lost.
+    """
+
+    def __init__(self, cfg: RunConfig, rank: int, kind: str = "train", reads: Sequence[str | None] = ()):
+        self.cfg, self.rank, self.out, self.name = cfg, rank, Path(cfg.out), kind
+        self.writes, foreign = (TRAIN, "start.json") if kind == "train" else (DISTILL, "checkpoints")
+        self.model: LM | None = None
+        self.meta: dict = {}
+        if cfg.wandb and find_spec("wandb") is None:
+            raise ValueError("--wandb needs the package wandb: pip install wandb, or omit --wandb")
+        with main_first(rank):
+            if rank == 0:
+                check_free(self.out, cfg.resume, cfg.overwrite, self.writes, foreign, reads)
+
+    def begin(self, model: LM, meta: dict, settings: object, *lines: str) -> None:
+        """Make the folder the run's; called when all else is known to be right.
+
+        `model` is what checkpoints hold, `meta` names its tokenizer; the settings and lines are printed.
+        """
+        self.model, self.meta = model, meta
+        self.say(json.dumps(asdict(settings)), *lines)
+        with main_first(self.rank):
+            if self.rank == 0:
+                claim(self.out, self.writes if self.cfg.overwrite else ())
+                take_over_former_names(self.out)
+
+    def stage(self, name: str) -> "Run":
+        """The same run in a folder of its own inside this one."""
+        stage = copy.copy(self)
+        stage.out, stage.name = self.out / name, name
+        if self.rank == 0:
+            stage.out.mkdir(parents=True, exist_ok=True)
+        return stage
+
+    def say(self, *lines: str) -> None:
+        if self.rank == 0:
+            print(*lines, sep="\n", flush=True)
+
+    def resume(self, optimizer: torch.optim.Optimizer, loader: Loader) -> Progress:
+        """Put weights, optimizer, random numbers and carried states back as the newest checkpoint has them.
+
+        Also opens the log, cut off behind that checkpoint. Without one the run is at its start.
+        """
+        check_vocabulary(self.model, self.model, loader)
+        checkpoint = last_checkpoint(self.out)
+        at = restore_trainer(checkpoint, self.model, optimizer, loader) if checkpoint else Progress()
+        self.saved_at = time.time()
+        self.metrics = MetricsLog(self.out, at.step, self.cfg.wandb) if self.rank == 0 else None
+        return at
+
+    def save(self, optimizer: torch.optim.Optimizer, at: Progress, loader: Loader) -> None:
+        """A checkpoint, and its model for everybody else. Every process must call it."""
+        states = loader.state_dict()
+        if self.rank == 0:
+            trainer = asdict(at) | {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+                                    "states": states}
+            save_checkpoint(self.out, self.model, self.meta, trainer, self.cfg.keep_last, loader.folder)
+        self.saved_at = time.time()
+
+    def log(self, row: dict) -> None:
+        if self.rank == 0:
+            self.metrics.write(row)
+
+    def note(self, row: dict, name: str) -> dict:
+        """Print what was measured, and keep it as OUT/name."""
+        self.say("after {name}: loss {val_loss:.4f}, gap to the teacher {gap:.4f}, KL {kl:.4f}, "
+                 "top-1 {top1:.1%}".format(**row))
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_whole(self.out / name, lambda part: part.write_text(json.dumps(row)))
+        return row
+
+    def publish(self, stage: "Run") -> None:
+        """Make the model of a stage the model of this run."""
+        if self.rank == 0:
+            publish(stage.out, self.out)
+
+
+class Meter:
+    """The gauges of a loop: means of its losses, its clock, its bar, and Ctrl-C.
+
+    What they show is the same on every process, so that all decide alike.
+    """
+
+    def __init__(self, run: Run, cfg, at: Progress, loader: Loader, model: torch.nn.Module):
+        self.run, self.cfg, self.at, self.world = run, cfg, at, loader.W
+        self.device = next(model.parameters()).device
+        self.rows: list[Tensor] = []            # gradient norm and losses of each step since the last look
+        self.clock, self.tokens = time.time(), at.tokens
+        self.ends = self.stops = self.late = False
+        self.passed = 0                         # steps between the last two looks
+        self.interrupt = Interrupt()
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        run.say(f"{run.name}: {trained:,} of {total:,} parameters train, {loader.accum * loader.W * loader.B} x "
+                f"{loader.T} tokens a step, {loader.W} x {self.device.type}"
+                + (f", from step {at.step}" if at.step else ""))
+        self.bar = tqdm(total=cfg.max_steps, initial=at.step, desc=run.name, disable=run.rank > 0,
+                        mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
+
+    def __enter__(self) -> "Meter":
+        self.interrupt.__enter__()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.interrupt.__exit__()
+        self.bar.close()
+
+    def note(self, norm: Tensor, losses: dict[str, Tensor], lr: float) -> dict | None:
+        """Take up a step; every log_every steps, and before every checkpoint, the row for the log."""
+        self.rows.append(torch.stack([norm.float(), *losses.values()]))
+        if not self.looks():
+            return None
+        at, rows = self.at, torch.stack(self.rows)                             # (steps, 1 + losses)
+        rows[:, 1:] = global_sum(rows[:, 1:])
+        self.passed, self.rows = len(rows), []
+        minutes = self.run.cfg.save_minutes
+        late = bool(minutes) and time.time() - self.run.saved_at > 60 * minutes
+        signs = [float(self.interrupt.seen), float(late), max(0.0, time.time() - self.clock)]
+        self.stops, self.late, elapsed = agree(signs, self.device)
+        at.seconds += elapsed              # the slowest process's, so that all are equally far along
+        check_finite(rows, at.step, self.run)
+        means = dict(zip(losses, rows[:, 1:].mean(0).tolist()))
+        speed = (at.tokens - self.tokens) / max(1e-9, elapsed)
+        limit = self.cfg.terminate_at_loss
+        self.ends = at.fraction(self.cfg) >= 1 or bool(limit) and means["loss"] <= limit
+        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {lr:.1e}, {speed / 1000:.1f}k tok/s", refresh=False)
+        self.bar.update(at.step - self.bar.n)
+        return {"step": at.step, "tokens": at.tokens, "minutes": at.seconds / 60, **means,
+                "grad_norm": rows[:, 0].mean().item(), "lr": lr, "tokens_per_s": speed}
+
+    def looks(self) -> bool:
+        """Whether to read the losses back now, for which a GPU must stop."""
+        step, run = self.at.step, self.run.cfg
+        alone = self.world == 1 and self.interrupt.seen          # others must hear of it first, at the next look
+        saves = bool(run.save_every) and step % run.save_every == 0
+        return step % run.log_every == 0 or saves or alone or self.at.fraction(self.cfg) >= 1
+
+    def due(self, every: int | None) -> bool:
+        """Whether a multiple of `every` steps was passed since the look before."""
+        step = self.at.step
+        return bool(every) and step // every > (step - self.passed) // every
+
+    def save_due(self) -> bool:
+        return bool(self.ends or self.stops or self.late) or self.due(self.run.cfg.save_every)
+
+    def go_on(self) -> None:
+        """Start the clock again: evaluation and saving are not training time.
+
+        After Ctrl-C it says how to resume, and raises KeyboardInterrupt.
+        """
+        if self.stops:
+            self.bar.close()
+            if self.run.rank == 0:
+                print(f"\nstopped after step {self.at.step}; everything is saved in {self.run.out}. "
+                      f"Go on with: {resume_command()}", file=sys.stderr)
+            raise KeyboardInterrupt("saved")
+        self.clock, self.tokens = time.time(), self.at.tokens
+
+
+def check_finite(rows: Tensor, step: int, run: Run) -> None:
+    """Raises ValueError, naming the first bad step, where a loss or a gradient's norm is not finite."""
+    if rows.isfinite().all():
+        return
+    bad = step - len(rows) + 1 + int((~rows.isfinite()).any(1).nonzero()[0])
+    checkpoint = last_checkpoint(run.out)
+    remains = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
+    raise ValueError(f"{run.name}: the loss or its gradient is not finite at step {bad}: lower learning_rate; {remains}")
+
+
+class Interrupt:
+    """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step; a second one ends at once."""
+
+    def __init__(self):
+        self.seen = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, signum, frame):
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def resume_command() -> str:
+    """What to type to go on."""
+    switches = ("--resume", "--overwrite", "--no-resume", "--no-overwrite")
+    args = [a for a in sys.argv[1:] if a.split("=")[0] not in switches]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    start = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
+    script = Path(sys.argv[0])
+    name = ["-m", f"tools.{script.stem}"] if script.parent.name == "tools" else [script.name]
+    return shlex.join([*start, *name, *args, "--resume"])
+
+
+# ------------------------------------------------------------------------------------------
+# The folder
+
+def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], foreign: str,
+               reads: Sequence[str | None]) -> None:
+    """Raises ValueError where a run that `writes` these names into `out` would lose another's work.
+
+    `foreign` is a name that only the other script's runs have.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite contradict each other: choose one")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    if any(Path(folder).resolve() == out.resolve() for folder in reads if folder):
+        raise ValueError(f"{out} is read by this run and would be replaced by it: choose another --out")
+    if (out / foreign).exists():
+        raise ValueError(f"{out} holds a run of another script: choose another --out")
+    if resume and (out / "model.safetensors").exists() and not any(out.glob("**/checkpoints")):
+        raise ValueError(f"{out} holds a model but no checkpoints: there is nothing to resume; choose another "
+                         "--out, or start from it with --init")
+    if not resume and not overwrite and any((out / name).exists() for name in writes):
+        raise ValueError(f"{out} holds another run: go on with --resume, replace it with --overwrite, or choose "
+                         "another --out")
+
+
+def claim(out: Path, replaced: Sequence[str]) -> None:
+    """Make the folder of a run, empty of what is to be replaced."""
+    for name in replaced:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def take_over_former_names(out: Path) -> None:
+    """A run that began under former names of its stages goes on under today's."""
+    for former, name in FORMER.items():
+        if (out / former).is_dir() and not (out / name).exists():
+            (out / former).rename(out / name)
+
+
+def read_row(path: Path) -> dict:
+    """A finished stage's row. Raises ValueError, with the remedy, for a damaged file."""
+    try:
+        row = json.loads(path.read_bytes())
+        row = row | {key: row[key] for key in ("tokens", "minutes", "val_loss", "gap", "kl", "top1", "top5")}
+        return row | {"name": FORMER.get(row["name"], row["name"])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: remove it, and --resume measures or finishes that stage "
+                         "again") from None
+
+
+class MetricsLog:
+    """metrics.jsonl, one line per log point; what an interrupted run wrote past its checkpoint is cut off."""
+
+    def __init__(self, out: Path, step: int, project: str | None):
+        self.path = out / "metrics.jsonl"
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(self.path, lambda part: part.write_text(text))
+        self.wandb = None
+        if project:
+            import wandb                                                      # optional, and slow to import
+            self.wandb = wandb.init(project=project, name=out.name, resume="allow", id=out.name)
+
+    def write(self, row: dict) -> None:
+        short = {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()}
+        with self.path.open("a") as f:
+            f.write(json.dumps(short) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without what a killed run may have left half written."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+# ------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int, data: Path) -> None:
+    """Raises ValueError where it cannot be written; the checkpoints before it stay."""
+    folder = out / "checkpoints" / f"step_{trainer['step']:07d}"
+    unfinished = folder.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        save_model(model, unfinished, meta)
+        copy_tokenizer(data, unfinished)
+        torch.save(trainer, unfinished / "trainer.pt")
+        if folder.exists():                                       # an interrupted run saved this very step
+            shutil.rmtree(folder)
+        os.replace(unfinished, folder)
+        publish(folder, out)
+    except (OSError, RuntimeError, SafetensorError) as e:         # a full disk: three ways of saying so
+        shutil.rmtree(unfinished, ignore_errors=True)
+        last = last_checkpoint(out)
+        raise ValueError(f"could not save step {trainer['step']} ({e}): free some disk space and go on with "
+                         "--resume" + (f"; {last} is kept" if last else "")) from None
+    for old in checkpoints(out)[:-keep_last]:
+        shutil.rmtree(old)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Make the model in `folder` the model of `out`, file by file, each by one rename."""
+    for name in MODEL:
+        if (folder / name).exists():
+            write_whole(out / name, lambda part: shutil.copyfile(folder / name, part))
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    whole = [p for p in (out / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+    return sorted(whole, key=lambda p: int(p.name[5:]))
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    return next(reversed(checkpoints(out)), None)
+
+
+def restore_trainer(checkpoint: Path, model: LM, optimizer: torch.optim.Optimizer, loader: Loader) -> Progress:
+    """Everything as the checkpoint has it. Raises ValueError where it is damaged, or another run's."""
+    trainer = load_trainer(checkpoint)
+    restore(model, checkpoint)
+
+    def rates(groups: list[dict]) -> list[tuple]:
+        return [(group["rate"], group["decay"], len(group["params"])) for group in groups]
+
+    if rates(optimizer.param_groups) != rates(trainer["optimizer"]["param_groups"]):
+        raise ValueError(f"{checkpoint} had another weight decay, rwkv_lr_multiplier or freeze: resume with the "
+                         "settings it was started with")
+    loader.load_state_dict(trainer["states"], trainer["step"], str(checkpoint))
+    optimizer.load_state_dict(trainer["optimizer"])
+    torch.set_rng_state(trainer["rng"])
+    return Progress(trainer["step"], trainer["tokens"], trainer["seconds"])
+
+
+def load_trainer(folder: Path) -> dict:
+    """trainer.pt, read without running pickled code. Raises ValueError for a damaged one."""
+    try:
+        trainer = torch.load(folder / "trainer.pt", weights_only=True)
+        needed = {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")}
+        return needed | {"states": trainer.get("states")}
+    except Exception as e:                       # torch raises many kinds here; each means the same to the user
+        raise ValueError(f"{folder}/trainer.pt is damaged ({type(e).__name__}): remove {folder} and --resume from "
+                         "the checkpoint before") from None
+
+
+def restore(model: LM, folder: Path) -> None:
+    """Give the model the weights saved in `folder`. Raises ValueError where they are damaged, or another model's."""
+    try:
+        saved = load_model(folder)
+    except ValueError as e:
+        raise ValueError(f"cannot go on from {folder} ({e}): remove that folder and --resume from what was saved "
+                         "before it") from None
+    old, new = (asdict(cfg) | {"mixer": cfg.mixers} for cfg in (saved.cfg, model.cfg))
+    other = ", ".join(f.name for f in fields(saved.cfg) if old[f.name] != new[f.name])
+    if other:
+        raise ValueError(f"{folder} holds another model (other {other}): resume with the settings it was started "
+                         "with")
+    model.load_state_dict(saved.state_dict())

@@ -1,0 +1,92 @@
+"""Texts that go on from step to step: the state is carried over, the gradient is not (bptt_truncate).
+
+Row r of a step begins where row r of the step before ended. The carried states belong to the
+checkpoint, as plain tuples with the rows of all processes, so that a resumed run is the same.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.loader import Loader, _permutation
+from lib.states import tensors, tree_map
+from model import State
+
+
+def open_loader(folder: str, half: str, fit, T: int, seed: int, rank: int, world: int) -> Loader:
+    """A half of a data folder for the loop `fit` (a FitConfig), whose training text may go on step by step."""
+    kind = StreamLoader if fit.bptt_truncate and half == "train" else Loader
+    return kind(folder, half, fit.batch_size, T, seed, rank, world, fit.accum)
+
+
+class StreamLoader(Loader):
+    """A Loader of text whose every row goes on where it ended a step ago, until all begin anew."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.kind != "text":
+            raise ValueError(f"{self.folder} holds {self.kind} examples, which do not go on from step to step: "
+                             "streams (bptt_truncate) are for text")
+        self.states: list[State | None] = [None] * self.accum
+
+    def carried(self, i: int) -> list[State | None]:
+        """The state that each micro-batch of step i goes on from; None where the streams begin anew."""
+        if self.begins(i):
+            self.states = [None] * self.accum
+        return self.states
+
+    def carry(self, micro: int, state: State) -> None:
+        self.states[micro] = state
+
+    def begins(self, i: int) -> bool:
+        """Whether the streams start anew with step i."""
+        return i % self.length == 0
+
+    @property
+    def length(self) -> int:
+        """Of a stream, in steps."""
+        return self.n // (self.accum * self.W * self.B)
+
+    def _starts(self, i: int) -> np.ndarray:
+        """Where the rows of step i start: (accum * W * B,). The blocks left over differ between epochs."""
+        rows = self.accum * self.W * self.B
+        epoch, within = divmod(i, self.length)
+        offset = _permutation(self.n_offsets, self.seed, 0)[epoch % self.n_offsets]
+        skipped = _permutation(self.n - rows * self.length + 1, self.seed, 1 + epoch)[0]
+        order = _permutation(rows, self.seed, 1 + epoch)
+        return offset + self.T * (skipped + self.length * order + within)
+
+    def _different_rows(self) -> int:
+        return self.n
+
+    def state_dict(self) -> list[tuple]:
+        """For each micro-batch (position, layers), the rows of all processes. Every process must call it."""
+        return pack([state for state in self.states if state])
+
+    def load_state_dict(self, states: list[tuple] | None, step: int, where: str) -> None:
+        rows = [tensors(layers)[0].shape[0] for _, layers in states or []]
+        expected = [self.W * self.B] * self.accum
+        if step and rows != expected:
+            raise ValueError(f"{where} carries the state of {sum(rows)} texts in {len(rows)} micro-batches, these "
+                             f"settings of {sum(expected)} in {len(expected)}: resume with the bptt_truncate, "
+                             "batch_size, accum and processes that it was started with")
+        self.states = unpack(states, self.B, self.rank) if rows else [None] * self.accum
+
+
+def pack(states: list[State]) -> list[tuple]:
+    """Each as (position, layers) on the CPU, the rows of all processes concatenated."""
+    def rows(x: Tensor) -> Tensor:
+        parts = [x]
+        if dist.is_initialized():
+            parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts).cpu()
+
+    return [(state.position, tree_map(rows, state.layers)) for state in states]
+
+
+def unpack(packed: list[tuple], B: int, rank: int) -> list[State]:
+    """This process's B rows of each."""
+    mine = slice(rank * B, (rank + 1) * B)
+    return [State(position, tree_map(lambda x: x[mine], layers)) for position, layers in packed]
