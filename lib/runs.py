@@ -107,8 +107,6 @@ class Run:
         """The same run in a folder of its own inside this one."""
         stage = copy.copy(self)
         stage.out, stage.name = self.out / name, name
-        if self.rank == 0:
-            stage.out.mkdir(parents=True, exist_ok=True)
         return stage
 
     def say(self, *lines: str) -> None:
@@ -121,6 +119,8 @@ class Run:
         Also opens the log, cut off behind that checkpoint. Without one the run is at its start.
         """
         check_vocabulary(self.model, self.model, loader)
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
         checkpoint = last_checkpoint(self.out)
         at = restore_trainer(checkpoint, self.model, optimizer, loader) if checkpoint else Progress()
         self.saved_at = time.time()
@@ -145,9 +145,12 @@ class Run:
         self.say("after {name}: loss {val_loss:.4f}, gap to the teacher {gap:.4f}, KL {kl:.4f}, "
                  "top-1 {top1:.1%}".format(**row))
         if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
             write_whole(self.out / name, lambda part: part.write_text(json.dumps(row)))
         return row
+
+    def read_row(self, name: str) -> dict | None:
+        """What `note` kept as OUT/name, if it did."""
+        return read_row(self.out / name) if (self.out / name).exists() else None
 
     def publish(self, stage: "Run") -> None:
         """Make the model of a stage the model of this run."""

@@ -1,0 +1,66 @@
+"""What the stages of a distillation read, and what is refused before they begin.
+
+`cfg` is distill.py's DistillConfig, which stands above this room.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data.loader import Loader
+from data.prepare import ensure_prepared
+from lib.folders import check_vocabulary, same_tokenizer
+from model import LM
+
+
+def prepare_data(cfg) -> None:
+    """Make the embedded data sets where they are missing, with the teacher's tokenizer."""
+    ensure_prepared(cfg.data, cfg.teacher)
+    if "finish" in cfg.named:
+        ensure_prepared(cfg.finish_data, cfg.teacher)
+
+
+def first_tokens(cfg, T: int, device: torch.device) -> Tensor | None:
+    """About 4096 tokens of training text (B, T), the same in every process, for a student that looks."""
+    if not cfg.student.looks:
+        return None
+    loader = Loader(cfg.data, "train", max(1, 4096 // T), T, cfg.run.seed)
+    same_tokenizer(loader, cfg.teacher)
+    return loader.step(0)[0][0].x.to(device)
+
+
+def check_student(cfg, student: LM) -> None:
+    """Raises ValueError for a student without RWKV-7, and for a freeze that names nothing."""
+    if "r" not in student.cfg.mixers:
+        raise ValueError(f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand, "
+                         "name layers such as first:1, or use auto:T with T above the teacher's block_size")
+    for part in filter(None, cfg.freeze.split(",")):
+        if not any(part in name for name, _ in student.named_parameters()):
+            raise ValueError(f"freeze = {cfg.freeze!r}: no parameter has {part!r} in its name; try emb, att, "
+                             "ffn, ln or head")
+
+
+def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: int) -> dict[str, Loader]:
+    """The text of every stage by its name, and what is held out: val, and finish_val.
+
+    A stage's seed does not depend on which others run. Raises ValueError for what the models cannot read.
+    """
+    def load(data: str, half: str, loop, seed: int, T: int = T) -> Loader:
+        loader = Loader(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
+        if loader.kind == "preference" and loop is not cfg.finish:
+            raise ValueError(f"{data} holds preferences, not text: they are for stage 3, --finish_data")
+        check_vocabulary(logit_teacher, student, loader)
+        same_tokenizer(loader, cfg.teacher, cfg.logit_teacher or cfg.teacher)
+        return loader
+
+    seed, finish_T = cfg.run.seed, cfg.finish_block_size or T
+    loaders = {"val": load(cfg.data, "val", replace(cfg.match, batch_size=16), 0)}
+    if "align" in cfg.named:
+        loaders["align"] = load(cfg.data, "train", cfg.align, seed)
+    if "match" in cfg.named:
+        loaders["match"] = load(cfg.data, "train", cfg.match, seed + 1)
+    if "finish" in cfg.named:
+        loaders["finish"] = load(cfg.finish_data, "train", cfg.finish, seed + 2, finish_T)
+        loaders["finish_val"] = load(cfg.finish_data, "val", cfg.finish, seed + 2, finish_T)
+    return loaders
