@@ -20,7 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import LM, Block, State, tensors, tree_map
+from lib.states import tensors, tree_map
+from model import LM, Block, State
 
 
 class Decoder:

@@ -1,0 +1,133 @@
+"""What generating, chatting and batches have in common: a model ready to write, and its memory's file."""
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tiktoken
+import torch
+
+from config import settings
+from data.tokenizer import load_tokenizer
+from lib.decode import Decoder
+from lib.folders import load_model
+from lib.processes import pick_device
+from lib.state_file import DTYPES, compress, expand, load_state, save_state
+from lib.states import memory_line, process
+from model import ModelConfig, State
+
+
+@settings
+class SessionConfig:
+    """Which model, and what it remembers from before and for later. None means off."""
+
+    ckpt: str = "out/rwkv"                 # a model folder
+    load_state: str | None = None          # continue a text that was read before
+    save_state: str | None = None          # write what the model remembers in the end, for --load_state
+    # of the state in a file, and in a chat while it waits
+    state_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    # of a pure RWKV-7's matrices while it generates: large models gain by 16 bits, small ones lose
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"                   # auto, cpu, cuda
+
+    def __post_init__(self):
+        for name in ("load_state", "save_state"):
+            if getattr(self, name) == "":                          # an unset "$FILE" in the shell
+                raise ValueError(f"--{name} is empty: name a file, or omit it")
+        if self.save_state and Path(self.save_state).is_dir():     # before all the reading, not after it
+            raise ValueError(f"--save_state {self.save_state} is a folder: name a file")
+
+
+@dataclass
+class Session:
+    """A model that writes, its tokenizer, and its memory: a state, and tokens that it has not read yet."""
+
+    decoder: Decoder
+    enc: tiktoken.Encoding
+    state: State | None
+    unread: list[int]
+
+
+@contextlib.contextmanager
+def session(cfg: SessionConfig) -> Iterator[Session]:
+    """The model with the state of load_state; what it remembers in the end goes to save_state.
+
+    Whatever reads our output may end early, as `head` does: then that is the end, without a word,
+    unless a state was to be kept.
+    """
+    device = pick_device(cfg.device)
+    if cfg.save_state:
+        Path(cfg.save_state).parent.mkdir(parents=True, exist_ok=True)
+    model, enc = load_model(cfg.ckpt, device).eval(), load_tokenizer(cfg.ckpt)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")                   # no Unicode: question marks
+    state, unread = load_state(cfg.load_state, model, enc.name) if cfg.load_state else (None, [])
+    dtype = None if cfg.dtype == "float32" else DTYPES[cfg.dtype]
+    here = Session(Decoder(model, dtype), enc, expand(state) if state else None, unread)
+    try:
+        yield here
+        if cfg.save_state:
+            save_state(cfg.save_state, model, compress(here.state, cfg.state_dtype), enc.name, here.unread)
+    except BrokenPipeError:
+        hush()
+        if cfg.save_state:
+            raise ValueError(f"nothing was saved to {cfg.save_state}: whatever reads the output ended before "
+                             "the text began") from None
+
+
+def hush() -> None:
+    """Nobody reads stdout any more: give what is still printed, and Python's own flush, another place."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_prompt(ids: list[int], here: Session, ckpt: str) -> None:
+    """Raises ValueError where the tokenizer has tokens that the model does not know."""
+    vocab_size = here.decoder.cfg.vocab_size
+    if max(ids) >= vocab_size:
+        raise ValueError(f"the prompt has token {max(ids)}, the model's vocabulary ends at {vocab_size - 1}: "
+                         f"meta.json in {ckpt} names another tokenizer ({here.enc.name}) than the model was "
+                         "trained with")
+
+
+def room(decoder: Decoder, start: int, prompt: int, where: str = "") -> float:
+    """How many tokens fit behind a prompt of so many that begins at position `start`.
+
+    Raises ValueError where the prompt itself does not fit.
+    """
+    limit = decoder.cfg.longest
+    if limit is None:
+        return math.inf
+    if start + prompt > limit:
+        advice = f", or begin without the {start} of --load_state" if start else ""
+        raise ValueError(f"the prompt{where} ends at position {start + prompt}, the model has learned {limit}: "
+                         f"shorten it{advice}")
+    return limit - start - prompt + 1
+
+
+def read_only(prompt: list[int], here: Session) -> None:
+    """Read a prompt but for its last token, which is to be read when there is something to say."""
+    if len(prompt) > 1:
+        _, here.state = process(here.decoder.model, as_tensor([prompt[:-1]], here.decoder), here.state)
+        print(memory_line([here.state], here.decoder.cfg), file=sys.stderr)
+    if here.state is None:
+        raise ValueError("--max_tokens 0 with an empty prompt: there is nothing to read and to remember; "
+                         "give a prompt")
+    here.unread = prompt[-1:]
+
+
+def report(times: list[float], read_tokens: int, states: list[State], cfg: ModelConfig, B: int) -> None:
+    """Speed and memory of B texts, to stderr. times: of the start, and of every token."""
+    n = len(times) - 2
+    line = f"prefill {read_tokens} tokens, {read_tokens / (times[1] - times[0]):,.0f} tokens/s"
+    if n:
+        line += f"; decode {B} x {n} tokens, {B * n / (times[-1] - times[1]):,.0f} tokens/s"
+    print(line, memory_line(states, cfg, B), sep="\n", file=sys.stderr)
+
+
+def as_tensor(rows: list[list[int]], decoder: Decoder) -> torch.Tensor:
+    return torch.tensor(rows, device=decoder.device)

@@ -1,0 +1,136 @@
+"""Many prompts side by side, each continued as it would be alone.
+
+    python -m tools.batch --ckpt out/rwkv --prompts questions.txt        one prompt per line, of any lengths
+
+Nothing is padded, and every token is read once: all prompts are read as far as the shortest goes,
+which is done then, and the others read on.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tyro.conf import OmitArgPrefixes
+
+from config import at_least, cli, run, settings
+from data.tokenizer import TextStream, opening, read_prompt, stops
+from lib.decode import Decoder
+from lib.session import Session, SessionConfig, check_prompt, report, room, session
+from lib.states import join, process_rows
+from model import LM, State
+from sample import Sampling, choose
+
+Batches = list[tuple[list[int], State]]      # [(rows, the State that holds them side by side), ...]
+
+
+@settings
+class BatchConfig:
+    prompts: str = ""                            # a text file with one prompt per line
+    max_tokens: int = at_least(1, 300)           # new tokens per prompt
+    stop: bool = True                            # end at the model's end tokens; --no-stop goes on
+    seed: int = at_least(0, 1337, below=2**63)   # each prompt draws what it would draw alone
+    how: Annotated[Sampling, OmitArgPrefixes] = Sampling(temperature=0.8)
+    session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
+
+    def __post_init__(self):
+        if not self.prompts:
+            raise ValueError("--prompts is empty: name a file with one prompt on each line")
+        if self.session.save_state or self.session.state_dtype != "float32":
+            raise ValueError("--save_state writes the state of one text: use sample.py for it")
+
+
+@torch.inference_mode()
+def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int, *, state: State | None = None,
+                  stop: tuple[int, ...] = (), generators: Sequence[torch.Generator] | None = None,
+                  **sampling) -> Iterator[tuple[Tensor, Batches]]:
+    """Continue prompts of any lengths by up to n tokens; each gets the tokens that it would get alone.
+
+    Yields (tokens (B,), batches) for each token; the batches are those of states.join: one entry
+    for RWKV-7, for attention one for each length. A row that has reached the last learned position
+    yields -1, after one of `stop` stop[0]. All else as sample.generate.
+    """
+    how = Sampling(**sampling)
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    cfg, device = decoder.cfg, decoder.device
+    if n < 1:
+        raise ValueError(f"max_tokens = {n}: at least one new token must be asked for")
+    rows = [torch.tensor(list(prompt), dtype=torch.long, device=device) for prompt in prompts]
+    room(decoder, state.position if state else 0, max(map(len, rows), default=0))
+    logits, states = process_rows(decoder.model, rows, state)
+    batches, counts = join(cfg, states), torch.zeros_like(logits)
+    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    full = torch.zeros_like(done)                          # at the last learned position
+    for i in range(n):
+        if i:
+            logits, batches = step(decoder, tokens, batches, logits)
+        if how.presence or how.frequency:
+            logits = logits - how.presence * (counts > 0) - how.frequency * counts
+        tokens = choose_rows(logits, how, generators)
+        if how.presence or how.frequency:
+            counts += F.one_hot(tokens, cfg.vocab_size)
+        tokens = tokens.masked_fill(full, -1)
+        if stop:
+            tokens = torch.where(done, stop[0], tokens)
+            done |= torch.isin(tokens, torch.tensor(stop, device=device))
+        yield tokens, batches
+        for batch, after in batches:
+            full[batch] = after.position == cfg.longest
+        if (done | full).all():
+            return
+
+
+def step(decoder: Decoder, tokens: Tensor, batches: Batches, logits: Tensor) -> tuple[Tensor, Batches]:
+    """One token further, batch by batch; whoever has reached the last learned position stays there."""
+    logits, further = torch.zeros_like(logits), []
+    for batch, after in batches:
+        if after.position != decoder.cfg.longest:
+            logits[batch], after = decoder(tokens[batch], after)
+        further.append((batch, after))
+    return logits, further
+
+
+def choose_rows(logits: Tensor, how: Sampling, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """One token (B,) from each row; with generators each row draws by its own."""
+    options = (how.temperature, how.top_k, how.top_p)
+    if generators is None:
+        return choose(logits, *options)
+    rows = zip(logits.split(1), generators, strict=True)
+    return torch.cat([choose(row, *options, generator) for row, generator in rows])
+
+
+def write_rows(cfg: BatchConfig, here: Session) -> None:
+    """Print every prompt with its continuation, when all are done. Ctrl-C ends them."""
+    lines = read_prompt(f"FILE:{cfg.prompts}")
+    if not lines:
+        raise ValueError(f"prompts = {cfg.prompts!r} has no line: write one prompt on each")
+    texts, enc, decoder, stop = lines.removesuffix("\n").split("\n"), here.enc, here.decoder, stops(here.enc)
+    before = here.unread if here.state else opening(enc)
+    prompts = [before + enc.encode_ordinary(text) or opening(enc) for text in texts]
+    lengths, start = list(map(len, prompts)), here.state.position if here.state else 0
+    check_prompt([max(map(max, prompts))], here, cfg.session.ckpt)
+    room(decoder, start, max(lengths), f" in line {lengths.index(max(lengths)) + 1}")
+    n = int(min(cfg.max_tokens, room(decoder, start, min(lengths))))
+    generators = [torch.Generator(decoder.device).manual_seed(cfg.seed) for _ in texts]
+    streams, times = [TextStream(enc) for _ in texts], [time.perf_counter()]
+    for tokens, batches in generate_rows(decoder, prompts, n, state=here.state, stop=stop if cfg.stop else (),
+                                         generators=generators, **vars(cfg.how)):
+        times.append(time.perf_counter())
+        hidden = (-1, *stop) if cfg.stop else (-1,)
+        pieces = ["" if token in hidden else add(token) for token, add in zip(tokens.tolist(), streams)]
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+    whole = [text + add(None) for text, add in zip(texts, streams)]
+    print("\n---------------\n".join(whole), flush=True)
+    report(times, sum(lengths), [state for _, state in batches], decoder.cfg, len(texts))
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = cli(BatchConfig, argv)
+    with session(cfg.session) as here:
+        write_rows(cfg, here)
+
+
+if __name__ == "__main__":
+    run(main)
