@@ -19,7 +19,7 @@ from config import at_least, cli, run, settings
 from data.tokenizer import TextStream, opening, read_prompt, stops
 from lib.decode import Decoder
 from lib.session import Session, SessionConfig, check_prompt, report, room, session
-from lib.states import join, process_rows
+from lib.states import join, process_rows, repeat
 from model import LM, State
 from sample import Sampling, choose
 
@@ -43,8 +43,9 @@ class BatchConfig:
 
 
 @torch.inference_mode()
-def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int, *, state: State | None = None,
-                  stop: tuple[int, ...] = (), generators: Sequence[torch.Generator] | None = None,
+def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int, *,
+                  state: State | None = None, stop: tuple[int, ...] = (),
+                  generators: Sequence[torch.Generator] | None = None,
                   **sampling) -> Iterator[tuple[Tensor, Batches]]:
     """Continue prompts of any lengths by up to n tokens; each gets the tokens that it would get alone.
 
@@ -115,7 +116,8 @@ def write_rows(cfg: BatchConfig, here: Session) -> None:
     n = int(min(cfg.max_tokens, room(decoder, start, min(lengths))))
     generators = [torch.Generator(decoder.device).manual_seed(cfg.seed) for _ in texts]
     streams, times = [TextStream(enc) for _ in texts], [time.perf_counter()]
-    for tokens, batches in generate_rows(decoder, prompts, n, state=here.state, stop=stop if cfg.stop else (),
+    before_all = here.state and repeat(here.state, len(texts))
+    for tokens, batches in generate_rows(decoder, prompts, n, state=before_all, stop=stop if cfg.stop else (),
                                          generators=generators, **vars(cfg.how)):
         times.append(time.perf_counter())
         hidden = (-1, *stop) if cfg.stop else (-1,)

@@ -34,8 +34,8 @@ class ChatConfig:
 def chat(cfg: ChatConfig, here: Session) -> None:
     """Answer each line of stdin; leaves in `here` what was said. Ctrl-C ends it."""
     if not getattr(here.enc, "chat", None):
-        raise ValueError(f"{cfg.session.ckpt} has no chat template that frames each message: take an instruct "
-                         "model, or sample.py to continue a text")
+        raise ValueError(f"{cfg.session.ckpt} has no chat template that frames each message: take an "
+                         "instruct model, or sample.py to continue a text")
     generator = torch.Generator(here.decoder.device).manual_seed(cfg.seed)
     here.state = here.state and compress(here.state, cfg.session.state_dtype)      # while it waits
     try:
@@ -62,8 +62,8 @@ def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Genera
     if limit is not None:
         n = min(n, limit + 1 - len(prompt) - (here.state.position if here.state else 0))
     if n < 1:
-        print(f"the conversation is longer than the {limit} positions that the model has learned: begin a new one",
-              file=sys.stderr)
+        print(f"the conversation is longer than the {limit} positions that the model has learned: begin a "
+              "new one", file=sys.stderr)
         return False
     stream, state = TextStream(enc), here.state and expand(here.state)
     for tokens, after in generate(here.decoder, as_tensor([prompt], here.decoder), n, state=state, stop=stop,

@@ -1,0 +1,87 @@
+"""Which layers to leave as attention: what replacing each one costs.
+
+    python -m tools.rank_layers --teacher out/teacher --keep 1 --align.max_steps 100 --out out/rwkv
+
+Stage 1 for all layers at once, then the KL with each of them replaced alone, and a proposal:
+OUT/ranking/ranking.json. Its settings are distill.py's; the student's --mixer is every layer.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from tyro.conf import OmitArgPrefixes
+
+from config import at_least, cli, run as run_script, settings
+from data.loader import Loader
+from distill import DistillConfig, distill, wrap
+from lib.folders import load_model, open_model, write_json
+from lib.processes import joined, setup
+from lib.scores import compare
+from model import LM
+
+
+@settings
+class RankConfig:
+    keep: int = at_least(0, 1)             # how many layers the proposal leaves as attention
+    job: Annotated[DistillConfig, OmitArgPrefixes] = DistillConfig()
+
+
+def rank_layers(cfg: RankConfig) -> dict:
+    """The costs of all layers and the proposal, as OUT/ranking/ranking.json holds them."""
+    job, out = cfg.job, Path(cfg.job.run.out) / "ranking"
+    if job.student.mixer not in ("r", "all"):
+        raise ValueError(f"mixer = {job.student.mixer!r}: every layer is replaced once, so omit --mixer")
+    teacher_shape = open_model(job.teacher)[0].cfg
+    if cfg.keep >= teacher_shape.n_layer:
+        raise ValueError(f"keep = {cfg.keep}: of {teacher_shape.n_layer} layers 0 to "
+                         f"{teacher_shape.n_layer - 1} can stay attention")
+    job = replace(job, stages="align", run=replace(job.run, out=str(out)))
+    distill(job)
+    rank, world, device = setup(job.run.device)
+    teacher = load_model(job.teacher, device).eval()
+    student = load_model(out / "align", device).eval()
+    T = job.block_size or teacher.cfg.block_size
+    val = Loader(job.data, "val", 16, T, 0, rank, world)
+    ranking = propose(replacement_costs(student, teacher, val, job.eval_tokens), cfg.keep)
+    if rank == 0:
+        write_json(out / "ranking.json", ranking)
+        for row in ranking["layers"]:
+            print("layer {layer}: replaced alone it costs KL {kl:.4f}, top-1 {top1:.1%}".format(**row))
+        print(f"{out}/ranking.json; attention stays best in {ranking['attention']}: "
+              f"python distill.py --mixer {ranking['mixer']}")
+    return ranking
+
+
+@torch.no_grad()
+def replacement_costs(student: LM, teacher: LM, val: Loader, max_tokens: int | None) -> list[dict]:
+    """KL(teacher || teacher with that mixer) for each layer, the costliest first.
+
+    `student` has been aligned everywhere. v_first is layer 0's, as in stage 1, whichever layer is
+    replaced.
+    """
+    model, rows = wrap(student, teacher).eval(), []
+    for i, block in enumerate(model.blocks):
+        block.att.teacher = None               # here the student's output flows on, elsewhere the teacher's
+        result = compare(teacher, model, val, max_tokens)
+        block.att.teacher = teacher.blocks[i].att
+        rows.append({"layer": i} | {key: result[key] for key in ("kl", "gap", "top1")})
+    return sorted(rows, key=lambda row: -row["kl"])
+
+
+def propose(rows: list[dict], keep: int) -> dict:
+    """Leave the `keep` costliest layers attention: as if costs added up, which they do only roughly."""
+    attention = sorted(row["layer"] for row in rows[:keep])
+    letters = "".join("a" if i in attention else "r" for i in range(len(rows)))
+    return {"layers": rows, "keep": keep, "attention": attention, "mixer": letters}
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = cli(RankConfig, argv)
+    with joined():
+        rank_layers(cfg)
+
+
+if __name__ == "__main__":
+    run_script(main)
