@@ -30,19 +30,21 @@ def settings(cls: type) -> type:
     """A frozen dataclass whose every instance is checked.
 
     Choices are a `Literal`, ranges an `at_least(...)`, floats are finite, and what concerns
-    several fields stands in the class's own __post_init__, which runs last.
+    several fields stands in the class's own __post_init__, which runs last. A class that extends
+    another's settings has its checks as well.
     """
-    relations = cls.__dict__.get("__post_init__", lambda self: None)
-
-    def check(self):
-        for f in fields(self):
-            check_field(f.name, getattr(self, f.name), hints[f.name], f.metadata)
-        relations(self)
-
+    cls.relations = cls.__dict__.get("__post_init__", lambda self: None)
     cls.__post_init__ = check
-    cls = dataclass(frozen=True)(cls)
-    hints = get_type_hints(cls)
-    return cls
+    return dataclass(frozen=True)(cls)
+
+
+def check(self) -> None:
+    """What every instance of a settings class goes through."""
+    hints = get_type_hints(type(self))
+    for f in fields(self):
+        check_field(f.name, getattr(self, f.name), hints[f.name], f.metadata)
+    for cls in reversed(type(self).__mro__):
+        cls.__dict__.get("relations", lambda self: None)(self)
 
 
 def at_least(least: float, default, below: float = math.inf):

@@ -114,3 +114,23 @@ def read_meta(folder: str | Path) -> dict:
     if not isinstance(meta, dict):
         raise ValueError(f"{path} is damaged (not a JSON object): {remedy}")
     return meta
+
+
+class TextStream:
+    def __init__(self, enc):
+        import codecs
+        self.enc, self.decoder = enc, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, token):
+        if token is None:
+            return self.decoder.decode(b"", final=True)
+        try:
+            return self.decoder.decode(self.enc.decode_single_token_bytes(token))
+        except KeyError:  # the model's vocabulary is larger than the tokenizer's
+            return self.decoder.decode("\ufffd".encode())
+
+
+def read_prompt(prompt: str) -> str:
+    if not prompt.startswith("FILE:"):
+        return prompt
+    return Path(prompt[5:]).read_text(encoding="utf-8-sig")

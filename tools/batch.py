@@ -36,8 +36,6 @@ class BatchConfig:
     session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
 
     def __post_init__(self):
-        if not self.prompts:
-            raise ValueError("--prompts is empty: name a file with one prompt on each line")
         if self.session.save_state or self.session.state_dtype != "float32":
             raise ValueError("--save_state writes the state of one text: use sample.py for it")
 
@@ -104,6 +102,8 @@ def choose_rows(logits: Tensor, how: Sampling, generators: Sequence[torch.Genera
 
 def write_rows(cfg: BatchConfig, here: Session) -> None:
     """Print every prompt with its continuation, when all are done. Ctrl-C ends them."""
+    if not cfg.prompts:
+        raise ValueError("--prompts is empty: name a file with one prompt on each line")
     lines = read_prompt(f"FILE:{cfg.prompts}")
     if not lines:
         raise ValueError(f"prompts = {cfg.prompts!r} has no line: write one prompt on each")

@@ -9,9 +9,6 @@ folder each, and into its report. What is there already goes on, or is read back
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-from tyro.conf import OmitArgPrefixes
 
 from config import at_least, cli, run as run_script, settings
 from data.loader import Loader
@@ -25,26 +22,24 @@ from train import FitConfig, TrainConfig, train
 
 
 @settings
-class ControlsConfig:
+class ControlsConfig(DistillConfig):
     scratch_rate: float = at_least(0.0, 2e-3)      # learning rate of RWKV-7 from scratch: the teacher's
-    job: Annotated[DistillConfig, OmitArgPrefixes] = DistillConfig()
 
 
 def run_controls(cfg: ControlsConfig) -> dict:
     """A row each, compared with the same teacher; every control sees as many tokens as the student."""
-    job = cfg.job
-    if job.named[:2] != ["align", "match"]:
-        raise ValueError(f"controls compare with the stages align,match, but stages = {job.stages!r}: add "
+    if cfg.named[:2] != ["align", "match"]:
+        raise ValueError(f"controls compare with the stages align,match, but stages = {cfg.stages!r}: add "
                          "them")
-    sequences = sum(loop.max_steps * loop.batch_size * loop.accum for loop in (job.align, job.match))
-    alone = replace(job.match, max_steps=sequences // (job.match.batch_size * job.match.accum))
+    sequences = sum(loop.max_steps * loop.batch_size * loop.accum for loop in (cfg.align, cfg.match))
+    alone = replace(cfg.match, max_steps=sequences // (cfg.match.batch_size * cfg.match.accum))
     changes = {
         "no stage 1": {"stages": "match", "match": alone},
-        "no weight transfer": {"student": replace(job.student, transfer=False)},
+        "no weight transfer": {"student": replace(cfg.student, transfer=False)},
         "cross-entropy only": {"kl_weight": 0.0, "ce_weight": 1.0}}
     rows = {}
     for name, change in changes.items():
-        control = replace(job, **{"stages": "align,match"} | change, run=in_folder(job.run, name))
+        control = replace(cfg, **{"stages": "align,match"} | change, run=in_folder(cfg.run, name))
         done = distill(control)["stages"]
         rows[name] = done[-1] | {key: sum(row[key] for row in done) for key in ("tokens", "minutes")}
     return rows | trained_alone(cfg, alone)
@@ -52,21 +47,20 @@ def run_controls(cfg: ControlsConfig) -> dict:
 
 def trained_alone(cfg: ControlsConfig, loop: FitConfig) -> dict:
     """RWKV-7 from scratch, and the teacher trained on, each on the same tokens."""
-    job = cfg.job
-    rank, world, device = setup(job.run.device)
-    teacher = load_model(job.teacher, device).eval()
-    t, N, T = teacher.cfg, teacher.cfg.att_head_size, job.block_size or teacher.cfg.block_size
+    rank, world, device = setup(cfg.run.device)
+    teacher = load_model(cfg.teacher, device).eval()
+    t, N, T = teacher.cfg, teacher.cfg.att_head_size, cfg.block_size or teacher.cfg.block_size
     shape = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=N,
                     rwkv_size=t.n_head * N, block_size=T)
     scratch_loop = replace(loop, learning_rate=cfg.scratch_rate, rwkv_lr_multiplier=1.0)
     hows = {"RWKV-7 from scratch": {"model": shape, "fit": scratch_loop},
-            "teacher trained on": {"init": job.teacher, "fit": loop}}
-    val = Loader(job.data, "val", 16, T, 0, rank, world)
+            "teacher trained on": {"init": cfg.teacher, "fit": loop}}
+    val = Loader(cfg.data, "val", 16, T, 0, rank, world)
     rows = {}
     for name, how in hows.items():
-        place = in_folder(job.run, name)
-        done = train(TrainConfig(data=job.data, run=place, **how))
-        scores = measure(teacher, load_model(place.out, device), val, job.eval_tokens, job.match.bptt_chunk)
+        place = in_folder(cfg.run, name)
+        done = train(TrainConfig(data=cfg.data, run=place, **how))
+        scores = measure(teacher, load_model(place.out, device), val, cfg.eval_tokens, cfg.match.bptt_chunk)
         rows[name] = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"]} | scores
     return rows
 
@@ -79,13 +73,13 @@ def in_folder(run: RunConfig, name: str) -> RunConfig:
 
 def add_controls(cfg: ControlsConfig) -> dict:
     """Run them, and put their rows into OUT's report."""
-    out = Path(cfg.job.run.out)
+    out = Path(cfg.run.out)
     if not (out / "report.json").exists():
         raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
     controls = run_controls(cfg)
     report = json.loads((out / "report.json").read_text()) | {"controls": controls}
-    if setup(cfg.job.run.device)[0] == 0:
-        curves = {"teacher": Path(cfg.job.teacher)} | {name: out / name for name in cfg.job.named}
+    if setup(cfg.run.device)[0] == 0:
+        curves = {"teacher": Path(cfg.teacher)} | {name: out / name for name in cfg.named}
         write_report(out, report, {name: folder / "metrics.jsonl" for name, folder in curves.items()})
         print(as_markdown(report))
     return report

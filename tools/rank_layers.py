@@ -8,10 +8,8 @@ OUT/ranking/ranking.json. Its settings are distill.py's; the student's --mixer i
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from tyro.conf import OmitArgPrefixes
 
 from config import at_least, cli, run as run_script, settings
 from data.loader import Loader
@@ -23,28 +21,26 @@ from model import LM
 
 
 @settings
-class RankConfig:
+class RankConfig(DistillConfig):
     keep: int = at_least(0, 1)             # how many layers the proposal leaves as attention
-    job: Annotated[DistillConfig, OmitArgPrefixes] = DistillConfig()
 
 
 def rank_layers(cfg: RankConfig) -> dict:
     """The costs of all layers and the proposal, as OUT/ranking/ranking.json holds them."""
-    job, out = cfg.job, Path(cfg.job.run.out) / "ranking"
-    if job.student.mixer not in ("r", "all"):
-        raise ValueError(f"mixer = {job.student.mixer!r}: every layer is replaced once, so omit --mixer")
-    teacher_shape = open_model(job.teacher)[0].cfg
+    out = Path(cfg.run.out) / "ranking"
+    if cfg.student.mixer not in ("r", "all"):
+        raise ValueError(f"mixer = {cfg.student.mixer!r}: every layer is replaced once, so omit --mixer")
+    teacher_shape = open_model(cfg.teacher)[0].cfg
     if cfg.keep >= teacher_shape.n_layer:
         raise ValueError(f"keep = {cfg.keep}: of {teacher_shape.n_layer} layers 0 to "
                          f"{teacher_shape.n_layer - 1} can stay attention")
-    job = replace(job, stages="align", run=replace(job.run, out=str(out)))
-    distill(job)
-    rank, world, device = setup(job.run.device)
-    teacher = load_model(job.teacher, device).eval()
+    distill(replace(cfg, stages="align", run=replace(cfg.run, out=str(out))))
+    rank, world, device = setup(cfg.run.device)
+    teacher = load_model(cfg.teacher, device).eval()
     student = load_model(out / "align", device).eval()
-    T = job.block_size or teacher.cfg.block_size
-    val = Loader(job.data, "val", 16, T, 0, rank, world)
-    ranking = propose(replacement_costs(student, teacher, val, job.eval_tokens), cfg.keep)
+    T = cfg.block_size or teacher.cfg.block_size
+    val = Loader(cfg.data, "val", 16, T, 0, rank, world)
+    ranking = propose(replacement_costs(student, teacher, val, cfg.eval_tokens), cfg.keep)
     if rank == 0:
         write_json(out / "ranking.json", ranking)
         for row in ranking["layers"]:
