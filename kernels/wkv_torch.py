@@ -113,7 +113,7 @@ class WKV7Chunk(torch.autograd.Function):
         # and dX = dU Q^T becomes d(z~ b~^T) = X^T dX X^T = dQ U^T
         dQ = X.mT @ dUV[:, :L]
         dv = torch.baddbmm(dUV[:, L:], A[:, :L, L:].mT, dQ)
-        # (Q, y) = (z~, r~) S0^T + tril((z~, r~) (b~, k~)^T) (U, v): products of one shape
+        # (Q, y) = (z~, r~) S0^T + tril((z~, r~)(b~, k~)^T)(U, v): products of one shape
         dQy = torch.cat((dQ, dy), 1)
         dA = (dQy @ UV.mT).mul_(causal_mask(L, dy))
         dzr = torch.baddbmm(dQy @ states[:-BH], dA, bk)

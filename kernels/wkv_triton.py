@@ -206,14 +206,13 @@ def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, 
         t = (c * L + tl.arange(0, L)).to(tl.int64)
         z_, r_, b_, k_, logW, logD = weigh(r, w, k, kk, a, start, t, T, stride, n, MODE)
         _, _, P, _, R, F, K = fold(z_, r_, b_, k_, L, MODE)
-        here = start + t[:, None] * stride + rows[None, :]
         valid = (t < T)[:, None] & (rows < N)[None, :]
-        values = tl.load(v + here, mask=valid, other=0.0)                             # (L, BV)
+        values = tl.load(v + start + t[:, None] * stride + rows[None, :], mask=valid, other=0.0)  # (L, BV)
         if SAVE:
             tl.store(states + (head * chunks + c) * N * N + square, cast(S, states.dtype.element_ty))
         if not PROBE:                                                                 # y = R S^T + F v
-            out = dot(R, tl.trans(S), MODE) + dot(F, values, MODE)
-            tl.store(y + here, cast(out, y.dtype.element_ty), mask=valid)
+            out = cast(dot(R, tl.trans(S), MODE) + dot(F, values, MODE), y.dtype.element_ty)
+            tl.store(y + start + t[:, None] * stride + rows[None, :], out, mask=valid)
         # S_L = (S + (P S^T)^T b~ + v^T K) diag(D)
         S += dot(tl.trans(dot(P, tl.trans(S), MODE)), b_, MODE) + dot(tl.trans(values), K, MODE)
         S *= tl.exp2(logD)[None, :]
