@@ -1,18 +1,20 @@
-"""The chunked form of the WKV-7 operator for any device, with a backward pass of its own.
+"""The chunked WKV-7 operator for any device, with a backward pass of its own.
 
-What it is: `backend="torch"` of `wkv7`, the equations of wkv.py's `wkv7_chunk` with products of
-one shape put side by side. Plain autograd through `wkv7_chunk` takes 402, 555 and 1,327 ms for
-B, T = (16, 256), (4, 1024), (1, 4096) and H = 4, N = 64 on two CPU cores; this takes 172, 152, 159.
-docs/chunking.md derives it, forward and backward. Within a chunk of L tokens that starts from the
-state S0, with W_t = prod_{i<=t} e^{w_i}, z = -kk and b = kk * a:
+What it is: `backend="torch"` of `wkv7`, the equations of wkv.py's `wkv7_chunk` with
+products of one shape put side by side. Plain autograd through `wkv7_chunk` takes 402,
+555 and 1,327 ms for B, T = (16, 256), (4, 1024), (1, 4096) and H = 4, N = 64 on two CPU
+cores; this takes 172, 152, 159. docs/chunking.md derives it, forward and backward.
+Within a chunk of L tokens that starts from the state S0, with W_t = prod_{i<=t}
+e^{w_i}, z = -kk and b = kk * a:
 
-    z~_t = W_{t-1} z_t     r~_t = W_t r_t     b~_t = b_t / W_t     k~_t = k_t / W_t     (L, N)
-    U    = (I - tril(z~ b~^T, -1))^-1 (z~ S0^T + tril(z~ k~^T, -1) v)      what each token erases
+    z~_t = W_{t-1} z_t   r~_t = W_t r_t   b~_t = b_t / W_t   k~_t = k_t / W_t     (L, N)
+    U    = (I - tril(z~ b~^T, -1))^-1 (z~ S0^T + tril(z~ k~^T, -1) v)
     y    = r~ S0^T + tril(r~ b~^T) U + tril(r~ k~^T) v
     S_L  = (S0 + U^T b~ + v^T k~) diag(W_L)
 
-U depends on S0 linearly, U = P S0^T + G, with P and G known for every chunk at once. Only the two
-small products that make U and S_L from them walk through the chunks in order.
+The rows of U are what each token erases. U depends on S0 linearly, U = P S0^T + G, with
+P and G known for every chunk at once. Only the two small products that make U and S_L
+from them walk through the chunks in order.
 """
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 
 def wkv7_torch(r, w, k, v, kk, a, state, L: int):
-    """Pad to whole chunks of L tokens, put the chunks side by side, and run the form below.
+    """Pad to whole chunks of L tokens, put them side by side, and run the form below.
 
     r, w, k, v, kk, a: (B, T, H, N), float32 or float64; `state`: (B, H, N, N).
     Returns y (B, T, H, N) and the state after the last token. L: kernels.chunk_length.
@@ -30,7 +32,10 @@ def wkv7_torch(r, w, k, v, kk, a, state, L: int):
     n = -(-T // L)
 
     def chunks(x):
-        """A view (n, B, H, L, N). Zeros beyond T leave S as it is: decay e^0, nothing erased or written."""
+        """A view (n, B, H, L, N).
+
+        Zeros beyond T leave S as it is: decay e^0, nothing erased or written.
+        """
         x = F.pad(x, (0, 0, 0, 0, 0, n * L - T)) if n * L > T else x
         return x.view(B, n, L, H, N).permute(1, 0, 3, 2, 4)
 
@@ -39,11 +44,15 @@ def wkv7_torch(r, w, k, v, kk, a, state, L: int):
 
 
 class WKV7Chunk(torch.autograd.Function):
-    """The chunked form and its gradient. r, w, k, v, z, b: (n, B, H, L, N), n chunks; S: (B, H, N, N)."""
+    """The chunked form and its gradient.
+
+    r, w, k, v, z, b: (n, B, H, L, N), n chunks; S: (B, H, N, N).
+    """
 
     @staticmethod
     def forward(ctx, r, w, k, v, z, b, S):
-        shape, L, S = r.shape, r.shape[3], S.flatten(0, 1)
+        shape, L = r.shape, r.shape[3]
+        S = S.flatten(0, 1)
         w, v = w.flatten(0, 2), v.flatten(0, 2)                   # one batch of chunks (nBH, L, N)
         logW = w.cumsum(1)
         decay = torch.cat((logW - w, logW), 1).exp_()             # W_{t-1}, then W_t (nBH, 2L, N)
@@ -64,7 +73,8 @@ class WKV7Chunk(torch.autograd.Function):
         for P_i, G_i, v_i, bk_i, D_i in zip(*(x.split(len(S)) for x in (P, G, v, bk, D))):
             UVs.append(torch.cat((torch.baddbmm(G_i, P_i, states[-1].mT), v_i), 1))
             states.append(torch.baddbmm(states[-1], UVs[-1].mT, bk_i).mul_(D_i))
-        UV, S, states = torch.cat(UVs), states[-1], torch.cat(states)  # (nBH, 2L, N), (BH, N, N), ((n+1)BH, N, N)
+        UV = torch.cat(UVs)                                       # (nBH, 2L, N)
+        S, states = states[-1], torch.cat(states)                 # (BH, N, N), ((n+1)BH, N, N)
 
         # y = r~ S0^T + tril(r~ b~^T) U + tril(r~ k~^T) v
         y = torch.baddbmm(zr[:, L:] @ states[:len(v)].mT, A[:, L:], UV)
@@ -79,13 +89,14 @@ class WKV7Chunk(torch.autograd.Function):
 
     @staticmethod
     def chain_rule(ctx, dy, dS):
-        """The chain rule through the lines above, last to first; dQ is the gradient of Q."""
+        """The lines of forward, last to first; dQ is the gradient of Q."""
         decay, grow, zr, bk, A, X, P, UV, states = ctx.saved_tensors
-        shape, dy, dS = dy.shape, dy.flatten(0, 2).contiguous(), dS.flatten(0, 1)
-        BH, L, D = len(dS), shape[3], decay[:, -1:]
+        shape, L = dy.shape, dy.shape[3]
+        dy, dS = dy.flatten(0, 2).contiguous(), dS.flatten(0, 1)
+        BH, D = len(dS), decay[:, -1:]
 
-        # The walk back, last chunk first: d(U, v) += (b~, k~) dC^T with dC = dS_L diag(W_L),
-        # dS0 = dC + dU^T P + dy^T r~
+        # The walk back, last chunk first: d(U, v) += (b~, k~) dC^T with
+        # dC = dS_L diag(W_L), and dS0 = dC + dU^T P + dy^T r~
         dUV = A[:, L:].mT @ dy                                    # from y (nBH, 2L, N)
         dS0 = dy.mT @ zr[:, L:]                                   # from y (nBH, N, N)
         dends = []
@@ -102,13 +113,14 @@ class WKV7Chunk(torch.autograd.Function):
         # and dX = dU Q^T becomes d(z~ b~^T) = X^T dX X^T = dQ U^T
         dQ = X.mT @ dUV[:, :L]
         dv = torch.baddbmm(dUV[:, L:], A[:, :L, L:].mT, dQ)
-        # (Q, y) = (z~, r~) S0^T + tril((z~, r~) (b~, k~)^T) (U, v): one shape of product for both
+        # (Q, y) = (z~, r~) S0^T + tril((z~, r~)(b~, k~)^T)(U, v): products of one shape
         dQy = torch.cat((dQ, dy), 1)
         dA = (dQy @ UV.mT).mul_(causal_mask(L, dy))
         dzr = torch.baddbmm(dQy @ states[:-BH], dA, bk)
         dbk = torch.baddbmm(UV @ dC, dA.mT, zr)
 
-        # Q~ = Q e^{+-log W}: d log W is +- Q~ dQ~, and log W_t is the sum of w up to t (for z~: up to t-1)
+        # Q~ = Q e^{+-log W}: d log W is +- Q~ dQ~, and log W_t is the sum of w up to t
+        # (for z~: up to t-1)
         dz_w, dr_w = zr.mul(dzr).split(L, 1)
         db_w, dk_w = bk.mul(dbk).split(L, 1)
         dlogW = (dz_w + dr_w).sub_(db_w).sub_(dk_w)

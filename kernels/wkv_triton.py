@@ -1,28 +1,37 @@
-"""The WKV-7 operator in Triton: the chunked form of wkv.py as three kernels, with what a chunk erases folded into its keys.
+"""The WKV-7 operator in Triton: the chunked form of wkv.py as three kernels.
 
-What it is: `backend="triton"` of `wkv7`, forward and backward, for NVIDIA GPUs; with TRITON_INTERPRET=1 it runs on a CPU,
-slowly, which is how the tests check it everywhere. What it is not: autotuned; the launch settings are those of `plan`.
+What it is: `backend="triton"` of `wkv7`, forward and backward, for NVIDIA GPUs; with
+TRITON_INTERPRET=1 it runs on a CPU, slowly, which is how the tests check it everywhere.
+What it is not: autotuned; the launch settings are those of `launch_plan`.
 
-In wkv.py a chunk of L tokens that starts from state S erases U = P S^T + E v, where, with z~, r~, b~, k~ all (L, N),
+In wkv.py a chunk of L tokens that starts from state S erases U = P S^T + E v, where,
+with z~, r~, b~, k~ all (L, N),
 
-    A_zb = tril(z~ b~^T, -1)   A_zk = tril(z~ k~^T, -1)   A_rb = tril(r~ b~^T)   A_rk = tril(r~ k~^T)
-    X = (I - A_zb)^-1          P = X z~                   E = X A_zk
+    A_zb = tril(z~ b~^T, -1)   A_zk = tril(z~ k~^T, -1)   X = (I - A_zb)^-1
+    A_rb = tril(r~ b~^T)       A_rk = tril(r~ k~^T)       P = X z~          E = X A_zk
 
-and y = r~ S^T + A_rb U + A_rk v. In 16 bits this loses the answer where a token repeats: U undoes what the v before it
-wrote, so that 32 terms of size 1 cancel to 1, each rounded to 2^-9. Therefore U is put in; the terms cancel among keys,
+and y = r~ S^T + A_rb U + A_rk v. In 16 bits this loses the answer where a token
+repeats: U undoes what the v before it wrote, so that 32 terms of size 1 cancel to 1,
+each rounded to 2^-9. Therefore U is put in, which folds what a chunk erases into its
+keys; the terms cancel among keys,
 
     R = r~ + A_rb P            F = A_rk + A_rb E          K = k~ + E^T b~
 
-in near float32. What is left touches values, in the inputs' precision (docs/chunking.md, 8):
+in near float32. What is left touches values, in the inputs' precision
+(docs/chunking.md, 8):
 
     y = R S^T + F v            S_L = (S + (P S^T)^T b~ + v^T K) diag(D)         D = W_L
 
-    walk        forward: S in registers, chunk after chunk; writes y, and for the backward pass the state before each chunk
-    walk_back   backward: dS in registers, last chunk first; writes the gradient of the state after each chunk
-    gradients   every chunk at once, from the state before it and the gradient of the state after it
+    walk        forward: S in registers, chunk after chunk; writes y, and for the
+                backward pass the state before each chunk
+    walk_back   backward: dS in registers, last chunk first; writes the gradient of
+                the state after each chunk
+    gradients   every chunk at once, from the state before it and the gradient of the
+                state after it
 
-Rows of S, its value channels, never meet in the walks: a program holds BV of them. Where heads are too few to fill the
-chip, the text is also cut into segments that are walked side by side (see `walk`).
+Rows of S, its value channels, never meet in the walks: a program holds BV of them.
+Where heads are too few to fill the chip, the text is also cut into segments that are
+walked side by side (see `walk`).
 """
 
 import torch
@@ -30,18 +39,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import MAX_LOG
+
 MODES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-MAX_LOG = 40.0                                                   # as in wkv.py: the most that log W may fall within a chunk
 LOG2E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)       # TRITON_INTERPRET=1 when this file was imported
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)    # TRITON_INTERPRET=1 when this file was imported
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Two precisions of product; both sum in float32
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in `dtype`, rounded to nearest. The interpreter would cut bfloat16 off, and slowly: there it is rounded by hand and stays float32."""
+    """x in `dtype`, rounded to nearest.
+
+    The interpreter would cut bfloat16 off, and slowly: there it is rounded by hand and
+    stays float32.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
@@ -51,7 +65,10 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(x, y, MODE: tl.constexpr):
-    """Where values meet: in the inputs' precision. 1/W leaves float16's range, so float16 is multiplied as float32."""
+    """Where values meet: in the inputs' precision.
+
+    1/W leaves float16's range, so float16 is multiplied as float32.
+    """
     if MODE == "bf16":
         return tl.dot(cast(x, tl.bfloat16), cast(y, tl.bfloat16))
     else:
@@ -60,7 +77,11 @@ def dot(x, y, MODE: tl.constexpr):
 
 @triton.jit
 def dot32(x, y, MODE: tl.constexpr):
-    """Among keys: near float32. A float32 number is split into a high and a low half of 8 (bfloat16) or 11 bits (tf32x3)."""
+    """Among keys: near float32.
+
+    A float32 number is split into a high and a low half of 8 (bfloat16) or 11 bits
+    (tf32x3).
+    """
     if MODE == "bf16":
         x1, y1 = cast(x, tl.bfloat16), cast(y, tl.bfloat16)
         out = tl.dot(x1, y1)
@@ -73,12 +94,21 @@ def dot32(x, y, MODE: tl.constexpr):
         return tl.dot(x, y, input_precision="ieee" if MODE == "fp32" else "tf32x3")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # One chunk of one head
 
 @triton.jit
+def place(head, T, H, N: tl.constexpr):
+    """Where head number `head` of B H starts in a tensor (B, T, H, N)."""
+    return (head // H).to(tl.int64) * T * H * N + head % H * N
+
+
+@triton.jit
 def load(x, t, T, stride, n):
-    """Rows t, columns n of x (T, N). Behind T come zeros, which leave the state as it is: decay e^0, nothing written."""
+    """Rows t, columns n of x (T, N).
+
+    Behind T come zeros, which leave the state as it is: decay e^0, nothing written.
+    """
     return tl.load(x + t[:, None] * stride + n[None, :], mask=(t < T)[:, None], other=0.0).to(tl.float32)
 
 
@@ -88,27 +118,32 @@ def store(x, value, t, T, stride, n):
 
 
 @triton.jit
-def weigh(r, w, k, kk, a, t, T, stride, n, MODE: tl.constexpr):
-    """z~, r~, b~, k~ (L, N), log W (L, N), log D (N). The first four are rounded here, once: all later steps see the same.
+def weigh(r, w, k, kk, a, start, t, T, stride, n, MODE: tl.constexpr):
+    """z~, r~, b~, k~ (L, N), log W (L, N), log D (N).
 
-    Logarithms are to base 2 in this file, the base in which the hardware takes powers.
+    The first four are rounded here, once: all later steps see the same. Logarithms are
+    to base 2 in this file, the base in which the hardware takes powers.
     """
-    w, kk = load(w, t, T, stride, n) * LOG2E, load(kk, t, T, stride, n)
+    w = load(w + start, t, T, stride, n) * LOG2E
+    kk = load(kk + start, t, T, stride, n)
     logW = tl.cumsum(w, 0)
     z_ = -kk * tl.exp2(logW - w)
-    r_ = load(r, t, T, stride, n) * tl.exp2(logW)
-    b_ = kk * load(a, t, T, stride, n) * tl.exp2(-logW)
-    k_ = load(k, t, T, stride, n) * tl.exp2(-logW)
+    r_ = load(r + start, t, T, stride, n) * tl.exp2(logW)
+    b_ = kk * load(a + start, t, T, stride, n) * tl.exp2(-logW)
+    k_ = load(k + start, t, T, stride, n) * tl.exp2(-logW)
     if MODE == "bf16":
-        z_, r_, b_, k_ = cast(z_, tl.bfloat16), cast(r_, tl.bfloat16), cast(b_, tl.bfloat16), cast(k_, tl.bfloat16)
+        z_, r_ = cast(z_, tl.bfloat16), cast(r_, tl.bfloat16)
+        b_, k_ = cast(b_, tl.bfloat16), cast(k_, tl.bfloat16)
     return z_, r_, b_, k_, logW, tl.sum(w, 0)
 
 
 @triton.jit
 def inverse(A, L: tl.constexpr, MODE: tl.constexpr):
-    """X = (I - A)^-1 for A (L, L) strictly lower triangular, from exact inverses of its diagonal blocks of 1, 2, 4, ... L.
+    """X = (I - A)^-1 for A (L, L) strictly lower triangular.
 
-    Two neighbours become one block by X + X O X, where O is the quarter of A that joins them: no power of A is formed.
+    From exact inverses of its diagonal blocks of 1, 2, 4, ... L: two neighbours become
+    one block by X + X O X, where O is the quarter of A that joins them. No power of A
+    is formed.
     """
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     X = tl.where(i == j, 1.0, 0.0) + tl.where((i // 2 == j // 2) & (i != j), A, 0.0)
@@ -121,42 +156,46 @@ def inverse(A, L: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def fold(z_, r_, b_, k_, L: tl.constexpr, MODE: tl.constexpr):
-    """The chunk's matrices, float32: X, A_rb, P, E, R, F, K. What a kernel does not use the compiler leaves out."""
+    """The chunk's matrices, float32: X, A_rb, P, E, R, F, K.
+
+    What a kernel does not use the compiler leaves out.
+    """
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     A_zb = tl.where(i > j, dot32(z_, tl.trans(b_), MODE), 0.0)
     A_zk = tl.where(i > j, dot32(z_, tl.trans(k_), MODE), 0.0)
     A_rb = tl.where(i >= j, dot32(r_, tl.trans(b_), MODE), 0.0)
     A_rk = tl.where(i >= j, dot32(r_, tl.trans(k_), MODE), 0.0)
     X = inverse(A_zb, L, MODE)
-    P, E = dot32(X, z_, MODE), dot32(X, A_zk, MODE)
-    R, F, K = r_ + dot32(A_rb, P, MODE), A_rk + dot32(A_rb, E, MODE), k_ + dot32(tl.trans(E), b_, MODE)
+    P = dot32(X, z_, MODE)
+    E = dot32(X, A_zk, MODE)
+    R = r_ + dot32(A_rb, P, MODE)
+    F = A_rk + dot32(A_rb, E, MODE)
+    K = k_ + dot32(tl.trans(E), b_, MODE)
     return X, A_rb, P, E, R, F, K
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The kernels. Tensors are (B, T, H, N), contiguous. A program of a walk has BV rows of S, and m chunks of one head.
+# ------------------------------------------------------------------------------------------
+# The walks. Tensors are (B, T, H, N), contiguous. A program has BV rows of S, and m
+# chunks of one head
 
 @triton.jit
-def place(head, T, H, N: tl.constexpr):
-    """Where head number `head` of B H starts in a tensor (B, T, H, N)."""
-    return (head // H).to(tl.int64) * T * H * N + head % H * N
+def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, segments,
+         N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, MODE: tl.constexpr,
+         PROBE: tl.constexpr, SAVE: tl.constexpr):
+    """The forward pass over one segment, which makes S M + C of the state S before it.
 
-
-@triton.jit
-def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, segments, N: tl.constexpr, L: tl.constexpr,
-         BV: tl.constexpr, MODE: tl.constexpr, PROBE: tl.constexpr, SAVE: tl.constexpr):
-    """The forward pass over one segment, which makes S M + C of the state S before it, M and C (N, N).
-
-    With several segments there are two launches. The first (PROBE) walks all segments at once, from rows of zeros, which
-    gives C, and without values from the rows of the identity, which gives M. In the second, every program jumps over the
-    segments before its own by these and then walks its own. jumps: (BH, segments, (C, M) 2N, N).
+    M and C are (N, N). With several segments there are two launches. The first (PROBE)
+    walks all segments at once, from rows of zeros, which gives C, and without values
+    from the rows of the identity, which gives M. In the second, every program jumps
+    over the segments before its own by these and then walks its own. jumps: (BH,
+    segments, (C, M) 2N, N).
     """
     head, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     n, rows = tl.arange(0, N), tl.program_id(1) * BV + tl.arange(0, BV)
     start, stride, square = place(head, T, H, N), H * N, rows[:, None] * N + n[None, :]
     head = head.to(tl.int64)
     if PROBE:
-        S = tl.where(rows[:, None] - N == n[None, :], 1.0, 0.0)                                 # (BV, N)
+        S = tl.where(rows[:, None] - N == n[None, :], 1.0, 0.0)                       # (BV, N)
     else:
         S = tl.load(S_first + head * N * N + square)
         for i in range(segment):
@@ -165,15 +204,15 @@ def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, 
 
     for c in range(segment * m, min(segment * m + m, chunks)):
         t = (c * L + tl.arange(0, L)).to(tl.int64)
-        z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
+        z_, r_, b_, k_, logW, logD = weigh(r, w, k, kk, a, start, t, T, stride, n, MODE)
         _, _, P, _, R, F, K = fold(z_, r_, b_, k_, L, MODE)
         valid = (t < T)[:, None] & (rows < N)[None, :]
         values = tl.load(v + start + t[:, None] * stride + rows[None, :], mask=valid, other=0.0)  # (L, BV)
         if SAVE:
             tl.store(states + (head * chunks + c) * N * N + square, cast(S, states.dtype.element_ty))
-        if not PROBE:  # y = R S^T + F v
-            out = dot(R, tl.trans(S), MODE) + dot(F, values, MODE)
-            tl.store(y + start + t[:, None] * stride + rows[None, :], cast(out, y.dtype.element_ty), mask=valid)
+        if not PROBE:                                                                 # y = R S^T + F v
+            out = cast(dot(R, tl.trans(S), MODE) + dot(F, values, MODE), y.dtype.element_ty)
+            tl.store(y + start + t[:, None] * stride + rows[None, :], out, mask=valid)
         # S_L = (S + (P S^T)^T b~ + v^T K) diag(D)
         S += dot(tl.trans(dot(P, tl.trans(S), MODE)), b_, MODE) + dot(tl.trans(values), K, MODE)
         S *= tl.exp2(logD)[None, :]
@@ -185,9 +224,12 @@ def walk(r, w, k, v, kk, a, S_first, jumps, y, states, S_last, T, H, chunks, m, 
 
 
 @triton.jit
-def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first, T, H, chunks, m, segments, N: tl.constexpr,
-              L: tl.constexpr, BV: tl.constexpr, MODE: tl.constexpr, PROBE: tl.constexpr):
-    """The way back over one segment, which makes dS M^T + C' of the gradient dS after it. jumps_back: C' (BH, segments, N, N)."""
+def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first, T, H, chunks, m, segments,
+              N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, MODE: tl.constexpr, PROBE: tl.constexpr):
+    """The way back over one segment, from the gradient dS after it to dS M^T + C'.
+
+    jumps_back: C' (BH, segments, N, N).
+    """
     head, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     n, rows = tl.arange(0, N), tl.program_id(1) * BV + tl.arange(0, BV)
     start, stride, square = place(head, T, H, N), H * N, rows[:, None] * N + n[None, :]
@@ -205,13 +247,14 @@ def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first,
     for i in range(end - segment * m):
         c = end - 1 - i
         t = (c * L + tl.arange(0, L)).to(tl.int64)
-        z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
+        z_, r_, b_, k_, logW, logD = weigh(r, w, k, kk, a, start, t, T, stride, n, MODE)
         _, _, P, _, R, _, _ = fold(z_, r_, b_, k_, L, MODE)
         if not PROBE:
             tl.store(dstates + (head * chunks + c) * N * N + square, cast(dS, dstates.dtype.element_ty))
         # dS = dC + (dC b~^T) P + dy^T R, dC = dS_L diag(D)
         dS *= tl.exp2(logD)[None, :]
-        dS += dot(dot(dS, tl.trans(b_), MODE), P, MODE) + dot(tl.trans(load(dy + start, t, T, stride, rows)), R, MODE)
+        dy_T = tl.trans(load(dy + start, t, T, stride, rows))
+        dS += dot(dot(dS, tl.trans(b_), MODE), P, MODE) + dot(dy_T, R, MODE)
 
     if PROBE:
         tl.store(jumps_back + (head * segments + segment) * N * N + square, dS)
@@ -219,52 +262,31 @@ def walk_back(r, w, k, kk, a, dy, dS_last, jumps, jumps_back, dstates, dS_first,
         tl.store(dS_first + head * N * N + square, dS)
 
 
+# ------------------------------------------------------------------------------------------
+# The gradients: the chain rule through one chunk, from the lines above, last to first;
+# dQ is the gradient of Q
+
 @triton.jit
-def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T, H, chunks, N: tl.constexpr, L: tl.constexpr,
-              BV: tl.constexpr, MODE: tl.constexpr):
-    """The chain rule through one chunk, from the lines above, last to first; dQ is the gradient of Q."""
+def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T, H, chunks,
+              N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, MODE: tl.constexpr):
+    """Of r, w, k, v, kk and a. A program has one chunk of one head."""
     head, c = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     n, start, stride = tl.arange(0, N), place(head, T, H, N), H * N
     t = (c * L + tl.arange(0, L)).to(tl.int64)
-    z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
+    z_, r_, b_, k_, logW, logD = weigh(r, w, k, kk, a, start, t, T, stride, n, MODE)
     X, A_rb, P, E, R, F, K = fold(z_, r_, b_, k_, L, MODE)
+    dR, dP, dK, db, dF, dlogD = through_values(v + start, dy + start, dv + start, states, dstates, b_, logD,
+                                               P, F, K, t, T, stride, n, N, L, BV, MODE)
 
-    # y = R S^T + F v    C = S + (P S^T)^T b~ + v^T K    S_L = C diag(D)        BV rows of S at a time
-    zero = tl.zeros((L, N), tl.float32)
-    dR, dP, dK, db, dF, dlogD = zero, zero, zero, zero, tl.zeros((L, L), tl.float32), tl.zeros((N,), tl.float32)
-    for first in tl.static_range(0, N, BV):
-        rows = first + tl.arange(0, BV)
-        square = tl.program_id(0).to(tl.int64) * N * N + rows[:, None] * N + n[None, :]
-        S = tl.load(states + square).to(tl.float32)                                             # (BV, N)
-        dC = tl.load(dstates + square).to(tl.float32) * tl.exp2(logD)[None, :]                   # (BV, N)
-        values, dout = load(v + start, t, T, stride, rows), load(dy + start, t, T, stride, rows)  # (L, BV)
-        store(dv + start, dot(tl.trans(F), dout, MODE) + dot(K, tl.trans(dC), MODE), t, T, stride, rows)
-        dR += dot(dout, S, MODE)
-        dF += dot(dout, tl.trans(values), MODE)
-        dK += dot(values, dC, MODE)
-        dP += dot(dot(b_, tl.trans(dC), MODE), S, MODE)
-        db += dot(dot(P, tl.trans(S), MODE), dC, MODE)
-        dlogD += tl.sum(S * dC, 0)
-    dlogD += tl.sum(b_ * db + K * dK, 0)                                                        # the rest of sum_rows C dC
+    # Read again: kept over the loop above, they would spill from the registers
+    z_, r_, b_, k_, logW, logD = weigh(r, w, k, kk, a, start, t, T, stride, n, MODE)
+    dA_rb, dA_rk, dA_zk, dA_zb, db, dz = through_keys(b_, X, A_rb, P, E, dR, dP, dK, db, dF, L, MODE)
 
-    # Read again: kept over the loop, they would spill from the registers
-    z_, r_, b_, k_, logW, logD = weigh(r + start, w + start, k + start, kk + start, a + start, t, T, stride, n, MODE)
-    # R = r~ + A_rb P    F = A_rk + A_rb E    K = k~ + E^T b~        dr~ = dR, dA_rk = dF, dk~ = dK, and more below
-    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    dF = tl.where(i >= j, dF, 0.0)
-    dA_rb = tl.where(i >= j, dot32(dR, tl.trans(P), MODE) + dot32(dF, tl.trans(E), MODE), 0.0)
-    dP += dot32(tl.trans(A_rb), dR, MODE)
-    dE = dot32(tl.trans(A_rb), dF, MODE) + dot32(b_, tl.trans(dK), MODE)
-    db += dot32(E, dK, MODE)
-    # P = X z~    E = X A_zk    X = (I - A_zb)^-1, so dA_zb = X^T dX X^T
-    dz = dot32(tl.trans(X), dP, MODE)
-    dA_zk = tl.where(i > j, dot32(tl.trans(X), dE, MODE), 0.0)
-    dA_zb = tl.where(i > j, dot32(dz, tl.trans(P), MODE) + dot32(dA_zk, tl.trans(E), MODE), 0.0)
-    # The four A = tril((z~, r~) (b~, k~)^T). Q~ = Q e^{+-log W}, so d log W is +- Q~ dQ~
-    dr_ = dR + dot32(dA_rb, b_, MODE) + dot32(dF, k_, MODE)
+    # The four A = tril((z~, r~)(b~, k~)^T). Q~ = Q e^{+-log W}, so d log W is +- Q~ dQ~
+    dr_ = dR + dot32(dA_rb, b_, MODE) + dot32(dA_rk, k_, MODE)
     dlogW = r_ * dr_
     store(dr + start, dr_ * tl.exp2(logW), t, T, stride, n)
-    dk_ = dK + dot32(tl.trans(dA_zk), z_, MODE) + dot32(tl.trans(dF), r_, MODE)
+    dk_ = dK + dot32(tl.trans(dA_zk), z_, MODE) + dot32(tl.trans(dA_rk), r_, MODE)
     dlogW -= k_ * dk_
     store(dk + start, dk_ * tl.exp2(-logW), t, T, stride, n)
     db += dot32(tl.trans(dA_zb), z_, MODE) + dot32(tl.trans(dA_rb), r_, MODE)
@@ -280,54 +302,105 @@ def gradients(r, w, k, v, kk, a, dy, states, dstates, dr, dw, dk, dv, dkk, da, T
     store(dkk + start, load(a + start, t, T, stride, n) * db - dz, t, T, stride, n)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def through_values(v, dy, dv, states, dstates, b_, logD, P, F, K, t, T, stride, n,
+                   N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, MODE: tl.constexpr):
+    """dR, dP, dK, a part of db~, dF, d log D; and writes dv. BV rows of S at a time.
+
+    y = R S^T + F v    C = S + (P S^T)^T b~ + v^T K    S_L = C diag(D)
+    """
+    zero = tl.zeros((L, N), tl.float32)
+    dR, dP, dK, db = zero, zero, zero, zero
+    dF, dlogD = tl.zeros((L, L), tl.float32), tl.zeros((N,), tl.float32)
+    for first in tl.static_range(0, N, BV):
+        rows = first + tl.arange(0, BV)
+        square = tl.program_id(0).to(tl.int64) * N * N + rows[:, None] * N + n[None, :]
+        S = tl.load(states + square).to(tl.float32)                                   # (BV, N)
+        dC = tl.load(dstates + square).to(tl.float32) * tl.exp2(logD)[None, :]        # (BV, N)
+        values, dout = load(v, t, T, stride, rows), load(dy, t, T, stride, rows)      # (L, BV)
+        store(dv, dot(tl.trans(F), dout, MODE) + dot(K, tl.trans(dC), MODE), t, T, stride, rows)
+        dR += dot(dout, S, MODE)
+        dF += dot(dout, tl.trans(values), MODE)
+        dK += dot(values, dC, MODE)
+        dP += dot(dot(b_, tl.trans(dC), MODE), S, MODE)
+        db += dot(dot(P, tl.trans(S), MODE), dC, MODE)
+        dlogD += tl.sum(S * dC, 0)
+    dlogD += tl.sum(b_ * db + K * dK, 0)                            # the rest of sum_rows C dC
+    return dR, dP, dK, db, dF, dlogD
+
+
+@triton.jit
+def through_keys(b_, X, A_rb, P, E, dR, dP, dK, db, dF, L: tl.constexpr, MODE: tl.constexpr):
+    """dA_rb, dA_rk, dA_zk, dA_zb, and what has come to db~ and dz~ so far.
+
+    R = r~ + A_rb P    F = A_rk + A_rb E    K = k~ + E^T b~    P = X z~    E = X A_zk
+    """
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    # dr~ = dR, dA_rk = dF, dk~ = dK, and more in `gradients`
+    dF = tl.where(i >= j, dF, 0.0)
+    dA_rb = tl.where(i >= j, dot32(dR, tl.trans(P), MODE) + dot32(dF, tl.trans(E), MODE), 0.0)
+    dP += dot32(tl.trans(A_rb), dR, MODE)
+    dE = dot32(tl.trans(A_rb), dF, MODE) + dot32(b_, tl.trans(dK), MODE)
+    db += dot32(E, dK, MODE)
+    # X = (I - A_zb)^-1, so dA_zb = X^T dX X^T
+    dz = dot32(tl.trans(X), dP, MODE)
+    dA_zk = tl.where(i > j, dot32(tl.trans(X), dE, MODE), 0.0)
+    dA_zb = tl.where(i > j, dot32(dz, tl.trans(P), MODE) + dot32(dA_zk, tl.trans(E), MODE), 0.0)
+    return dA_rb, dF, dA_zk, dA_zb, db, dz
+
+
+# ------------------------------------------------------------------------------------------
 # The operator
 
-def chunk_length(dtype: torch.dtype, N: int, lowest: float | None) -> int:
-    """Tokens per chunk, given the fastest log decay there is; 0 where that is too fast for 1/W in any.
+def launch_plan(heads: int, T: int, L: int, N: int, dtype: torch.dtype,
+                device: torch.device) -> tuple[int, int]:
+    """Rows of S per program, and segments: two programs for every multiprocessor.
 
-    32 fits into registers and shared memory in bfloat16 with heads of up to 64 only; 16 always does, and where nothing is
-    known of the decay it allows for the fastest.
+    As far as the text is long enough for that. Every program repeats the work among
+    keys, so it takes 64 rows where there are heads enough. A probe costs as much as a
+    walk, so fewer than four segments do not pay; and what is saved of a segment, (2N,
+    N), must stay small beside its inputs.
     """
-    if lowest is None:
-        return 16
-    L = 32 if dtype == torch.bfloat16 and N <= 64 and -lowest * 32 <= MAX_LOG else 16
-    return L if -lowest * L <= MAX_LOG else 0
-
-
-def plan(heads: int, T: int, L: int, N: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Rows of S per program, and segments: two programs for every multiprocessor, where the text is long enough for that.
-
-    Every program repeats the work among keys, so 64 rows where there are heads enough. A probe costs as much as a walk, so
-    less than four segments do not pay; and what is kept of a segment, (2N, N), shall be small beside its inputs.
-    """
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    wanted = 1
+    if device.type == "cuda":
+        wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     BV = 64 if N == 64 and dtype == torch.bfloat16 and heads >= wanted else min(N, 32)
     programs, chunks = heads * N // BV, triton.cdiv(T, L)
     segments = min(wanted // programs, chunks // 8)
-    return BV, triton.cdiv(chunks, triton.cdiv(chunks, segments)) if segments >= 4 else 1  # as many as whole chunks fill
+    if segments < 4:
+        return BV, 1
+    return BV, triton.cdiv(chunks, triton.cdiv(chunks, segments))    # as many as whole chunks fill
 
 
-def grid_and_sizes(B: int, T: int, H: int, N: int, L: int, segments: int, BV: int, dtype: torch.dtype) -> tuple[tuple[int, int], dict]:
+def grid_and_sizes(B: int, T: int, H: int, N: int, L: int, segments: int, BV: int,
+                   dtype: torch.dtype) -> tuple[tuple[int, int], dict]:
     """The grid of a walk, and the sizes that its kernel takes."""
     chunks = triton.cdiv(T, L)
-    wide = N == 128 or N == 64 and dtype == torch.float32  # these would not fit into the registers of 4 warps
-    return (B * H * segments, N // BV), {"T": T, "H": H, "chunks": chunks, "m": triton.cdiv(chunks, segments), "segments": segments,
-                                         "N": N, "L": L, "BV": BV, "MODE": MODES[dtype], "num_warps": 8 if wide else 4}
+    # these would not fit into the registers of 4 warps
+    wide = N == 128 or N == 64 and dtype == torch.float32
+    sizes = {"T": T, "H": H, "chunks": chunks, "m": triton.cdiv(chunks, segments), "segments": segments,
+             "N": N, "L": L, "BV": BV, "MODE": MODES[dtype], "num_warps": 8 if wide else 4}
+    return (B * H * segments, N // BV), sizes
 
 
 @torch.library.custom_op("nanorwkv::wkv7", mutates_args=())
-def forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor, L: int, BV: int, segments: int,
-            save: bool, look: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the last state, and what the backward pass needs: the states before each chunk, the segments' jumps."""
+def forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor, L: int, BV: int,
+            segments: int, save: bool, look: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the last state, and what the backward pass needs.
+
+    That is the states before each chunk, and the segments' jumps.
+    `look`: first check that w suits chunks of L tokens. Raises ValueError where it does
+    not.
+    """
     if look:
-        lowest, highest = (x.item() for x in torch.aminmax(w))
-        if not -MAX_LOG / L <= lowest <= highest <= 0:
-            raise ValueError(f"log decay w goes from {lowest:.3g} to {highest:.3g}: a compiled wkv7 takes {-MAX_LOG / L} to 0, unless told lowest")
+        low, high = (x.item() for x in torch.aminmax(w))
+        if not -MAX_LOG / L <= low <= high <= 0:
+            raise ValueError(f"log decay w goes from {low:.3g} to {high:.3g}: a compiled wkv7 takes "
+                             f"{-MAX_LOG / L} to 0, unless told min_w")
     (programs, blocks), sizes = grid_and_sizes(*r.shape, L, segments, BV, r.dtype)
     y, last, states, jumps = empty_outputs(r, w, k, v, kk, a, state, L, BV, segments, save, look)
     tensors = [x.contiguous() for x in (r, w, k, v, kk, a, state)] + [jumps, y, states, last]
-    with torch.cuda.device_of(r):  # Triton launches on the current device
+    with torch.cuda.device_of(r):                            # Triton launches on the current device
         if segments > 1:
             walk[programs, 2 * blocks](*tensors, **sizes, PROBE=True, SAVE=False)
         walk[programs, blocks](*tensors, **sizes, PROBE=False, SAVE=save)
@@ -336,29 +409,36 @@ def forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, s
 
 @forward.register_fake
 def empty_outputs(r, w, k, v, kk, a, state, L, BV, segments, save, look):
-    """What `forward` returns, unwritten: for `forward` itself, and for torch.compile, which asks for shapes alone."""
+    """What `forward` returns, unwritten.
+
+    For `forward` itself, and for torch.compile, which asks for shapes alone.
+    """
     B, T, H, N = r.shape
     states = (B * H, triton.cdiv(T, L), N, N) if save else (0,)
-    return (torch.empty_like(r, memory_format=torch.contiguous_format), torch.empty_like(state, memory_format=torch.contiguous_format),
+    jumps = (B * H, segments, 2 * N, N) if segments > 1 else (0,)
+    return (torch.empty_like(r, memory_format=torch.contiguous_format),
+            torch.empty_like(state, memory_format=torch.contiguous_format),
             r.new_empty(states, dtype=torch.float32 if r.dtype == torch.float32 else torch.bfloat16),
-            r.new_empty((B * H, segments, 2 * N, N) if segments > 1 else (0,), dtype=torch.float32))
+            r.new_empty(jumps, dtype=torch.float32))
 
 
 @torch.library.custom_op("nanorwkv::wkv7_backward", mutates_args=())
-def backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, states: Tensor, jumps: Tensor, dy: Tensor,
-             dlast: Tensor, L: int, BV: int, segments: int) -> list[Tensor]:
+def backward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, states: Tensor, jumps: Tensor,
+             dy: Tensor, dlast: Tensor, L: int, BV: int, segments: int) -> list[Tensor]:
     """The gradients of r, w, k, v, kk, a and of the first state."""
     (programs, blocks), sizes = grid_and_sizes(*r.shape, L, segments, BV, r.dtype)
     grads = empty_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments)
     r, w, k, v, kk, a, dy, dlast = (x.contiguous() for x in (r, w, k, v, kk, a, dy, dlast))
-    dstates, jumps_back = torch.empty_like(states), r.new_empty(r.shape[0] * r.shape[2], segments, *dlast.shape[2:], dtype=torch.float32)
+    dstates = torch.empty_like(states)
+    jumps_back = r.new_empty(r.shape[0] * r.shape[2], segments, *dlast.shape[2:], dtype=torch.float32)
     tensors = (r, w, k, kk, a, dy, dlast, jumps, jumps_back, dstates, grads[-1])
     with torch.cuda.device_of(r):
         if segments > 1:
             walk_back[programs, blocks](*tensors, **sizes, PROBE=True)
         walk_back[programs, blocks](*tensors, **sizes, PROBE=False)
         every_chunk = {name: size for name, size in sizes.items() if name not in ("m", "segments")}
-        gradients[(programs // segments * sizes["chunks"],)](r, w, k, v, kk, a, dy, states, dstates, *grads[:-1], **every_chunk)
+        programs = programs // segments * sizes["chunks"]
+        gradients[(programs,)](r, w, k, v, kk, a, dy, states, dstates, *grads[:-1], **every_chunk)
     return grads
 
 
@@ -367,32 +447,40 @@ def empty_gradients(r, w, k, v, kk, a, states, jumps, dy, dlast, L, BV, segments
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, w, k, v, kk, a, dlast)]
 
 
-def keep(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     *tensors, _, L, BV, segments, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.sizes = L, BV, segments
-    ctx.set_materialize_grads(False)  # else zeros as large as all states
+    ctx.set_materialize_grads(False)                         # else zeros as large as all states
 
 
 def differentiate(ctx, dy, dlast, *_):
-    r, N = ctx.saved_tensors[0], ctx.saved_tensors[0].shape[-1]
-    dy = torch.zeros_like(r) if dy is None else dy
-    dlast = r.new_zeros(r.shape[0], r.shape[2], N, N, dtype=torch.float32) if dlast is None else dlast
+    r = ctx.saved_tensors[0]
+    B, _, H, N = r.shape
+    if dy is None:
+        dy = torch.zeros_like(r)
+    if dlast is None:
+        dlast = r.new_zeros(B, H, N, N, dtype=torch.float32)
     grads = backward(*ctx.saved_tensors, dy, dlast, *ctx.sizes)
     return *grads, None, None, None, None, None
 
 
-forward.register_autograd(differentiate, setup_context=keep)
+forward.register_autograd(differentiate, setup_context=save_for_backward)
 
 
 def wkv7_triton(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor, L: int,
                 segments: int | None = None, look: bool = False) -> tuple[Tensor, Tensor]:
-    """`wkv7` for inputs that it has checked: (B, T, H, N), r's dtype in MODES, state float32, L of `chunk_length`; `look` at w first.
+    """`wkv7` for inputs that it has checked.
 
-    Kept for the backward pass: the inputs, a state per chunk, in bfloat16 with L = 32 and N = 64 a third of their size, and jumps.
+    (B, T, H, N), r's dtype in MODES; state float32 (B, H, N, N).
+    L: kernels.triton_chunk; `look` at w first, which raises ValueError where L is too
+    long for it. segments: None as launch_plan has them. Saved for the backward pass:
+    the inputs, a state per chunk, in bfloat16 with L = 32 and N = 64 a third of their
+    size, and jumps.
     """
     B, T, H, N = r.shape
-    BV, planned = plan(B * H, T, L, N, r.dtype, r.device)
+    BV, planned = launch_plan(B * H, T, L, N, r.dtype, r.device)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (r, w, k, v, kk, a, state))
-    y, last, _, _ = forward(r, w, k, v, kk, a, state, L, BV, planned if segments is None else segments, save, look)
+    segments = planned if segments is None else segments
+    y, last, _, _ = forward(r, w, k, v, kk, a, state, L, BV, segments, save, look)
     return y, last
