@@ -1,7 +1,7 @@
 """Turn a transformer into an RNN: take the attention out, put RWKV-7 time mixing in, and teach it
 what attention did.
 
-    python distill.py --teacher out/teacher --out out/rwkv    three stages on a teacher of your own
+    python distill.py --teacher out/teacher --out out/rwkv    (a teacher: train.py, tools.convert)
     torchrun --nproc_per_node=8 distill.py                    the same on eight GPUs
     python -m tools.demo                                      makes data and teacher as well
 
@@ -14,10 +14,9 @@ what attention did.
 In `align` the *teacher's* output flows on, so that every layer learns at once and from clean
 inputs. The student starts as the teacher: embedding, norms, feed-forward layers and head are
 copied, q becomes receptance (with the scale 1/sqrt(N) folded in), k key, v value, o output, with
-their biases and, where the teacher has norms on q and k, with these; grouped heads are repeated.
-Of what RWKV-7 has besides, token shift, bonus and gate start with no effect and the value
-residual with almost none; decay, a little erasing and the group norm act from the first step, and
-`align` is there to absorb them.
+their biases and norms; grouped heads are repeated. Of what RWKV-7 has besides, token shift, bonus
+and gate start with no effect and the value residual with almost none; decay, a little erasing and
+the group norm act from the first step, and `align` is there to absorb them.
 
 Each stage is one call of train.fit. References: RADLADS (arXiv 2505.03005), ARWKV (arXiv
 2501.15570) and its trainer RWKVInside, whose main options have a switch here.
@@ -45,7 +44,7 @@ from lib.preference import dpo_loss
 from lib.processes import joined, main_first, setup
 from lib.report import report_stages
 from lib.runs import Run, RunConfig, restore
-from lib.scores import mean_terms, measure
+from lib.scores import HeldOut, mean_terms
 from lib.stages import check_student, first_tokens, open_loaders, prepare_data
 from lib.start import look_at_teacher, spread_decay
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
@@ -127,23 +126,17 @@ class AllGather(torch.autograd.Function):
 
 
 def wrap(student: LM, teacher: LM | None) -> LM:
-    """The student, the very same parameters, with each RWKV mixer in an AttentionWrapper.
+    """The student, the very same parameters, with each RWKV mixer in an AttentionWrapper."""
+    def shallow(module: nn.Module) -> nn.Module:
+        view = copy.copy(module)
+        view._modules = dict(module._modules)              # the same children, until one is replaced
+        return view
 
-    `teacher`: whose attention stands beside it, for `align` only.
-    """
-    holder = VFirstHolder()
-    view = shallow(student)
+    holder, view = VFirstHolder(), shallow(student)
     view.blocks = nn.ModuleList(map(shallow, student.blocks))
     for i, block in enumerate(view.blocks):
         if isinstance(block.att, TimeMixer):
             block.att = AttentionWrapper(block.att, teacher and teacher.blocks[i].att, holder)
-    return view
-
-
-def shallow(module: nn.Module) -> nn.Module:
-    """The module with the same children and parameters, where other children can be put."""
-    view = copy.copy(module)
-    view._modules = dict(module._modules)
     return view
 
 
@@ -176,11 +169,10 @@ class StudentConfig:
 
 def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None,
                  block_size: int | None = None) -> LM:
-    """A copy of the teacher with RWKV-7 mixers that start near what its attention does with q, k, v and o.
+    """A copy of the teacher with RWKV-7 mixers that start near what its attention does with q, k, v, o.
 
     `tokens` (B, T) are what `lookback` and `calibrate` look at; `block_size` is the length that
-    the student will be trained at (None: the teacher's). Raises ValueError for a student that the
-    teacher does not allow.
+    the student will be trained at. Raises ValueError where the teacher does not allow the student.
     """
     assert tokens is not None or not cfg.looks, "lookback and calibrate look at tokens"
     t = teacher.cfg
@@ -244,10 +236,7 @@ def copy_linear(m: nn.Linear, t: nn.Linear, N: int = 1, repeat: int = 1, scale: 
 # Losses: sums over targets, from a state to a state, as train.py explains
 
 def align_loss(model: LM, batch: Batch, state: None = None, *, kind: str = "relative") -> tuple[dict, None]:
-    """The mean over layers of relative ||t - s||^2 / ||t||^2 per token. Whole sequences only.
-
-    l2norm is RWKVInside's ||t - s||_2 / sqrt(C).
-    """
+    """The mean over layers, per token, of ||t - s||^2 / ||t||^2, or RWKVInside's ||t - s||_2 / sqrt(C)."""
     assert state is None, "stage 1 has no loss by pieces"
     model.hidden(batch.x)
     pairs = [block.att.pair for block in model.blocks if isinstance(block.att, AttentionWrapper)]
@@ -356,12 +345,10 @@ class DistillConfig:
 
     def __post_init__(self):
         if self.align.bptt_chunk is not None:
-            raise ValueError(f"align.bptt_chunk = {self.align.bptt_chunk}: stage 1 learns each layer alone, without "
-                             "a loss by pieces; run it alone at a shorter block_size, then the others with "
-                             "--resume and --match.bptt_chunk, --finish.bptt_chunk")
+            raise ValueError(f"align.bptt_chunk = {self.align.bptt_chunk}: stage 1 has no loss by pieces; run it "
+                             "alone at a shorter block_size, then the others, in pieces, with --resume")
         if any(loop.bptt_truncate for loop in (self.align, self.match, self.finish)):
-            raise ValueError("bptt_truncate: the teacher cannot carry its cache from step to step; it is for "
-                             "train.py, here use bptt_chunk")
+            raise ValueError("bptt_truncate: a teacher's cache cannot go on for ever; it is for train.py")
         if self.kl_weight == self.ce_weight == 0:
             raise ValueError("kl_weight and ce_weight are both 0: stage 2 would learn nothing")
         if not self.stages or [name for name in STAGES if name in self.named] != self.named:
@@ -427,11 +414,10 @@ def distill(cfg: DistillConfig) -> dict:
     sizes = f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}"
     run.begin(student, meta, cfg, sizes, describe(student.cfg, T))
 
-    def scores(max_tokens: int | None = cfg.eval_tokens) -> dict[str, float]:
-        return measure(teacher, student, val, max_tokens, cfg.match.bptt_chunk)
+    held_out = HeldOut(teacher, student, val, cfg.eval_tokens, cfg.match.bptt_chunk)
 
     start = {"name": "start", "tokens": 0, "minutes": 0.0}
-    rows = [run.read_row("start.json") or run.note(start | scores(), "start.json")]
+    rows = [run.read_row("start.json") or run.note(start | held_out.row(), "start.json")]
     for name in STAGES:
         folder = run.stage(name)
         row = folder.read_row("stage.json")
@@ -439,32 +425,25 @@ def distill(cfg: DistillConfig) -> dict:
             restore(student, folder.out)
         elif name in cfg.named:
             stage = open_stage(name, cfg, student, teacher, logit_teacher, loaders[name].kind)
-            row = train_stage(name, stage, cfg, student, loaders, folder, scores)
+            row = train_stage(name, stage, cfg, loaders, folder, held_out)
         if row:
             rows.append(row)
             run.publish(folder)
     return report_stages(run, teacher, rows, cfg, val)
 
 
-def train_stage(name: str, stage: Stage, cfg: DistillConfig, student: LM, loaders: dict[str, Loader],
-                folder: Run, scores: Callable) -> dict:
+def train_stage(name: str, stage: Stage, cfg: DistillConfig, loaders: dict[str, Loader], folder: Run,
+                held_out: HeldOut) -> dict:
     """Take the student through a stage, into its folder; returns the stage's row of the report."""
-    model, loop, held_out = stage.model(student), getattr(cfg, name), loaders.get(f"{name}_val")
-
-    def validate() -> dict[str, float]:                    # in metrics.jsonl "kl" is the training loss's
-        row = scores(min(cfg.eval_tokens or 16384, 16384))
-        return {key if key == "val_loss" else f"val_{key}": value for key, value in row.items()}
-
-    def held_out_terms() -> dict[str, float]:
-        return mean_terms(stage.loss, model.eval(), held_out, cfg.eval_tokens, loop.bptt_chunk)
-
-    before = held_out_terms() if held_out else None
-    done = fit(model, stage.loss, loaders[name], loop, folder, validate if name == "match" else None)
-    row = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"]} | scores()
-    if held_out:
-        row["finish"] = {"before": before, "after": held_out_terms()}
-        folder.say("held-out loss of stage 3: {before[loss]:.4f} before, {after[loss]:.4f} after".format(
-            **row["finish"]))
+    model, loop, examples = stage.model(held_out.student), getattr(cfg, name), loaders.get(f"{name}_val")
+    terms = partial(mean_terms, stage.loss, model, examples, cfg.eval_tokens, loop.bptt_chunk)
+    before = terms() if examples else None
+    done = fit(model, stage.loss, loaders[name], loop, folder, held_out.quick if name == "match" else None)
+    row = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"]} | held_out.row()
+    if examples:
+        row["finish"] = {"before": before, "after": terms()}
+        line = "held-out loss of stage 3: {before[loss]:.4f} before, {after[loss]:.4f} after"
+        folder.say(line.format(**row["finish"]))
     return folder.note(row, "stage.json")
 
 

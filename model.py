@@ -7,17 +7,17 @@ Token embedding, a stack of blocks, a head. A block mixes over time and then ove
                                 or TimeMixer, which has a state of fixed size
     x = x + ffn(ln2(x))    ffn: MLP (relu2, gelu, swiglu), or ChannelMix (RWKV's)
 
-One contract, `mixer(x, v_first, state) -> (y, v_first, state)`, makes the two mixers
-interchangeable, and `LM(tokens, state) -> (logits, state)` gives the same logits for a whole
-sequence, for pieces of it, and for single tokens. Parameters bear the official RWKV-7 names,
-so that a pure RWKV-7 model's state_dict is the official .pth dict.
+One contract, `mixer(x, v_first, state) -> (y, v_first, state)`, makes the two interchangeable,
+and `LM(tokens, state) -> (logits, state)` gives the same logits for a whole sequence, for pieces
+and for single tokens. Parameters bear the official RWKV-7 names: a pure RWKV-7 model's state_dict
+is the official .pth dict.
 
     B batch   T time   C channels (n_embd)   V vocabulary
     H heads   N head size   A = H N, all heads together
     v_first   the value of the first RWKV layer; later ones mix it into their own
 
-References: nanoGPT (the GPT); RWKV-LM RWKV-v7/train_temp/src/model.py (RWKV-7 and its initial
-values); RWKV-7 "Goose", arXiv 2503.14456. Wherever `cfg` stands, it is a ModelConfig (below).
+References: nanoGPT; RWKV-LM RWKV-v7/train_temp/src/model.py (RWKV-7, its initial values); arXiv
+2503.14456. `cfg` is everywhere a ModelConfig (below).
 """
 
 import math
@@ -41,18 +41,14 @@ class State:
     """What a model remembers: a plain value that no call changes."""
 
     position: int    # tokens read so far
-    layers: tuple    # per layer (mixer's, ffn's): attention's (k, v) or TimeMixer's (last x, S, position);
-                     # ChannelMix's last x or None
+    layers: tuple    # per layer (mixer's, ffn's): see CausalSelfAttention, TimeMixer, ChannelMix
 
 
 # ------------------------------------------------------------------------------------------
 # Attention
 
 class CausalSelfAttention(nn.Module):
-    """Softmax attention with grouped heads.
-
-    Its state is the cache of all keys and values: (k, v), each (B, Hkv, T, N).
-    """
+    """Softmax attention. Its state is the cache of all keys and values: (k, v), each (B, Hkv, T, N)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -62,8 +58,7 @@ class CausalSelfAttention(nn.Module):
         self.k_proj = nn.Linear(C, Hkv * N, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(C, Hkv * N, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(H * N, C, bias=cfg.output_bias)
-        self.q_norm = head_norm(cfg, N)
-        self.k_norm = head_norm(cfg, N)
+        self.q_norm, self.k_norm = head_norm(cfg, N), head_norm(cfg, N)
 
     def qkv(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, N), keys and values (B, Hkv, T, N) of tokens from position `start` on."""
@@ -88,12 +83,9 @@ class CausalSelfAttention(nn.Module):
 
 
 def rotate(x: Tensor, start: int, freq: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864).
-
-    Turns each pair of channels (i, i + N/2) of x (B, H, T, N) by its position times freq (N/2,).
-    """
-    position = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
-    angle = position[:, None] * freq                                                  # (T, N/2)
+    """Rotary positions (arXiv 2104.09864): turn channels (i, i + N/2) of x (B, H, T, N) by t freq_i."""
+    t = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
+    angle = t[:, None] * freq                                                         # (T, N/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     x1, x2 = x.chunk(2, -1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
@@ -122,16 +114,13 @@ def head_norm(cfg, N: int) -> nn.Module:
 # RWKV-7
 
 class TimeMixer(nn.Module):
-    """RWKV-7 time mixing. Its state, of constant size: (last x (B, C), S (B, H, N, N), position).
-
-    `layer` is the block's index. The first RWKV layer of a model gives v_first, the others take it.
-    """
+    """RWKV-7 time mixing. Its state, of constant size: (last x (B, C), S (B, H, N, N), position)."""
 
     def __init__(self, cfg, layer: int):
         super().__init__()
         C, A, N = cfg.n_embd, cfg.rwkv_width, cfg.rwkv_head_size
         self.cfg, self.H, self.N = cfg, A // N, N
-        self.first = layer == cfg.mixers.index("r")
+        self.first = layer == cfg.mixers.index("r")             # it gives v_first, the others take it
         # token shift: how much of the token before each of six inputs sees
         self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (empty(1, 1, C) for _ in range(6))
         # low-rank maps C -> rank -> A with a bias: decay, learning rate, value residual, gate
@@ -146,8 +135,7 @@ class TimeMixer(nn.Module):
         self.key = nn.Linear(C, A, bias=cfg.qkv_bias)
         self.value = nn.Linear(C, A, bias=cfg.qkv_bias)
         self.output = nn.Linear(A, C, bias=cfg.output_bias)
-        self.r_norm = head_norm(cfg, N)
-        self.k_norm = head_norm(cfg, N)
+        self.r_norm, self.k_norm = head_norm(cfg, N), head_norm(cfg, N)
         self.ln_x = nn.GroupNorm(self.H, A, eps=64e-5) if cfg.group_norm else nn.Identity()
         init_time_mixer(self, layer, cfg)
         leave_out(self, cfg)
@@ -196,7 +184,8 @@ class ChannelMix(nn.Module):
 
     def __init__(self, cfg, layer: int):
         super().__init__()
-        self.x_k = nn.Parameter(1 - channel(cfg.n_embd) ** ((1 - layer / cfg.n_layer) ** 4))
+        share = torch.arange(cfg.n_embd).view(1, 1, -1) / cfg.n_embd
+        self.x_k = nn.Parameter(1 - share ** ((1 - layer / cfg.n_layer) ** 4))
         self.key = nn.Linear(cfg.n_embd, cfg.ffn_width, bias=cfg.bias)
         self.value = nn.Linear(cfg.ffn_width, cfg.n_embd, bias=cfg.bias)
 
@@ -230,10 +219,7 @@ def leave_out(m: TimeMixer, cfg) -> None:
 # The whole model
 
 class MLP(nn.Module):
-    """The transformer's feed-forward layer: W_value f(W_key x), without a state.
-
-    For swiglu W_value (silu(W_gate x) * W_key x).
-    """
+    """The transformer's feed-forward layer, W_value f(W_key x), with f of `ffn`; swiglu has a gate."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -296,10 +282,7 @@ class LM(nn.Module):
             self.head.weight = self.emb.weight
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64, continuing from `state` -> logits (B, T, V), and the state after them.
-
-        Raises ValueError for a text longer than an attention model's learned positions.
-        """
+        """tokens (B, T) int64, continuing from `state` -> logits (B, T, V), and the state after them."""
         x, state = self.hidden(tokens, state)
         return self.head(x), state
 
@@ -320,9 +303,9 @@ class LM(nn.Module):
 
     def position_ids(self, start: int, end: int) -> Tensor:
         """Learned positions end at block_size: a pure RNN stays at the last one, attention refuses."""
-        if self.cfg.longest and end > self.cfg.longest:
-            raise ValueError(f"position {end} is beyond the {self.cfg.longest} learned positions: "
-                             "shorten the text")
+        limit = self.cfg.longest
+        if limit and end > limit:
+            raise ValueError(f"position {end} is beyond the {limit} learned positions: shorten the text")
         return torch.arange(start, end, device=self.pos.weight.device).clamp(max=self.cfg.block_size - 1)
 
     def n_params(self) -> int:
@@ -386,20 +369,17 @@ class ModelConfig:
             raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
                              "change one, or set head_size")
         if "a" in self.mixers and self.n_head % self.kv_heads:
-            raise ValueError(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}: "
-                             "change one")
+            raise ValueError(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
         if "r" in self.mixers and self.rwkv_width % self.rwkv_head_size:
             raise ValueError(f"RWKV's width {self.rwkv_width} is not divisible by "
                              f"rwkv_head_size = {self.rwkv_head_size}: change one")
-        turned = [("head size", self.att_head_size)] * ("a" in self.mixers and self.positions == "rope")
-        turned += [("rwkv_head_size", self.rwkv_head_size)] * ("r" in self.mixers and self.rwkv_rope)
-        for name, size in turned:
-            if size % 2:
-                raise ValueError(f"rope turns pairs of channels: {name} {size} must be even")
-        if not (self.rope_theta > 0 and self.rope_factor > 0 and self.rope_high > self.rope_low):
-            raise ValueError(f"rope_theta = {self.rope_theta}, rope_factor = {self.rope_factor}, "
-                             f"rope_low = {self.rope_low}, rope_high = {self.rope_high}: the first two "
-                             "must be positive, and the last one larger than the one before")
+        if "a" in self.mixers and self.positions == "rope" and self.att_head_size % 2:
+            raise ValueError(f"rope turns pairs: head size {self.att_head_size} must be even")
+        if "r" in self.mixers and self.rwkv_rope and self.rwkv_head_size % 2:
+            raise ValueError(f"rope turns pairs: rwkv_head_size {self.rwkv_head_size} must be even")
+        if self.rope_theta <= 0 or self.rope_factor <= 0 or self.rope_high <= self.rope_low:
+            raise ValueError(f"rope_theta = {self.rope_theta} and rope_factor = {self.rope_factor} must be "
+                             f"positive, rope_high = {self.rope_high} above rope_low = {self.rope_low}")
 
     @property
     def mixers(self) -> str:
@@ -408,7 +388,7 @@ class ModelConfig:
 
     @property
     def longest(self) -> int | None:
-        """Most tokens that the model can read; None = any number. Only learned positions of attention end."""
+        """Most tokens that the model can read; None = any number. Learned positions of attention end."""
         return self.block_size if self.positions == "learned" and "a" in self.mixers else None
 
     @property
@@ -471,11 +451,10 @@ def init_time_mixer(m: TimeMixer, layer: int, cfg) -> None:
     depth, height = layer / max(1, L - 1), 1 - layer / L         # 0 ... 1 and 1 ... 1/L over the layers
     n = torch.arange(A).view(1, 1, A)
     ramp = n / max(1, A - 1) - 0.5                               # -1/2 ... 1/2 over all channels
-    zigzag = (n % N - (N - 1) / 2) / max(0.5, (N - 1) / 2)       # -1 ... 1 within each head
-    zigzag = zigzag * zigzag.abs()
-    powers = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
-    for name, power in powers.items():
-        getattr(m, name).copy_(1 - channel(cfg.n_embd) ** (power * height))
+    zigzag = (n % N - (N - 1) / 2) / max(0.5, (N - 1) / 2)
+    zigzag = zigzag * zigzag.abs()                               # -1 ... 1 within each head
+    for name, power in {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}.items():
+        getattr(m, name).copy_(1 - (torch.arange(cfg.n_embd) / cfg.n_embd) ** (power * height))
     m.w0.copy_(-6 + 6 * (n / max(1, A - 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag)
     m.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * ramp)
     m.k_k.copy_(0.71 - 0.1 * ramp)
@@ -495,11 +474,6 @@ def init_time_mixer(m: TimeMixer, layer: int, cfg) -> None:
             nn.init.zeros_(linear.bias)
     if cfg.group_norm:
         m.ln_x.weight.fill_(((1 + layer) / L) ** 0.7)
-
-
-def channel(C: int) -> Tensor:
-    """c / C for each channel, (1, 1, C)."""
-    return torch.arange(C).view(1, 1, C) / C
 
 
 def orthogonal(p: Tensor, gain: float) -> None:

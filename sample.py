@@ -7,10 +7,8 @@
 
 The prompt is read in pieces, then one token at a time comes from the state. RWKV-7's state has
 the same size after ten tokens and after ten thousand; the last line on stderr puts it beside what
-attention would keep. A saved state goes on without the book it has read.
-
-Documents begin after <|endoftext|> (or a token that the model has for it) in training, so prompts
-do too. A chat: tools/chat.py. Many prompts side by side: tools/batch.py.
+attention would keep. A saved state goes on without the book it has read. Prompts begin as documents
+do in training, after <|endoftext|>. A chat: tools/chat.py; many prompts: tools/batch.py.
 """
 
 import time
@@ -23,10 +21,9 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from config import at_least, cli, run as run_script, settings
-from data.tokenizer import TextStream, opening, read_prompt, stops
+from data.tokenizer import TextStream, read_prompt, stops
 from lib.decode import Decoder
-from lib.session import (Session, SessionConfig, as_tensor, check_prompt, hush, read_only, report, room,
-                         session)
+from lib.session import Session, SessionConfig, first_tokens, hush, read_only, report, room, session
 from lib.states import process, repeat
 from model import LM, State
 
@@ -48,8 +45,6 @@ class Sampling:
 
 @settings
 class SampleConfig:
-    """What to generate, and how."""
-
     prompt: str = ""                             # text, or FILE:path; empty = a new document
     num_samples: int = at_least(1, 1)            # one is printed as it comes; several side by side
     max_tokens: int = at_least(0, 300)           # new tokens per sample; 0 only reads, for --save_state
@@ -59,18 +54,14 @@ class SampleConfig:
     session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
 
     def __post_init__(self):
-        saves = self.session.save_state
+        saves, dtype = self.session.save_state, self.session.state_dtype
         if self.max_tokens == 0 and not saves:
             raise ValueError("max_tokens = 0: at least one new token must be asked for, or a --save_state")
         if saves and self.num_samples > 1:
             raise ValueError("--save_state writes the state of one text: omit --num_samples")
-        if self.session.state_dtype != "float32" and not saves:
-            raise ValueError(f"--state_dtype {self.session.state_dtype} is for --save_state and "
-                             "tools/chat.py: omit it, or give a --save_state")
+        if dtype != "float32" and not saves:
+            raise ValueError(f"--state_dtype {dtype} is for --save_state and tools.chat: omit it")
 
-
-# ------------------------------------------------------------------------------------------
-# Choosing tokens
 
 def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
            generator: torch.Generator | None = None) -> Tensor:
@@ -84,8 +75,7 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     logits = logits.float() - logits.float().amax(-1, keepdim=True)        # so that 1e-9 divides safely
     p = torch.softmax(logits / temperature, -1)
     if not p.isfinite().all():
-        raise ValueError("the model's logits are not finite: its training has diverged, take an earlier "
-                         "checkpoint")
+        raise ValueError("the model's logits are not finite: it has diverged, take an earlier checkpoint")
     if top_k is None and top_p is None:
         return torch.multinomial(p, 1, generator=generator).squeeze(1)
     p, order = p.topk(min(top_k or p.shape[1], p.shape[1]))                # likeliest first
@@ -101,18 +91,18 @@ def generate(model: LM | Decoder, tokens: Tensor, n: int, *, state: State | None
     """Continue `tokens` (B, T >= 1), read from `state`, by up to n tokens; yields (tokens (B,), state).
 
     A yielded state has not yet read the tokens yielded with it. After one of `stop` a row yields
-    stop[0]; it ends when every row has. `sampling` are the fields of Sampling; presence and
-    frequency as OpenAI has them: logit -= presence (count > 0) + frequency count.
-    Raises ValueError for options or tokens out of range, and for text beyond learned positions.
+    stop[0]; it ends when every row has. Penalties as OpenAI has them: logit -= presence (count > 0)
+    + frequency count. Raises ValueError for `sampling` (the fields of Sampling) or tokens out of
+    range, and for text beyond learned positions.
     """
     how = Sampling(**sampling)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     if n < 1:
         raise ValueError(f"max_tokens = {n}: at least one new token must be asked for")
-    end = (state.position if state else 0) + tokens.shape[1] + n - 1
-    if decoder.cfg.longest and end > decoder.cfg.longest:
-        raise ValueError(f"prompt and max_tokens need {end} positions, the model has learned "
-                         f"{decoder.cfg.longest}: shorten one of them")
+    end, limit = (state.position if state else 0) + tokens.shape[1] + n - 1, decoder.cfg.longest
+    if limit and end > limit:
+        raise ValueError(f"prompt and max_tokens need {end} positions, the model has learned {limit}: "
+                         "shorten one of them")
     logits, state = process(decoder.model, tokens, state)                  # (B, V)
     counts = torch.zeros_like(logits)
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -140,37 +130,33 @@ def write(cfg: SampleConfig, here: Session) -> None:
 
     Ctrl-C ends the text. Speed and memory go to stderr.
     """
-    text, decoder, stop = read_prompt(cfg.prompt), here.decoder, stops(here.enc) if cfg.stop else ()
-    ids = here.enc.encode_ordinary(text)
-    prompt = (here.unread + ids if here.state else opening(here.enc) + ids) or opening(here.enc)
-    check_prompt(prompt, here, cfg.session.ckpt)
+    text, decoder, B = read_prompt(cfg.prompt), here.decoder, cfg.num_samples
+    prompt = first_tokens(text, here, cfg.session.ckpt)
     if cfg.max_tokens == 0:
         return read_only(prompt, here)
-    start = here.state.position if here.state else 0
-    n = int(min(cfg.max_tokens, room(decoder, start, len(prompt))))
-    rows = as_tensor([prompt] * cfg.num_samples, decoder)                  # (B, T)
+    n = int(min(cfg.max_tokens, room(here, len(prompt))))
+    stop = stops(here.enc) if cfg.stop else ()
+    rows = torch.tensor([prompt] * B, device=decoder.device)               # (B, T)
     generator = torch.Generator(decoder.device).manual_seed(cfg.seed)
-    steps = generate(decoder, rows, n, state=here.state and repeat(here.state, len(rows)), stop=stop,
+    steps = generate(decoder, rows, n, state=here.state and repeat(here.state, B), stop=stop,
                      generator=generator, **vars(cfg.how))
-    streams, samples, times = [TextStream(here.enc) for _ in rows], [text] * len(rows), [time.perf_counter()]
-    live = cfg.num_samples == 1
-    print(text if live else "", end="", flush=True)
+    streams, samples, times = [TextStream(here.enc) for _ in rows], [text] * B, [time.perf_counter()]
+    print(text if B == 1 else "", end="", flush=True)
     try:
         for tokens, here.state in steps:
             here.unread = [token for token in tokens.tolist() if token not in stop]
             times.append(time.perf_counter())
             pieces = ["" if token in stop else add(token) for token, add in zip(tokens.tolist(), streams)]
             samples = [sample + piece for sample, piece in zip(samples, pieces)]
-            print(pieces[0] if live else "", end="", flush=True)
+            print(pieces[0] if B == 1 else "", end="", flush=True)
     except (KeyboardInterrupt, BrokenPipeError) as e:                      # what is to be kept is kept
         if not cfg.session.save_state or len(times) == 1:
             raise
         if isinstance(e, BrokenPipeError):
             hush()
     ends = [add(None) for add in streams]
-    whole = [sample + end for sample, end in zip(samples, ends)]
-    print(ends[0] if live else "\n---------------\n".join(whole), flush=True)
-    report(times, rows.numel(), [here.state], decoder.cfg, len(rows))
+    print(ends[0] if B == 1 else "\n---------------\n".join(map(str.__add__, samples, ends)), flush=True)
+    report(times, rows.numel(), [here.state], decoder.cfg, B)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Losses on held-out text, of one model and of teacher and student side by side."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ def mean_loss(model: LM, loader: Loader, max_tokens: int | None = None, chunk: i
 def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | None = None,
                chunk: int | None = None) -> dict[str, float]:
     """Every term of a loss, as its mean over the held-out targets (over the pairs, for preferences)."""
+    model.eval()
     sums, count = {}, torch.zeros((), device=next(model.parameters()).device)
     for batch in loader.windows(max_tokens):
         batch, state = batch.to(count.device), None
@@ -119,6 +121,26 @@ def measure(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = N
     """A row of the report: how the student does on held-out text."""
     result = compare(teacher, student.eval(), loader, max_tokens, chunk)
     return {key: result[key] for key in ("val_loss", "gap", "kl", "top1", "top5")}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A student on held-out text beside its teacher, while it is being trained."""
+
+    teacher: LM
+    student: LM
+    loader: Loader
+    max_tokens: int | None
+    chunk: int | None
+
+    def row(self) -> dict[str, float]:
+        return measure(self.teacher, self.student, self.loader, self.max_tokens, self.chunk)
+
+    def quick(self) -> dict[str, float]:
+        """On few tokens, under other names: in metrics.jsonl "kl" is the training loss's."""
+        few = min(self.max_tokens or 16384, 16384)
+        row = measure(self.teacher, self.student, self.loader, few, self.chunk)
+        return {key if key == "val_loss" else f"val_{key}": value for key, value in row.items()}
 
 
 def readable(model: LM, n: int) -> int:

@@ -13,7 +13,7 @@ import tiktoken
 import torch
 
 from config import settings
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, opening
 from lib.decode import Decoder
 from lib.folders import load_model
 from lib.processes import pick_device
@@ -85,34 +85,41 @@ def hush() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def check_prompt(ids: list[int], here: Session, ckpt: str) -> None:
-    """Raises ValueError where the tokenizer has tokens that the model does not know."""
-    vocab_size = here.decoder.cfg.vocab_size
+def first_tokens(text: str, here: Session, ckpt: str) -> list[int]:
+    """What the model is to read: the text, behind what it has not read yet or a document's opening.
+
+    After all that was read, and with nothing to continue, another document begins.
+    Raises ValueError where the tokenizer has tokens that the model does not know.
+    """
+    start, vocab_size = opening(here.enc), here.decoder.cfg.vocab_size
+    ids = (here.unread if here.state else start) + here.enc.encode_ordinary(text) or start
     if max(ids) >= vocab_size:
         raise ValueError(f"the prompt has token {max(ids)}, the model's vocabulary ends at {vocab_size - 1}: "
                          f"meta.json in {ckpt} names another tokenizer ({here.enc.name}) than the model was "
                          "trained with")
+    return ids
 
 
-def room(decoder: Decoder, start: int, prompt: int, where: str = "") -> float:
-    """How many tokens fit behind a prompt of so many that begins at position `start`.
+def room(here: Session, prompt: int, where: str = "") -> float:
+    """How many tokens fit behind a prompt of so many tokens.
 
     Raises ValueError where the prompt itself does not fit.
     """
-    limit = decoder.cfg.longest
+    limit, start = here.decoder.cfg.longest, here.state.position if here.state else 0
     if limit is None:
         return math.inf
     if start + prompt > limit:
         advice = f", or begin without the {start} of --load_state" if start else ""
-        raise ValueError(f"the prompt{where} ends at position {start + prompt}, the model has learned {limit}: "
-                         f"shorten it{advice}")
+        raise ValueError(f"the prompt{where} ends at position {start + prompt}, the model has learned "
+                         f"{limit}: shorten it{advice}")
     return limit - start - prompt + 1
 
 
 def read_only(prompt: list[int], here: Session) -> None:
     """Read a prompt but for its last token, which is to be read when there is something to say."""
     if len(prompt) > 1:
-        _, here.state = process(here.decoder.model, as_tensor([prompt[:-1]], here.decoder), here.state)
+        tokens = torch.tensor([prompt[:-1]], device=here.decoder.device)
+        _, here.state = process(here.decoder.model, tokens, here.state)
         print(memory_line([here.state], here.decoder.cfg), file=sys.stderr)
     if here.state is None:
         raise ValueError("--max_tokens 0 with an empty prompt: there is nothing to read and to remember; "
@@ -127,7 +134,3 @@ def report(times: list[float], read_tokens: int, states: list[State], cfg: Model
     if n:
         line += f"; decode {B} x {n} tokens, {B * n / (times[-1] - times[1]):,.0f} tokens/s"
     print(line, memory_line(states, cfg, B), sep="\n", file=sys.stderr)
-
-
-def as_tensor(rows: list[list[int]], decoder: Decoder) -> torch.Tensor:
-    return torch.tensor(rows, device=decoder.device)

@@ -16,9 +16,9 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from config import at_least, cli, run, settings
-from data.tokenizer import TextStream, opening, read_prompt, stops
+from data.tokenizer import TextStream, read_prompt, stops
 from lib.decode import Decoder
-from lib.session import Session, SessionConfig, check_prompt, report, room, session
+from lib.session import Session, SessionConfig, first_tokens, report, room, session
 from lib.states import join, process_rows, repeat
 from model import LM, State
 from sample import Sampling, choose
@@ -57,7 +57,10 @@ def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int,
     if n < 1:
         raise ValueError(f"max_tokens = {n}: at least one new token must be asked for")
     rows = [torch.tensor(list(prompt), dtype=torch.long, device=device) for prompt in prompts]
-    room(decoder, state.position if state else 0, max(map(len, rows), default=0))
+    end = (state.position if state else 0) + max(map(len, rows), default=0)
+    if cfg.longest and end > cfg.longest:
+        raise ValueError(f"prompt and max_tokens need {end} positions, the model has learned {cfg.longest}: "
+                         "shorten one of them")
     logits, states = process_rows(decoder.model, rows, state)
     batches, counts = join(cfg, states), torch.zeros_like(logits)
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
@@ -108,12 +111,10 @@ def write_rows(cfg: BatchConfig, here: Session) -> None:
     if not lines:
         raise ValueError(f"prompts = {cfg.prompts!r} has no line: write one prompt on each")
     texts, enc, decoder, stop = lines.removesuffix("\n").split("\n"), here.enc, here.decoder, stops(here.enc)
-    before = here.unread if here.state else opening(enc)
-    prompts = [before + enc.encode_ordinary(text) or opening(enc) for text in texts]
-    lengths, start = list(map(len, prompts)), here.state.position if here.state else 0
-    check_prompt([max(map(max, prompts))], here, cfg.session.ckpt)
-    room(decoder, start, max(lengths), f" in line {lengths.index(max(lengths)) + 1}")
-    n = int(min(cfg.max_tokens, room(decoder, start, min(lengths))))
+    prompts = [first_tokens(text, here, cfg.session.ckpt) for text in texts]
+    lengths = list(map(len, prompts))
+    room(here, max(lengths), f" in line {lengths.index(max(lengths)) + 1}")
+    n = int(min(cfg.max_tokens, room(here, min(lengths))))
     generators = [torch.Generator(decoder.device).manual_seed(cfg.seed) for _ in texts]
     streams, times = [TextStream(enc) for _ in texts], [time.perf_counter()]
     before_all = here.state and repeat(here.state, len(texts))

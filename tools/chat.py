@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes
 from config import at_least, cli, run, settings
 from data.chat import encode_turns
 from data.tokenizer import TextStream, read_prompt, stops
-from lib.session import Session, SessionConfig, as_tensor, hush, session
+from lib.session import Session, SessionConfig, hush, session
 from lib.state_file import compress, expand
 from lib.states import memory_line
 from sample import Sampling, generate
@@ -65,8 +65,9 @@ def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Genera
         print(f"the conversation is longer than the {limit} positions that the model has learned: begin a "
               "new one", file=sys.stderr)
         return False
+    tokens = torch.tensor([prompt], device=here.decoder.device)
     stream, state = TextStream(enc), here.state and expand(here.state)
-    for tokens, after in generate(here.decoder, as_tensor([prompt], here.decoder), n, state=state, stop=stop,
+    for tokens, after in generate(here.decoder, tokens, n, state=state, stop=stop,
                                   generator=generator, **vars(cfg.how)):
         token = tokens.item()
         # whatever ends the answer, the next message follows a whole one
