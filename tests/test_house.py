@@ -200,6 +200,14 @@ def test_every_relative_link_exists(document):
             assert heading in map(anchor, titles), f"{document} links to {link}"
 
 
+def test_the_lines_that_chunking_md_quotes_are_those_of_the_code():
+    def bare(text):
+        return {" ".join(line.split("  #")[0].split()) for line in text.splitlines()}
+
+    quoted = set().union(*map(bare, blocks("docs/chunking.md", "text"))) - {"..."}
+    assert len(quoted) > 20 and quoted <= bare(read("kernels/wkv_torch.py")), quoted - bare(read("kernels/wkv_torch.py"))
+
+
 def test_the_readme_has_150_to_180_lines():
     assert 150 <= count_lines("README.md") <= 180
 
