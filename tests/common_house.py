@@ -1,4 +1,4 @@
-"""How test_house.py reads the repository: its files, its documents, and its commands."""
+"""How test_house.py reads the repository: its files, its documents, its commands."""
 
 import ast
 import contextlib
@@ -19,8 +19,8 @@ from common import REPO
 FLOORS = ["config data kernels", "wkv", "model", "lib", "train sample", "distill", "tools"]
 CHAPTERS = ["wkv.py", "model.py", "train.py", "distill.py", "sample.py"]      # in the order to read them
 FOLDERS = ["data", "config", "kernels", "lib", "tools"]
-TOOLS = ["demo", "evaluate", "passkey", "results", "plan", "rank_layers", "controls", "chat", "batch", "recall",
-         "convert", "bench", "bench_memory", "bench_kernels"]
+TOOLS = ["demo", "evaluate", "passkey", "results", "plan", "rank_layers", "controls", "chat", "batch",
+         "recall", "convert", "bench", "bench_memory", "bench_kernels"]
 SCRIPTS = ["train", "distill", "sample", *(f"tools.{name}" for name in TOOLS)]
 
 PRODUCT = sorted(path for folder in (".", *FOLDERS) for path in (REPO / folder).glob("*.py"))
@@ -48,7 +48,7 @@ def module_name(path: Path) -> str:
 
 
 def imported(source: str, modules: set[str]) -> set[str]:
-    """Those of our `modules` that a source imports, wherever in it the import stands."""
+    """Those of our `modules` that a source imports, wherever the import stands."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -77,7 +77,10 @@ RULE = "# " + "-" * 90
 
 
 def too_wide(source: str, code: int = 110, prose: int = 88) -> list[str]:
-    """What is wider than allowed, as `line number: its width`. A section's rule may be as wide as it is."""
+    """What is wider than allowed, as `line number: its width`.
+
+    A section's rule may be as wide as it is.
+    """
     inside_prose, wide = prose_lines(source), []
     for i, line in enumerate(source.splitlines(), 1):
         limit = prose if i in inside_prose else code
@@ -87,7 +90,7 @@ def too_wide(source: str, code: int = 110, prose: int = 88) -> list[str]:
 
 
 def functions(source: str) -> Iterator[tuple[str, int]]:
-    """Every function and method with its number of lines, from `def` to the last one."""
+    """Every function and method with its number of lines, from `def` to its end."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node.name, node.end_lineno - node.lineno + 1
@@ -102,7 +105,7 @@ def silenced_lambdas(source: str) -> list[int]:
 
 
 def defined_names(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    """What these statements define: functions, classes, and names that get a value or a type."""
+    """What these statements define: functions, classes, names with a value or type."""
     names = {}
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -113,7 +116,7 @@ def defined_names(body: list[ast.stmt]) -> dict[str, ast.stmt]:
 
 
 def defines(path: str, name: str) -> bool:
-    """Whether the file has this name on its top level; Class.name is looked for in the class."""
+    """Whether the file has this name on its top level, or Class.name in the class."""
     if not path.endswith(".py") or not (REPO / path).is_file():
         return False
     body = ast.parse(read(path)).body
@@ -139,12 +142,12 @@ def commands(document: str) -> list[str]:
 
     Where a block has lines that begin with $, the others are output.
     """
-    lines_of_all = []
+    all_lines = []
     for block in blocks(document, "sh", "bash", "shell", "console"):
         lines = block.replace("\\\n", " ").splitlines()
         prompts = [line[2:] for line in lines if line.startswith("$ ")]
-        lines_of_all += [line for line in prompts or lines if line.strip() and not line.lstrip().startswith("#")]
-    return lines_of_all
+        all_lines += prompts or lines
+    return [line for line in all_lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def section(document: str, title: str) -> str:
@@ -159,7 +162,7 @@ def table_rows(text: str) -> list[list[str]]:
     """The cells of every row of the text's tables, without their headings."""
     rows = []
     for line in text.splitlines():
-        if re.fullmatch(r"\|[|:\- ]+", line):                                 # a rule: what stood above is a heading
+        if re.fullmatch(r"\|[|:\- ]+", line):              # a rule: what stood above it is a heading
             rows.pop()
         elif line.startswith("|"):
             rows.append([cell.strip() for cell in line.strip("| ").split("|")])
@@ -180,7 +183,8 @@ class Parsed(Exception):
 
 def check_line(line: str) -> None:
     """Raise unless every command of a line of shell is one that a reader can run."""
-    quoted = [word if word in ("&&", ";", "|") else shlex.quote(word) for word in shlex.split(line, comments=True)]
+    words = shlex.split(line, comments=True)
+    quoted = [word if word in ("&&", ";", "|") else shlex.quote(word) for word in words]
     for part in re.split(r" (?:&&|;|\|) ", " ".join(quoted)):
         check_command(shlex.split(part))
 
@@ -254,9 +258,9 @@ def flags(text: str) -> list[str]:
 
 
 def all_flags() -> set[str]:
-    """Every flag of every script, as --name, with underscores; switches also as --no-name."""
+    """Every flag of every script, with underscores; of a switch also --no_name."""
     texts = [help_text(module) for module in SCRIPTS]
     texts += [help_text("tools.convert", kind) for kind in ("import", "export")]
     names = {name for text in texts for name in flags(text)}
-    switched_off = {flag.replace("-", "_") for text in texts for flag in re.findall(r"--([\w.-]*no-[\w-]+)", text)}
-    return {f"--{name}" for name in names | switched_off}
+    negations = re.findall(r"--([\w.-]*no-[\w-]+)", "\n".join(texts))
+    return {f"--{name}" for name in names | {negation.replace("-", "_") for negation in negations}}
