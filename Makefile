@@ -15,11 +15,7 @@ results: .venv/ready
 	for seed in 0 1 2; do \
 	  $(PY) -m tools.demo config/results.toml --out out/results-$$seed --seed $$seed --resume || exit 1; \
 	done
-<<<<<<< HEAD
-	$(PY) -m tools.controls config/results.toml --out out/results-0 --seed 0 --resume
-=======
 	$(PY) -m tools.controls config/results.toml --out out/results-0
->>>>>>> h3/house
 	for seed in 0 1 2; do cp out/results-$$seed/report.json docs/results/seed$$seed.json || exit 1; done
 	$(PY) -m tools.results docs/results
 
