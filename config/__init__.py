@@ -2,11 +2,12 @@
 
     python train.py config/shakespeare-cpu.toml --batch_size 8 --compile=False
 
-A script's settings are a frozen dataclass, made by `settings`. A preset is a TOML file with
-some of its fields, nested dataclasses as tables. `cli` puts the three together and refuses
-what it does not know; `run` ends a script with one line instead of a traceback.
+A script's settings are a frozen dataclass, made by `settings`. A preset is a TOML file
+with some of its fields, nested dataclasses as tables. `cli` puts the three together and
+refuses what it does not know; `run` ends a script with one line instead of a traceback.
 
-The room's law: settings and presets; it imports nothing of ours, and everybody may import it.
+The room's law: settings and presets; it imports nothing of ours, and everybody may
+import it.
 """
 
 import contextlib
@@ -29,9 +30,9 @@ import tyro
 def settings(cls: type) -> type:
     """A frozen dataclass whose every instance is checked.
 
-    Choices are a `Literal`, ranges an `at_least(...)`, floats are finite, and what concerns
-    several fields stands in the class's own __post_init__, which runs last. A class that extends
-    another's settings has its checks as well.
+    Choices are a `Literal`, ranges an `at_least(...)`, floats are finite, and what
+    concerns several fields stands in the class's own __post_init__, which runs last. A
+    class that extends another's settings has its checks as well.
     """
     cls.relations = cls.__dict__.get("__post_init__", lambda self: None)
     cls.__post_init__ = check
@@ -53,7 +54,10 @@ def at_least(least: float, default, below: float = math.inf):
 
 
 def check_field(name: str, value, hint, limits: dict) -> None:
-    """Raises ValueError for a value outside its choices or its range. None, where allowed, is neither."""
+    """Raises ValueError for a value outside its choices or its range.
+
+    None, where allowed, is neither.
+    """
     if value is None or is_dataclass(value):
         return
     choices = choices_of(hint)
@@ -75,15 +79,19 @@ def choices_of(hint) -> tuple[str, ...]:
 def cli(cls: type, argv: list[str] | None = None):
     """A `cls` from its defaults, an optional first argument PRESET.toml, and flags.
 
-    Flags are --name value or --name=value. Raises ValueError, in one line, for what is wrong.
+    Flags are --name value or --name=value. Raises ValueError, in one line, for what is
+    wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     default = cls()
     if argv and argv[0].endswith(".toml"):
         default = apply(default, load_preset(argv.pop(0)))
-    # tyro writes switches as --name and --no-name; people who know nanoGPT write --name=True
+    # tyro writes switches as --name and --no-name; people who know nanoGPT write
+    # --name=True
     for end, prefix in (("=True", "--"), ("=False", "--no-")):
-        argv = [prefix + a[2:].removesuffix(end) if a.startswith("--") and a.endswith(end) else a for a in argv]
+        argv = [
+            prefix + a[2:].removesuffix(end) if a.startswith("--") and a.endswith(end) else a for a in argv
+        ]
     description = sys.modules[cls.__module__].__doc__.split("\n")[0]
     box = io.StringIO()
     try:
@@ -135,7 +143,8 @@ def nearest(key: str, names) -> str:
 
 
 def as_type(value, hint, name: str):
-    """A preset's value as the field's type; an integer is a float where one is wanted."""
+    """A preset's value as the field's type; an integer is a float where one is wanted.
+    """
     kinds = {type(option) for option in choices_of(hint)} or set(get_args(hint)) or {hint}
     if float in kinds and int not in kinds and type(value) is int:
         return float(value)
@@ -146,7 +155,9 @@ def as_type(value, hint, name: str):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main; what a user or the disk got wrong ends in one line on stderr and status 1."""
+    """Run a script's main; what a user or the disk got wrong ends in one line on stderr
+    and status 1.
+    """
     def interrupt(*_):
         raise KeyboardInterrupt
 

@@ -1,7 +1,7 @@
 """The same numbers, faster.
 
-The room's law: each form is written for one kind of machine and tested against its definition.
-Without this room all would be slower and nothing wrong.
+The room's law: each form is written for one kind of machine and tested against its
+definition. Without this room all would be slower and nothing wrong.
 """
 
 import os
@@ -16,7 +16,9 @@ MAX_LOG = 40.0   # the most that log W may fall within a chunk: 1/W must stay in
 
 
 def why_not_triton(r: Tensor) -> str:
-    """Why the Triton kernels can't run on inputs like r (B, T, H, N); empty if they can."""
+    """Why the Triton kernels can't run on inputs like r (B, T, H, N); empty if they
+    can.
+    """
     if find_spec("triton") is None:
         return "needs the package triton: pip install triton (Linux)"
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
@@ -32,9 +34,10 @@ def why_not_triton(r: Tensor) -> str:
 def chunk_length(form: str, r: Tensor, w: Tensor, min_w: float | None) -> int:
     """Tokens per chunk in which this form can run on these inputs; 0: token by token.
 
-    min_w is a lower bound of w; None reads it from w, for which a GPU must stop. (A compiled
-    graph cannot read it: there the Triton operator looks at w itself, and takes chunks of 16.)
-    The faster the decay, the shorter the chunk. Raises ValueError for w > 0.
+    min_w is a lower bound of w; None reads it from w, for which a GPU must stop. (A
+    compiled graph cannot read it: there the Triton operator looks at w itself, and
+    takes chunks of 16.) The faster the decay, the shorter the chunk. Raises ValueError
+    for w > 0.
     """
     T, N = r.shape[1], r.shape[3]
     unread = form == "triton" and torch.compiler.is_compiling()
@@ -53,7 +56,8 @@ def chunk_length(form: str, r: Tensor, w: Tensor, min_w: float | None) -> int:
 
 
 def triton_chunk(dtype: torch.dtype, N: int, min_w: float | None) -> int:
-    """32 fits into registers and shared memory in bfloat16 with heads of up to 64 only; 16 always does.
+    """32 fits into registers and shared memory in bfloat16 with heads of up to 64 only;
+    16 always does.
 
     16 also where nothing is known of the decay, as it allows for the fastest.
     """

@@ -1,24 +1,27 @@
-"""Backpropagation through time in pieces: sequences of any length with the activations of one piece.
+"""Backpropagation through time in pieces: sequences of any length with the activations
+of one piece.
 
-A model that remembers takes a piece of the text x_i and its state S_i to a loss and the next state,
-(l_i, S_{i+1}) = f(x_i, S_i). Ordinary backpropagation of l_1 + ... + l_n keeps the activations of
-all n pieces. Here only the states at the borders are kept:
+A model that remembers takes a piece of the text x_i and its state S_i to a loss and the
+next state, (l_i, S_{i+1}) = f(x_i, S_i). Ordinary backpropagation of l_1 + ... + l_n
+keeps the activations of all n pieces. Here only the states at the borders are kept:
 
     there       S_2 = f(x_1, S_1), S_3 = f(x_2, S_2), ...     without gradients: only the states remain
     and back    for i = n ... 1: run f(x_i, S_i) once more, now with gradients, and go back from
                     l_i + <S_{i+1}, dS_{i+1}>                 to the parameters, which add it up,
                                                               and to S_i, which is dS_i
 
-dS_{i+1} = d(l_{i+1} + ... + l_n) / dS_{i+1} is a constant here, so that the sum's gradient is the
-chain rule, and nothing is approximated. With n = 1 this is ordinary backpropagation. The price is
-one more forward pass (of n - 1 pieces of n), the same price as activation checkpointing, which still
-keeps every layer's input for every token.
+dS_{i+1} = d(l_{i+1} + ... + l_n) / dS_{i+1} is a constant here, so that the sum's
+gradient is the chain rule, and nothing is approximated. With n = 1 this is ordinary
+backpropagation. The price is one more forward pass (of n - 1 pieces of n), the same
+price as activation checkpointing, which still keeps every layer's input for every
+token.
 
-A "state" is here any nest of tuples, State and tensors. For RWKV-7 it is of constant size.
-Attention's is its cache, and the gradient of a cached key is what all later pieces want of it. As
-caches only grow, the last one holds all others.
+A "state" is here any nest of tuples, State and tensors. For RWKV-7 it is of constant
+size. Attention's is its cache, and the gradient of a cached key is what all later
+pieces want of it. As caches only grow, the last one holds all others.
 
-What it is not: truncated backpropagation, which forgets dS: that is lib/streams.py, between steps.
+What it is not: truncated backpropagation, which forgets dS: that is lib/streams.py,
+between steps.
 """
 
 import torch
@@ -39,18 +42,21 @@ def drop_caches(state, after):
 
 
 def restore_caches(state, last):
-    """Each dropped cache, (B, Hkv, T, N), cut from the one in `last`, the last border."""
+    """Each dropped cache, (B, Hkv, T, N), cut from the one in `last`, the last border.
+    """
     return tree_map(lambda s, a: a[:, :, : s.shape[2]] if s.is_meta else s, state, last)
 
 
 def backward_in_pieces(module: nn.Module, batch: Batch, state, chunk: int | None, scale: float,
                        average: bool) -> tuple[dict[str, Tensor], object]:
-    """Add the gradients of scale * loss to the parameters, `chunk` tokens at a time (None: all at once).
+    """Add the gradients of scale * loss to the parameters, `chunk` tokens at a time
+    (None: all at once).
 
-    module(piece, state) -> ({"loss": sum over the piece's targets, ...}, state) is the model and its
-    loss, perhaps in DDP. `average`: DDP averages the gradients over the processes, in the backward
-    pass of the first piece, which comes last; every process must have as many pieces.
-    Returns the sums over the whole batch, and the state after it. No gradient goes into `state`.
+    module(piece, state) -> ({"loss": sum over the piece's targets, ...}, state) is the
+    model and its loss, perhaps in DDP. `average`: DDP averages the gradients over the
+    processes, in the backward pass of the first piece, which comes last; every process
+    must have as many pieces. Returns the sums over the whole batch, and the state after
+    it. No gradient goes into `state`.
     """
     pieces = batch.split(chunk)
     borders = [state]
@@ -67,9 +73,12 @@ def backward_in_pieces(module: nn.Module, batch: Batch, state, chunk: int | None
         with averaging(module, average and i == 0):
             with mixed_precision(batch.x):  # one per pass: what autocast caches without gradients gets none
                 losses, end = module(pieces[i], start)
-            # dS is empty after the last piece, where nothing follows; a teacher's state gets no gradient
+            # dS is empty after the last piece, where nothing follows; a teacher's state
+            # gets no gradient
             ends = [(s, g) for s, g in zip(tensors(end), dS) if g is not None and s.requires_grad]
-            torch.autograd.backward([losses["loss"] * scale, *(s for s, _ in ends)], [None, *(g for _, g in ends)])
+            torch.autograd.backward(
+                [losses["loss"] * scale, *(s for s, _ in ends)], [None, *(g for _, g in ends)]
+            )
         dS = [s.grad for s in tensors(start)]
         final = tree_map(Tensor.detach, end) if i == len(pieces) - 1 else final
         sums = {key: sums.get(key, 0) + value.detach().float() for key, value in losses.items()}

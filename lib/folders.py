@@ -1,4 +1,5 @@
-"""Model folders: config.json, model.safetensors, and meta.json, which names the tokenizer.
+"""Model folders: config.json, model.safetensors, and meta.json, which names the
+tokenizer.
 
 Loading one runs no pickled code. Whatever is written here appears whole or not at all.
 """
@@ -21,7 +22,9 @@ from model import LM, ModelConfig
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file under another name, then rename it: it is there whole or not at all."""
+    """`write` a file under another name, then rename it: it is there whole or not at
+    all.
+    """
     part = file.with_name(file.name + ".tmp")
     try:
         write(part)
@@ -47,21 +50,25 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
 
 
 def open_model(folder: str | Path) -> tuple[LM, Path]:
-    """The model of a folder without its weights, on the meta device, and the file that has them all.
+    """The model of a folder without its weights, on the meta device, and the file that
+    has them all.
 
-    Raises ValueError, in one line, for a folder that is missing, damaged or of another shape.
+    Raises ValueError, in one line, for a folder that is missing, damaged or of another
+    shape.
     """
     folder = Path(folder)
     file = folder / "model.safetensors"
     try:
         values = json.loads((folder / "config.json").read_text())
         model = on_paper(read_config(values, f"{folder}/config.json"))
-        model.pattern = values.get("mixer", model.cfg.mixer)          # as it was written; see lib/state_file.py
+        model.pattern = values.get("mixer", model.cfg.mixer)  # as it was written; see lib/state_file.py
         with safe_open(file, "pt") as f:
             shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
     except FileNotFoundError as e:
-        raise ValueError(f"no model at {folder}: {Path(e.filename or file).name} is missing; train one first, "
-                         "or check the path") from None
+        raise ValueError(
+            f"no model at {folder}: {Path(e.filename or file).name} is missing; train one first, "
+            "or check the path"
+        ) from None
     except NotADirectoryError:
         raise ValueError(f"no model at {folder}: it is a file; give the folder that holds config.json "
                          "and model.safetensors") from None
@@ -76,7 +83,10 @@ def open_model(folder: str | Path) -> tuple[LM, Path]:
 
 
 def read_config(values: dict, name: str) -> ModelConfig:
-    """The settings in a config.json. Older ones have a pattern such as "all" where letters stand today."""
+    """The settings in a config.json.
+
+    Older ones have a pattern such as "all" where letters stand today.
+    """
     unknown = set(values) - {f.name for f in fields(ModelConfig)}
     if unknown:
         raise ValueError(f"{name} has unknown keys: {', '.join(sorted(unknown))}")
@@ -98,7 +108,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:
     Raises ValueError as `open_model`.
     """
     model, file = open_model(folder)
-    weights = {name: read_tensor(file, name).to(device, torch.float32, copy=True) for name in stored_shapes(model)}
+    weights = {
+        name: read_tensor(file, name).to(device, torch.float32, copy=True) for name in stored_shapes(model)
+    }
     model.load_state_dict(weights, strict=False, assign=True)
     for name, left_out in model.named_buffers():                      # zeros, which no file has
         module = model.get_submodule(name.rpartition(".")[0])
@@ -109,7 +121,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:
 
 
 def stored_shapes(model: LM) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight that a model folder holds: a tied head is not among them."""
+    """Name and shape of every weight that a model folder holds: a tied head is not
+    among them.
+    """
     tied = {"head.weight"} if model.cfg.tied else set()
     return {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied}
 
@@ -129,8 +143,10 @@ def read_tensor(file: str | Path, name: str) -> Tensor:
 def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
     """Raises ValueError where data, student and teacher do not have the same tokens."""
     if loader.vocab_size > student.cfg.vocab_size:
-        raise ValueError(f"{loader.folder} has {loader.vocab_size} tokens, the student {student.cfg.vocab_size}: "
-                         "prepare the data with the model's tokenizer")
+        raise ValueError(
+            f"{loader.folder} has {loader.vocab_size} tokens, the student {student.cfg.vocab_size}: "
+            "prepare the data with the model's tokenizer"
+        )
     if teacher.cfg.vocab_size < student.cfg.vocab_size:
         raise ValueError(f"the teacher has {teacher.cfg.vocab_size} tokens, fewer than the student's "
                          f"{student.cfg.vocab_size}: it cannot teach them; choose a teacher with the same "
@@ -138,7 +154,9 @@ def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
 
 
 def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
-    """Raises ValueError where a model folder was made for another tokenizer than the loader's."""
+    """Raises ValueError where a model folder was made for another tokenizer than the
+    loader's.
+    """
     for folder in folders:
         names = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
         if names[0] != names[1]:

@@ -22,21 +22,26 @@ def is_letters(pattern: str) -> bool:
 def mixer_letters(cfg: ModelConfig, pattern: str) -> str:
     """The pattern as one letter per layer of cfg.
 
-    Raises ValueError for what is no pattern, and for layers that the model does not have.
+    Raises ValueError for what is no pattern, and for layers that the model does not
+    have.
     """
     L = cfg.n_layer
     if is_letters(pattern) and len(pattern) <= L:
         return (pattern * L)[:L]
     layers = named_layers(cfg, pattern)
     if layers is None:
-        raise ValueError(f"mixer = {pattern!r}: with n_layer = {L} write a (attention) and r (RWKV-7) for up to "
-                         f"{L} layers, all, alternate, first:K, last:K or every:K with K up to {L}, numbers of "
-                         f"RWKV-7 layers from 0 to {L - 1} with commas, or auto:T for T tokens")
+        raise ValueError(
+            f"mixer = {pattern!r}: with n_layer = {L} write a (attention) and r (RWKV-7) for up to "
+            f"{L} layers, all, alternate, first:K, last:K or every:K with K up to {L}, numbers of "
+            f"RWKV-7 layers from 0 to {L - 1} with commas, or auto:T for T tokens"
+        )
     return "".join("r" if i in layers else "a" for i in range(L))
 
 
 def named_layers(cfg: ModelConfig, pattern: str) -> set[int] | None:
-    """The RWKV-7 layers of a pattern that is not letters; None where there is no such pattern."""
+    """The RWKV-7 layers of a pattern that is not letters; None where there is no such
+    pattern.
+    """
     L = cfg.n_layer
     name, _, number = pattern.partition(":")
     K = int(number) if number.isdecimal() else 0
@@ -89,10 +94,12 @@ def unit(n: float) -> str:
 
 
 def describe(cfg: ModelConfig, T: int) -> str:
-    """A table for people: layers, parameters and memory of T tokens, of attention and of RWKV-7.
+    """A table for people: layers, parameters and memory of T tokens, of attention and
+    of RWKV-7.
 
-    Percentages are of the whole model's parameters, and of the memory of all mixers, in float32.
-    The memory in the first line also counts ChannelMix's last x. Raises ValueError for T < 1.
+    Percentages are of the whole model's parameters, and of the memory of all mixers, in
+    float32. The memory in the first line also counts ChannelMix's last x. Raises
+    ValueError for T < 1.
     """
     if T < 1:
         raise ValueError(f"describe at T = {T} tokens: it must be at least 1")

@@ -9,7 +9,9 @@ from model import LM, State
 
 
 def sequence_logp(model: LM, batch: Batch, state: State | None = None) -> tuple[Tensor, State]:
-    """Per row, the sum over its targets of log p(target), (B,), and the state after them."""
+    """Per row, the sum over its targets of log p(target), (B,), and the state after
+    them.
+    """
     logits, state = model(batch.x, state)
     logp = logits.float().log_softmax(-1).gather(-1, batch.y[..., None])[..., 0]
     return (logp * batch.mask).sum(1), state
@@ -17,12 +19,14 @@ def sequence_logp(model: LM, batch: Batch, state: State | None = None) -> tuple[
 
 def dpo_loss(policy: LM, batch: Batch, state: tuple | None = None, *, reference: LM, beta: float = 0.1,
              kind: str = "sigmoid", smoothing: float = 0.0) -> tuple[dict[str, Tensor], tuple]:
-    """Stage 3 on preferences; the first half of the rows is chosen, the second rejected.
+    """Stage 3 on preferences; the first half of the rows is chosen, the second
+    rejected.
 
-    With d = beta (log-ratio of chosen - log-ratio of rejected), ratios of policy to reference, and
-    label smoothing e: (1-e) f(d) + e f(-d), where f(d) is -log s(d) for sigmoid and max(0, 1 - d)
-    for hinge. That is no sum over pieces, but what each adds is: `state` is (policy's, reference's,
-    log-ratios so far (B,), targets so far (B,)), and a piece's loss is the increase.
+    With d = beta (log-ratio of chosen - log-ratio of rejected), ratios of policy to
+    reference, and label smoothing e: (1-e) f(d) + e f(-d), where f(d) is -log s(d) for
+    sigmoid and max(0, 1 - d) for hinge. That is no sum over pieces, but what each adds
+    is: `state` is (policy's, reference's, log-ratios so far (B,), targets so far (B,)),
+    and a piece's loss is the increase.
     """
     before_state, reference_state, *earlier = state or (None, None)
     with torch.no_grad():
@@ -38,8 +42,11 @@ def dpo_loss(policy: LM, batch: Batch, state: tuple | None = None, *, reference:
     return terms, (policy_state, reference_state, ratio, targets)
 
 
-def preference_terms(ratio: Tensor, targets: Tensor, beta: float, kind: str, smoothing: float) -> dict[str, Tensor]:
-    """The loss, how often the chosen is ahead, and by how much, summed over the pairs."""
+def preference_terms(
+    ratio: Tensor, targets: Tensor, beta: float, kind: str, smoothing: float
+) -> dict[str, Tensor]:
+    """The loss, how often the chosen is ahead, and by how much, summed over the pairs.
+    """
     chosen, rejected = ratio.chunk(2)
     d = beta * (chosen - rejected)
     if kind == "sigmoid":

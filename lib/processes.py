@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def setup(device: str = "auto") -> tuple[int, int, torch.device]:
-    """(rank, world size, device) from torchrun's environment; alone it is (0, 1, device).
+    """(rank, world size, device) from torchrun's environment; alone it is (0, 1,
+    device).
 
     NCCL on GPUs, gloo on CPUs. Raises ValueError as `pick_device`.
     """
@@ -27,7 +28,8 @@ def setup(device: str = "auto") -> tuple[int, int, torch.device]:
 
 
 def pick_device(device: str = "auto", local: int = 0) -> torch.device:
-    """The device called so; auto is this process's GPU, or the CPU where there is none."""
+    """The device called so; auto is this process's GPU, or the CPU where there is none.
+    """
     gpu = torch.cuda.is_available()
     if device not in ("auto", "cpu") and not (gpu and device.startswith("cuda")):
         raise ValueError(f"device = {device!r}: choose auto, cpu"
@@ -39,7 +41,9 @@ def pick_device(device: str = "auto", local: int = 0) -> torch.device:
 
 @contextlib.contextmanager
 def joined():
-    """Around a script's work: no process tears its connections down while another uses them."""
+    """Around a script's work: no process tears its connections down while another uses
+    them.
+    """
     try:
         yield
         if dist.is_initialized():
@@ -86,7 +90,11 @@ def averaging(module: nn.Module, now: bool):
 
     Else each process only adds up its own (no_sync).
     """
-    return module.no_sync() if isinstance(module, DistributedDataParallel) and not now else contextlib.nullcontext()
+    return (
+        module.no_sync()
+        if isinstance(module, DistributedDataParallel) and not now
+        else contextlib.nullcontext()
+    )
 
 
 def data_parallel(module: nn.Module, world: int, device: torch.device) -> nn.Module:

@@ -32,9 +32,11 @@ def unigram_loss(train: Loader, val: Loader) -> float:
 
 @torch.no_grad()
 def layer_errors(teacher: LM, student: LM, batch: Batch) -> list[dict]:
-    """Per replaced layer ||t - s||^2 / ||t||^2 and the cosine of attention's and mixer's outputs.
+    """Per replaced layer ||t - s||^2 / ||t||^2 and the cosine of attention's and
+    mixer's outputs.
 
-    Both read the teacher's inputs. Of another model's student there is nothing to compare: [].
+    Both read the teacher's inputs. Of another model's student there is nothing to
+    compare: [].
     """
     if teacher.cfg.n_embd != student.cfg.n_embd:
         return []
@@ -54,7 +56,9 @@ def layer_errors(teacher: LM, student: LM, batch: Batch) -> list[dict]:
 @torch.no_grad()
 def make_report(teacher: LM, student: LM | None, train: Loader, val: Loader, max_tokens: int | None = None,
                 chunk: int | None = None) -> dict:
-    """What both models do within loader.T tokens, as the dict of report.json; of the teacher alone its loss."""
+    """What both models do within loader.T tokens, as the dict of report.json; of the
+    teacher alone its loss.
+    """
     if student is None:
         losses, counts = loss_by_position(teacher, val, max_tokens, chunk)
         loss = (losses.sum() / counts.sum()).item()
@@ -83,8 +87,8 @@ def bytes_of(model: LM, n: int) -> int | None:
 def report_stages(run: Run, teacher: LM, rows: list[dict], cfg, val: Loader) -> dict:
     """The report of a distillation: its distilled student in full, and a row per stage.
 
-    cfg is a DistillConfig. The student described is that of `match`, where there is one: the last
-    stage may teach it something else.
+    cfg is a DistillConfig. The student described is that of `match`, where there is
+    one: the last stage may teach it something else.
     """
     described = "match" if "match" in cfg.named else cfg.named[-1]
     train = Loader(cfg.data, "train", 1, val.T, 0, val.rank, val.W)
@@ -125,7 +129,9 @@ def as_markdown(report: dict) -> str:
               f"Recovered {report['recovered']:.1%} of what the teacher knows beyond token frequencies; "
               f"the student's five best hold the teacher's choice {report['top5']:.1%} of the time.", ""]
     lines += ["| mixer | ‖t − s‖² / ‖t‖² | cosine |", "|---|---:|---:|"]
-    lines += [f"| layer {row['layer']} | {row['error']:.3f} | {row['cosine']:.3f} |" for row in report["layers"]]
+    lines += [
+        f"| layer {row['layer']} | {row['error']:.3f} | {row['cosine']:.3f} |" for row in report["layers"]
+    ]
     lines += ["", "| tokens read | teacher's KV cache | student's state |", "|---:|---:|---:|"]
     for n, size in report["state_bytes"].items():
         cells = [f"{size[who]:,} bytes" if size[who] else "-" for who in ("teacher", "student")]
@@ -156,7 +162,9 @@ def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None)
 
 @contextlib.contextmanager
 def figure(path: Path, n: int, width: float = 3.6, height: float = 3.2):
-    """n panels side by side, saved as `path` in the end; None where matplotlib is not installed."""
+    """n panels side by side, saved as `path` in the end; None where matplotlib is not
+    installed.
+    """
     try:
         import matplotlib
     except ImportError:

@@ -1,8 +1,9 @@
 """A run: the folder it writes, how far it is, and the gauges that watch its loop.
 
-OUT/checkpoints/step_N/ is a model folder with trainer.pt. It is written under another name and then
-renamed, so whatever bears the name is whole. OUT itself is the newest checkpoint's model, for
-everybody else, with metrics.jsonl. A stage of a distillation is such a run in OUT/STAGE.
+OUT/checkpoints/step_N/ is a model folder with trainer.pt. It is written under another
+name and then renamed, so whatever bears the name is whole. OUT itself is the newest
+checkpoint's model, for everybody else, with metrics.jsonl. A stage of a distillation is
+such a run in OUT/STAGE.
 """
 
 import contextlib
@@ -66,7 +67,8 @@ class Progress:
     seconds: float = 0.0    # of training
 
     def fraction(self, cfg) -> float:
-        """0 at the start, 1 at the end, by whichever limit of the FitConfig is nearest."""
+        """0 at the start, 1 at the end, by whichever limit of the FitConfig is nearest.
+        """
         done = [self.step / cfg.max_steps if cfg.max_steps else 1.0]
         done += [self.tokens / cfg.max_tokens] if cfg.max_tokens else []
         done += [self.seconds / 60 / cfg.max_minutes] if cfg.max_minutes else []
@@ -76,8 +78,9 @@ class Progress:
 class Run:
     """The folder `cfg.out`, which this run alone may write.
 
-    `kind` is train or distill, whose folders differ; `reads` are the model folders that the run
-    starts from. Raises ValueError, before anything is written, where another's work would be lost.
+    `kind` is train or distill, whose folders differ; `reads` are the model folders that
+    the run starts from. Raises ValueError, before anything is written, where another's
+    work would be lost.
     """
 
     def __init__(self, cfg: RunConfig, rank: int, kind: str = "train", reads: Sequence[str | None] = ()):
@@ -94,7 +97,8 @@ class Run:
     def begin(self, model: LM, meta: dict, settings: object, *lines: str) -> None:
         """Make the folder the run's; called when all else is known to be right.
 
-        `model` is what checkpoints hold, `meta` names its tokenizer; the settings and lines are printed.
+        `model` is what checkpoints hold, `meta` names its tokenizer; the settings and
+        lines are printed.
         """
         self.model, self.meta = model, meta
         self.say(json.dumps(asdict(settings)), *lines)
@@ -114,9 +118,11 @@ class Run:
             print(*lines, sep="\n", flush=True)
 
     def resume(self, optimizer: torch.optim.Optimizer, loader: Loader) -> Progress:
-        """Put weights, optimizer, random numbers and carried states back as the newest checkpoint has them.
+        """Put weights, optimizer, random numbers and carried states back as the newest
+        checkpoint has them.
 
-        Also opens the log, cut off behind that checkpoint. Without one the run is at its start.
+        Also opens the log, cut off behind that checkpoint. Without one the run is at
+        its start.
         """
         check_vocabulary(self.model, self.model, loader)
         if self.rank == 0:
@@ -128,7 +134,10 @@ class Run:
         return at
 
     def save(self, optimizer: torch.optim.Optimizer, at: Progress, loader: Loader) -> None:
-        """A checkpoint, and its model for everybody else. Every process must call it."""
+        """A checkpoint, and its model for everybody else.
+
+        Every process must call it.
+        """
         states = loader.state_dict()
         if self.rank == 0:
             trainer = asdict(at) | {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
@@ -174,9 +183,11 @@ class Meter:
         self.interrupt = Interrupt()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
-        run.say(f"{run.name}: {trained:,} of {total:,} parameters train, {loader.accum * loader.W * loader.B} x "
-                f"{loader.T} tokens a step, {loader.W} x {self.device.type}"
-                + (f", from step {at.step}" if at.step else ""))
+        run.say(
+            f"{run.name}: {trained:,} of {total:,} parameters train, {loader.accum * loader.W * loader.B} x "
+            f"{loader.T} tokens a step, {loader.W} x {self.device.type}"
+            + (f", from step {at.step}" if at.step else "")
+        )
         self.bar = tqdm(total=cfg.max_steps, initial=at.step, desc=run.name, disable=run.rank > 0,
                         mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
 
@@ -189,7 +200,9 @@ class Meter:
         self.bar.close()
 
     def note(self, norm: Tensor, losses: dict[str, Tensor], lr: float) -> dict | None:
-        """Take up a step; every log_every steps, and before every checkpoint, the row for the log."""
+        """Take up a step; every log_every steps, and before every checkpoint, the row
+        for the log.
+        """
         self.rows.append(torch.stack([norm.float(), *losses.values()]))
         if not self.looks():
             return None
@@ -206,7 +219,9 @@ class Meter:
         speed = (at.tokens - self.tokens) / max(1e-9, elapsed)
         limit = self.cfg.terminate_at_loss
         self.ends = at.fraction(self.cfg) >= 1 or bool(limit) and means["loss"] <= limit
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {lr:.1e}, {speed / 1000:.1f}k tok/s", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {means['loss']:.4f}, lr {lr:.1e}, {speed / 1000:.1f}k tok/s", refresh=False
+        )
         self.bar.update(at.step - self.bar.n)
         return {"step": at.step, "tokens": at.tokens, "minutes": at.seconds / 60, **means,
                 "grad_norm": rows[:, 0].mean().item(), "lr": lr, "tokens_per_s": speed}
@@ -214,7 +229,7 @@ class Meter:
     def looks(self) -> bool:
         """Whether to read the losses back now, for which a GPU must stop."""
         step, run = self.at.step, self.run.cfg
-        alone = self.world == 1 and self.interrupt.seen          # others must hear of it first, at the next look
+        alone = self.world == 1 and self.interrupt.seen  # others must hear of it first, at the next look
         saves = bool(run.save_every) and step % run.save_every == 0
         return step % run.log_every == 0 or saves or alone or self.at.fraction(self.cfg) >= 1
 
@@ -241,17 +256,23 @@ class Meter:
 
 
 def check_finite(rows: Tensor, step: int, run: Run) -> None:
-    """Raises ValueError, naming the first bad step, where a loss or a gradient's norm is not finite."""
+    """Raises ValueError, naming the first bad step, where a loss or a gradient's norm
+    is not finite.
+    """
     if rows.isfinite().all():
         return
     bad = step - len(rows) + 1 + int((~rows.isfinite()).any(1).nonzero()[0])
     checkpoint = last_checkpoint(run.out)
     remains = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
-    raise ValueError(f"{run.name}: the loss or its gradient is not finite at step {bad}: lower learning_rate; {remains}")
+    raise ValueError(
+        f"{run.name}: the loss or its gradient is not finite at step {bad}: lower learning_rate; {remains}"
+    )
 
 
 class Interrupt:
-    """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step; a second one ends at once."""
+    """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step; a second one
+    ends at once.
+    """
 
     def __init__(self):
         self.seen = False
@@ -286,7 +307,8 @@ def resume_command() -> str:
 
 def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], foreign: str,
                reads: Sequence[str | None]) -> None:
-    """Raises ValueError where a run that `writes` these names into `out` would lose another's work.
+    """Raises ValueError where a run that `writes` these names into `out` would lose
+    another's work.
 
     `foreign` is a name that only the other script's runs have.
     """
@@ -299,11 +321,15 @@ def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], 
     if (out / foreign).exists():
         raise ValueError(f"{out} holds a run of another script: choose another --out")
     if resume and (out / "model.safetensors").exists() and not any(out.glob("**/checkpoints")):
-        raise ValueError(f"{out} holds a model but no checkpoints: there is nothing to resume; choose another "
-                         "--out, or start from it with --init")
+        raise ValueError(
+            f"{out} holds a model but no checkpoints: there is nothing to resume; choose another "
+            "--out, or start from it with --init"
+        )
     if not resume and not overwrite and any((out / name).exists() for name in writes):
-        raise ValueError(f"{out} holds another run: go on with --resume, replace it with --overwrite, or choose "
-                         "another --out")
+        raise ValueError(
+            f"{out} holds another run: go on with --resume, replace it with --overwrite, or choose "
+            "another --out"
+        )
 
 
 def claim(out: Path, replaced: Sequence[str]) -> None:
@@ -324,7 +350,10 @@ def take_over_former_names(out: Path) -> None:
 
 
 def read_row(path: Path) -> dict:
-    """A finished stage's row. Raises ValueError, with the remedy, for a damaged file."""
+    """A finished stage's row.
+
+    Raises ValueError, with the remedy, for a damaged file.
+    """
     try:
         row = json.loads(path.read_bytes())
         row = row | {key: row[key] for key in ("tokens", "minutes", "val_loss", "gap", "kl", "top1", "top5")}
@@ -335,7 +364,9 @@ def read_row(path: Path) -> dict:
 
 
 class MetricsLog:
-    """metrics.jsonl, one line per log point; what an interrupted run wrote past its checkpoint is cut off."""
+    """metrics.jsonl, one line per log point; what an interrupted run wrote past its
+    checkpoint is cut off.
+    """
 
     def __init__(self, out: Path, step: int, project: str | None):
         self.path = out / "metrics.jsonl"
@@ -356,7 +387,9 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without what a killed run may have left half written."""
+    """The rows of a metrics.jsonl, without what a killed run may have left half
+    written.
+    """
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -390,7 +423,8 @@ def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: 
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Make the model in `folder` the model of `out`, file by file, each by one rename."""
+    """Make the model in `folder` the model of `out`, file by file, each by one rename.
+    """
     for name in MODEL:
         if (folder / name).exists():
             write_whole(out / name, lambda part: shutil.copyfile(folder / name, part))
@@ -406,8 +440,13 @@ def last_checkpoint(out: Path) -> Path | None:
     return next(reversed(checkpoints(out)), None)
 
 
-def restore_trainer(checkpoint: Path, model: LM, optimizer: torch.optim.Optimizer, loader: Loader) -> Progress:
-    """Everything as the checkpoint has it. Raises ValueError where it is damaged, or another run's."""
+def restore_trainer(
+    checkpoint: Path, model: LM, optimizer: torch.optim.Optimizer, loader: Loader
+) -> Progress:
+    """Everything as the checkpoint has it.
+
+    Raises ValueError where it is damaged, or another run's.
+    """
     trainer = load_trainer(checkpoint)
     restore(model, checkpoint)
 
@@ -415,8 +454,10 @@ def restore_trainer(checkpoint: Path, model: LM, optimizer: torch.optim.Optimize
         return [(group["rate"], group["decay"], len(group["params"])) for group in groups]
 
     if rates(optimizer.param_groups) != rates(trainer["optimizer"]["param_groups"]):
-        raise ValueError(f"{checkpoint} had another weight decay, rwkv_lr_multiplier or freeze: resume with the "
-                         "settings it was started with")
+        raise ValueError(
+            f"{checkpoint} had another weight decay, rwkv_lr_multiplier or freeze: resume with the "
+            "settings it was started with"
+        )
     loader.load_state_dict(trainer["states"], trainer["step"], str(checkpoint))
     optimizer.load_state_dict(trainer["optimizer"])
     torch.set_rng_state(trainer["rng"])
@@ -424,26 +465,36 @@ def restore_trainer(checkpoint: Path, model: LM, optimizer: torch.optim.Optimize
 
 
 def load_trainer(folder: Path) -> dict:
-    """trainer.pt, read without running pickled code. Raises ValueError for a damaged one."""
+    """trainer.pt, read without running pickled code.
+
+    Raises ValueError for a damaged one.
+    """
     try:
         trainer = torch.load(folder / "trainer.pt", weights_only=True)
         needed = {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")}
         return needed | {"states": trainer.get("states")}
-    except Exception as e:                       # torch raises many kinds here; each means the same to the user
-        raise ValueError(f"{folder}/trainer.pt is damaged ({type(e).__name__}): remove {folder} and --resume from "
-                         "the checkpoint before") from None
+    except Exception as e:  # torch raises many kinds here; each means the same to the user
+        raise ValueError(
+            f"{folder}/trainer.pt is damaged ({type(e).__name__}): remove {folder} and --resume from "
+            "the checkpoint before"
+        ) from None
 
 
 def restore(model: LM, folder: Path) -> None:
-    """Give the model the weights saved in `folder`. Raises ValueError where they are damaged, or another model's."""
+    """Give the model the weights saved in `folder`.
+
+    Raises ValueError where they are damaged, or another model's.
+    """
     try:
         saved = load_model(folder)
     except ValueError as e:
-        raise ValueError(f"cannot go on from {folder} ({e}): remove that folder and --resume from what was saved "
-                         "before it") from None
+        raise ValueError(
+            f"cannot go on from {folder} ({e}): remove that folder and --resume from what was saved before it"
+        ) from None
     old, new = (asdict(cfg) | {"mixer": cfg.mixers} for cfg in (saved.cfg, model.cfg))
     other = ", ".join(f.name for f in fields(saved.cfg) if old[f.name] != new[f.name])
     if other:
-        raise ValueError(f"{folder} holds another model (other {other}): resume with the settings it was started "
-                         "with")
+        raise ValueError(
+            f"{folder} holds another model (other {other}): resume with the settings it was started with"
+        )
     model.load_state_dict(saved.state_dict())

@@ -13,7 +13,9 @@ from model import LM
 
 
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """-log p(target) (B, T), 0 where masked: logits (B, T, V) at position t are scored against the token after t."""
+    """-log p(target) (B, T), 0 where masked: logits (B, T, V) at position t are scored
+    against the token after t.
+    """
     loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.y.flatten(), reduction="none")
     return loss.view_as(batch.mask) * batch.mask
 
@@ -28,8 +30,8 @@ def loss_by_position(model: LM, loader: Loader, max_tokens: int | None = None, c
                      reach: int | None = None) -> Tensor:
     """Summed losses and number of targets at each position, (2, T), over the split.
 
-    Every process takes its share. Windows are read `chunk` tokens at a time, of each no more than
-    the first `reach`; None = all.
+    Every process takes its share. Windows are read `chunk` tokens at a time, of each no
+    more than the first `reach`; None = all.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(2, loader.T, dtype=torch.float64, device=device)
@@ -51,7 +53,9 @@ def mean_loss(model: LM, loader: Loader, max_tokens: int | None = None, chunk: i
 @torch.no_grad()
 def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | None = None,
                chunk: int | None = None) -> dict[str, float]:
-    """Every term of a loss, as its mean over the held-out targets (over the pairs, for preferences)."""
+    """Every term of a loss, as its mean over the held-out targets (over the pairs, for
+    preferences).
+    """
     model.eval()
     sums, count = {}, torch.zeros((), device=next(model.parameters()).device)
     for batch in loader.windows(max_tokens):
@@ -66,7 +70,9 @@ def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | N
 
 
 def averages(sums: Tensor, count: Tensor) -> list:
-    """sums / count at each position, up to the last that has a target: a short text has no late ones."""
+    """sums / count at each position, up to the last that has a target: a short text has
+    no late ones.
+    """
     reached = int(count.nonzero().max()) + 1 if count.any() else 0
     return (sums / count.clamp(min=1))[..., :reached].tolist()
 
@@ -74,7 +80,8 @@ def averages(sums: Tensor, count: Tensor) -> list:
 @torch.no_grad()
 def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = None,
             chunk: int | None = None) -> dict:
-    """Losses, gap, KL and agreement over the split, and both losses by position (lists of T floats).
+    """Losses, gap, KL and agreement over the split, and both losses by position (lists
+    of T floats).
 
     Read `chunk` tokens at a time; every process takes its share.
     """
@@ -98,11 +105,12 @@ def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = N
 
 
 def token_scores(t: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """From both models' logits (B, T, V) and targets (B, T), five scores of each token, (5, B, T).
+    """From both models' logits (B, T, V) and targets (B, T), five scores of each token,
+    (5, B, T).
 
-    The teacher's loss, the student's, KL(teacher || student), whether both prefer the same token
-    (top-1), and whether the teacher's choice is among the student's five best (top-5). A teacher
-    with more tokens than the student is cut to the student's.
+    The teacher's loss, the student's, KL(teacher || student), whether both prefer the
+    same token (top-1), and whether the teacher's choice is among the student's five
+    best (top-5). A teacher with more tokens than the student is cut to the student's.
     """
     V = s.shape[-1]
     t, s = t[..., :V].float().log_softmax(-1), s.float().log_softmax(-1)
@@ -137,12 +145,16 @@ class HeldOut:
         return measure(self.teacher, self.student, self.loader, self.max_tokens, self.chunk)
 
     def quick(self) -> dict[str, float]:
-        """On few tokens, under other names: in metrics.jsonl "kl" is the training loss's."""
+        """On few tokens, under other names: in metrics.jsonl "kl" is the training
+        loss's.
+        """
         few = min(self.max_tokens or 16384, 16384)
         row = measure(self.teacher, self.student, self.loader, few, self.chunk)
         return {key if key == "val_loss" else f"val_{key}": value for key, value in row.items()}
 
 
 def readable(model: LM, n: int) -> int:
-    """How many of n tokens the model can read: attention with learned positions ends with them."""
+    """How many of n tokens the model can read: attention with learned positions ends
+    with them.
+    """
     return min(n, model.cfg.longest or n)

@@ -1,4 +1,6 @@
-"""What generating, chatting and batches have in common: a model ready to write, and its memory's file."""
+"""What generating, chatting and batches have in common: a model ready to write, and its
+memory's file.
+"""
 
 import contextlib
 import math
@@ -31,7 +33,8 @@ class SessionConfig:
     save_state: str | None = None          # write what the model remembers in the end, for --load_state
     # of the state in a file, and in a chat while it waits
     state_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    # of a pure RWKV-7's matrices while it generates: large models gain by 16 bits, small ones lose
+    # of a pure RWKV-7's matrices while it generates: large models gain by 16 bits,
+    # small ones lose
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"                   # auto, cpu, cuda
 
@@ -45,7 +48,9 @@ class SessionConfig:
 
 @dataclass
 class Session:
-    """A model that writes, its tokenizer, and its memory: a state, and tokens that it has not read yet."""
+    """A model that writes, its tokenizer, and its memory: a state, and tokens that it
+    has not read yet.
+    """
 
     decoder: Decoder
     enc: tiktoken.Encoding
@@ -55,10 +60,11 @@ class Session:
 
 @contextlib.contextmanager
 def session(cfg: SessionConfig) -> Iterator[Session]:
-    """The model with the state of load_state; what it remembers in the end goes to save_state.
+    """The model with the state of load_state; what it remembers in the end goes to
+    save_state.
 
-    Whatever reads our output may end early, as `head` does: then that is the end, without a word,
-    unless a state was to be kept.
+    Whatever reads our output may end early, as `head` does: then that is the end,
+    without a word, unless a state was to be kept.
     """
     device = pick_device(cfg.device)
     if cfg.save_state:
@@ -81,12 +87,15 @@ def session(cfg: SessionConfig) -> Iterator[Session]:
 
 
 def hush() -> None:
-    """Nobody reads stdout any more: give what is still printed, and Python's own flush, another place."""
+    """Nobody reads stdout any more: give what is still printed, and Python's own flush,
+    another place.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def first_tokens(text: str, here: Session, ckpt: str) -> list[int]:
-    """What the model is to read: the text, behind what it has not read yet or a document's opening.
+    """What the model is to read: the text, behind what it has not read yet or a
+    document's opening.
 
     After all that was read, and with nothing to continue, another document begins.
     Raises ValueError where the tokenizer has tokens that the model does not know.
@@ -116,7 +125,9 @@ def room(here: Session, prompt: int, where: str = "") -> float:
 
 
 def read_only(prompt: list[int], here: Session) -> None:
-    """Read a prompt but for its last token, which is to be read when there is something to say."""
+    """Read a prompt but for its last token, which is to be read when there is something
+    to say.
+    """
     if len(prompt) > 1:
         tokens = torch.tensor([prompt[:-1]], device=here.decoder.device)
         _, here.state = process(here.decoder.model, tokens, here.state)
@@ -128,7 +139,8 @@ def read_only(prompt: list[int], here: Session) -> None:
 
 
 def report(times: list[float], read_tokens: int, states: list[State], cfg: ModelConfig, B: int) -> None:
-    """Speed and memory of B texts, to stderr. times: of the start, and of every token."""
+    """Speed and memory of B texts, to stderr. times: of the start, and of every token.
+    """
     n = len(times) - 2
     line = f"prefill {read_tokens} tokens, {read_tokens / (times[1] - times[0]):,.0f} tokens/s"
     if n:

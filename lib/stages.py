@@ -15,14 +15,17 @@ from model import LM
 
 
 def prepare_data(cfg) -> None:
-    """Make the embedded data sets where they are missing, with the teacher's tokenizer."""
+    """Make the embedded data sets where they are missing, with the teacher's tokenizer.
+    """
     ensure_prepared(cfg.data, cfg.teacher)
     if "finish" in cfg.named:
         ensure_prepared(cfg.finish_data, cfg.teacher)
 
 
 def first_tokens(cfg, T: int, device: torch.device) -> Tensor | None:
-    """About 4096 tokens of training text (B, T), the same in every process, for a student that looks."""
+    """About 4096 tokens of training text (B, T), the same in every process, for a
+    student that looks.
+    """
     if not cfg.student.looks:
         return None
     loader = Loader(cfg.data, "train", max(1, 4096 // T), T, cfg.run.seed)
@@ -31,10 +34,14 @@ def first_tokens(cfg, T: int, device: torch.device) -> Tensor | None:
 
 
 def check_student(cfg, student: LM) -> None:
-    """Raises ValueError for a student without RWKV-7, and for a freeze that names nothing."""
+    """Raises ValueError for a student without RWKV-7, and for a freeze that names
+    nothing.
+    """
     if "r" not in student.cfg.mixers:
-        raise ValueError(f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand, "
-                         "name layers such as first:1, or use auto:T with T above the teacher's block_size")
+        raise ValueError(
+            f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand, "
+            "name layers such as first:1, or use auto:T with T above the teacher's block_size"
+        )
     for part in filter(None, cfg.freeze.split(",")):
         if not any(part in name for name, _ in student.named_parameters()):
             raise ValueError(f"freeze = {cfg.freeze!r}: no parameter has {part!r} in its name; try emb, att, "
@@ -44,7 +51,8 @@ def check_student(cfg, student: LM) -> None:
 def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: int) -> dict[str, Loader]:
     """The text of every stage by its name, and what is held out: val, and finish_val.
 
-    A stage's seed does not depend on which others run. Raises ValueError for what the models cannot read.
+    A stage's seed does not depend on which others run. Raises ValueError for what the
+    models cannot read.
     """
     def load(data: str, half: str, loop, seed: int, T: int = T) -> Loader:
         loader = Loader(data, half, loop.batch_size, T, seed, rank, world, loop.accum)

@@ -10,9 +10,11 @@ from model import LM, CausalSelfAttention, TimeMixer
 
 
 def spread_decay(m: TimeMixer, longest: int | Tensor) -> Tensor:
-    """w0 (1, 1, A) so that a head's channels remember n = 2 ... `longest` tokens, evenly in log n.
+    """w0 (1, 1, A) so that a head's channels remember n = 2 ... `longest` tokens,
+    evenly in log n.
 
-    e^w = 1 - 1/n, whose powers sum to n. `longest` is one number, or one for each head (H,).
+    e^w = 1 - 1/n, whose powers sum to n. `longest` is one number, or one for each head
+    (H,).
     """
     longest = torch.as_tensor(longest, device=m.w0.device).expand(m.H)[:, None]    # (H, 1)
     n = 2 * (longest / 2) ** torch.linspace(0, 1, m.N, device=m.w0.device)         # (H, N)
@@ -23,7 +25,8 @@ def spread_decay(m: TimeMixer, longest: int | Tensor) -> Tensor:
 
 @torch.no_grad()
 def look_at_teacher(teacher: LM, student: LM, tokens: Tensor, decay: bool, output: bool) -> None:
-    """Set the decay and the output scale of each head by what the attention does with tokens (B, T).
+    """Set the decay and the output scale of each head by what the attention does with
+    tokens (B, T).
 
     As in stage 1, each mixer reads what the teacher's attention reads.
     """
@@ -64,19 +67,21 @@ def attention_io(model: LM, tokens: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
 def lookback(att: CausalSelfAttention, x: Tensor) -> Tensor:
     """How many tokens back each head looks on average, reading x (B, T, C): (H,).
 
-    Attention to position s of all positions 0 ... t, with s itself as the value, says where it
-    looks: sum_s p_ts s.
+    Attention to position s of all positions 0 ... t, with s itself as the value, says
+    where it looks: sum_s p_ts s.
     """
     q, k, _ = att.qkv(x, 0)
     position = torch.arange(x.shape[1], device=x.device, dtype=q.dtype)
     values = position[:, None].expand_as(k)
     grouped = att.n_kv < att.n_head
-    mean = F.scaled_dot_product_attention(q, k, values, is_causal=True, enable_gqa=grouped)[..., 0]  # (B, H, T)
+    # (B, H, T)
+    mean = F.scaled_dot_product_attention(q, k, values, is_causal=True, enable_gqa=grouped)[..., 0]
     return (position - mean).mean((0, 2))
 
 
 def head_scales(y: Tensor, W: Tensor, target: Tensor, H: int) -> Tensor:
-    """The factors (H,) of y's heads that bring the sum of their shares nearest to target (M, C).
+    """The factors (H,) of y's heads that bring the sum of their shares nearest to
+    target (M, C).
 
     y (M, H N), W (C, H N); the share of head h is u_h = y_h W_h^T. Least squares: solve
     sum_h <u_g, u_h> c_h = <u_g, target>, drawn a little towards 1.

@@ -42,8 +42,8 @@ class Int8(NamedTuple):
 def compress(state: State, dtype: str) -> State:
     """The state in float16, bfloat16 or int8, for keeping, not for computing.
 
-    float32 changes nothing, and an int8 state stays int8. Raises ValueError for another dtype, and
-    for a number that it cannot hold.
+    float32 changes nothing, and an int8 state stays int8. Raises ValueError for another
+    dtype, and for a number that it cannot hold.
     """
     if dtype not in DTYPES:
         raise ValueError(f"state_dtype = {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -53,8 +53,10 @@ def compress(state: State, dtype: str) -> State:
     def small(x):
         y = quantise(x) if dtype == "int8" else x.to(DTYPES[dtype])
         if not all(part.isfinite().all() for part in tensors(y)):
-            raise ValueError(f"the state has numbers that {dtype} cannot hold, up to {x.abs().max():.3g}: keep it "
-                             "in bfloat16, and if they are not finite, take an earlier checkpoint")
+            raise ValueError(
+                f"the state has numbers that {dtype} cannot hold, up to {x.abs().max():.3g}: keep it "
+                "in bfloat16, and if they are not finite, take an earlier checkpoint"
+            )
         return y
 
     return tree_map(small, state)
@@ -82,10 +84,11 @@ def expand(state: State) -> State:
 # In a file
 
 def fingerprint(model: LM, mixer: str | None = None) -> str:
-    """SHA-256 of what decides a model's numbers: the settings that are not the defaults, and the weights.
+    """SHA-256 of what decides a model's numbers: the settings that are not the
+    defaults, and the weights.
 
-    `mixer`: how its layers are written, None = one letter each. Settings at their defaults are left
-    out, so that a setting added later changes no fingerprint.
+    `mixer`: how its layers are written, None = one letter each. Settings at their
+    defaults are left out, so that a setting added later changes no fingerprint.
     """
     values = asdict(model.cfg) | {"mixer": mixer or model.cfg.mixers}
     settings = {name: value for name, value in values.items() if value != getattr(ModelConfig(), name)}
@@ -98,7 +101,9 @@ def fingerprint(model: LM, mixer: str | None = None) -> str:
 
 
 def fingerprints(model: LM) -> list[str]:
-    """The model's, and the one it had when files held its mixers as they were written ("r", "first:2")."""
+    """The model's, and the one it had when files held its mixers as they were written
+    ("r", "first:2").
+    """
     return [fingerprint(model), fingerprint(model, getattr(model, "pattern", model.cfg.mixer))]
 
 
@@ -124,10 +129,11 @@ def digest(parts: dict[str, Tensor], meta: dict[str, str]) -> str:
 
 
 def save_state(file: str | Path, model: LM, state: State, tokenizer: str, unread: Sequence[int] = ()) -> None:
-    """Write a state, compressed or not, as a .safetensors file that appears whole or not at all.
+    """Write a state, compressed or not, as a .safetensors file that appears whole or
+    not at all.
 
-    `unread`: tokens of the text that the state has not read yet, such as the last one drawn.
-    Raises ValueError if it can't be written.
+    `unread`: tokens of the text that the state has not read yet, such as the last one
+    drawn. Raises ValueError if it can't be written.
     """
     file = Path(file)
     parts = {name: x.cpu().contiguous() for name, x in named(copy(state).layers)}  # a copy shares no memory
@@ -143,8 +149,8 @@ def save_state(file: str | Path, model: LM, state: State, tokenizer: str, unread
 def load_state(file: str | Path, model: LM, tokenizer: str | None = None) -> tuple[State, list[int]]:
     """Read (state, unread tokens), as they were saved, onto the model's device.
 
-    Raises ValueError, in one line, for a file that is missing, damaged, no state, or that of another
-    model or tokenizer.
+    Raises ValueError, in one line, for a file that is missing, damaged, no state, or
+    that of another model or tokenizer.
     """
     meta, parts = read_parts(Path(file))
     if meta["model"] not in fingerprints(model):
@@ -170,7 +176,10 @@ def load_state(file: str | Path, model: LM, tokenizer: str | None = None) -> tup
 
 
 def read_parts(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What is written about a state, and its tensors. Raises ValueError unless both are as they were saved."""
+    """What is written about a state, and its tensors.
+
+    Raises ValueError unless both are as they were saved.
+    """
     try:
         if not file.is_file():
             raise ValueError(f"no state at {file}: check the path, or make one with --save_state")
@@ -180,8 +189,12 @@ def read_parts(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except (SafetensorError, OSError) as e:
         raise ValueError(f"the state {file} is damaged or no state ({e}): save it again") from None
     if meta.get("format") != FORMAT:
-        raise ValueError(f"{file} is no state: its format is {meta.get('format')!r}, expected {FORMAT!r}; give "
-                         "a file that --save_state wrote")
+        raise ValueError(
+            f"{file} is no state: its format is {meta.get('format')!r}, expected {FORMAT!r}; give "
+            "a file that --save_state wrote"
+        )
     if meta.pop("digest", None) != digest(parts, meta):
-        raise ValueError(f"the state {file} is damaged (its contents are not what was written): save it again")
+        raise ValueError(
+            f"the state {file} is damaged (its contents are not what was written): save it again"
+        )
     return meta, parts

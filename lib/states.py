@@ -1,11 +1,12 @@
-"""What a model remembers, as a value: read a text into it, set rows of it side by side, copy it.
+"""What a model remembers, as a value: read a text into it, set rows of it side by side,
+copy it.
 
     logits, book = process(model, tokens)              any length, a piece at a time
     a = generate(decoder, question, 100, state=book)   no call changes a state,
     b = generate(decoder, another, 100, state=book)    so both of these continue the same book
 
-Functions on model.State, for attention's growing cache as for RWKV-7's constant one. Dimension 0
-of each of its tensors is the text in the batch.
+Functions on model.State, for attention's growing cache as for RWKV-7's constant one.
+Dimension 0 of each of its tensors is the text in the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +24,11 @@ PIECE = 512      # tokens per call, of all rows: fast matrix products, and small
 # Trees of tensors
 
 def tree_map(fn: Callable, *trees):
-    """fn of the tensors that stand at the same place of trees of one structure, in that structure.
+    """fn of the tensors that stand at the same place of trees of one structure, in that
+    structure.
 
-    A tree is a nest of tuples and State; what else stands in it (positions, None) is taken from the first.
+    A tree is a nest of tuples and State; what else stands in it (positions, None) is
+    taken from the first.
     """
     first = trees[0]
     if isinstance(first, Tensor):
@@ -46,20 +49,27 @@ def tensors(tree) -> list[Tensor]:
 
 
 def nbytes(tree) -> int:
-    """Bytes of all tensors: constant for RWKV-7's state, growing with the text for attention's."""
+    """Bytes of all tensors: constant for RWKV-7's state, growing with the text for
+    attention's.
+    """
     return sum(x.nbytes for x in tensors(tree))
 
 
 # ------------------------------------------------------------------------------------------
 # Reading
 
-@torch.no_grad()
-def process(model: LM, tokens: Tensor, state: State | None = None, piece: int = PIECE) -> tuple[Tensor, State]:
-    """Read tokens (B, T >= 1), continuing from `state`: logits (B, V) of what comes next, and the state.
 
-    Needs memory for the activations of one piece: `piece` tokens of all rows together, but at least
-    16 of each. Raises ValueError for an empty text or piece, tokens outside the vocabulary, a state
-    of another number of rows or in int8, and what LM raises.
+@torch.no_grad()
+def process(
+    model: LM, tokens: Tensor, state: State | None = None, piece: int = PIECE
+) -> tuple[Tensor, State]:
+    """Read tokens (B, T >= 1), continuing from `state`: logits (B, V) of what comes
+    next, and the state.
+
+    Needs memory for the activations of one piece: `piece` tokens of all rows together,
+    but at least 16 of each. Raises ValueError for an empty text or piece, tokens
+    outside the vocabulary, a state of another number of rows or in int8, and what LM
+    raises.
     """
     B, T = tokens.shape
     if B * T == 0 or piece < 1:
@@ -67,8 +77,10 @@ def process(model: LM, tokens: Tensor, state: State | None = None, piece: int = 
     check_tokens(tokens, model.cfg.vocab_size)
     parts = tensors(state)
     if parts and (len(parts[0]) != B or parts[0].dtype == torch.int8):
-        raise ValueError(f"{B} texts, and the {parts[0].dtype} state of {len(parts[0])}: select as many rows of "
-                         "it, and expand a compressed one")
+        raise ValueError(
+            f"{B} texts, and the {parts[0].dtype} state of {len(parts[0])}: select as many rows of "
+            "it, and expand a compressed one"
+        )
     for part in tokens.split(min(piece, max(16, piece // B)), 1):
         x, state = model.hidden(part, state)
     return model.head(x[:, -1]), state
@@ -84,11 +96,12 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 def process_rows(model: LM, rows: Sequence[Tensor], state: State | None = None,
                  piece: int = PIECE) -> tuple[Tensor, list[State]]:
-    """Read rows (T_i >= 1,) of any lengths, continuing from `state`: logits (B, V), and each row's state.
+    """Read rows (T_i >= 1,) of any lengths, continuing from `state`: logits (B, V), and
+    each row's state.
 
-    All read as far as the shortest goes; it is done then, and the others read on. So nothing is
-    padded, no state sees what is not its text, and every token is computed once.
-    Raises ValueError for no rows, and as `process`.
+    All read as far as the shortest goes; it is done then, and the others read on. So
+    nothing is padded, no state sees what is not its text, and every token is computed
+    once. Raises ValueError for no rows, and as `process`.
     """
     if not len(rows):
         raise ValueError("no rows: there must be at least one text")
@@ -108,12 +121,16 @@ def process_rows(model: LM, rows: Sequence[Tensor], state: State | None = None,
 # As values
 
 def copy(state: State) -> State:
-    """The same in memory of its own, and out of autograd: for whoever writes into a state's tensors."""
+    """The same in memory of its own, and out of autograd: for whoever writes into a
+    state's tensors.
+    """
     return tree_map(lambda x: x.detach().clone(), state)
 
 
 def reset(state: State) -> State:
-    """As many texts on the same device, of which nothing is read: gives what None gives."""
+    """As many texts on the same device, of which nothing is read: gives what None
+    gives.
+    """
     def empty(att):
         if len(att) == 2:  # attention's (k, v), each (B, H, T, N)
             return tuple(x[:, :, :0].clone() for x in att)
@@ -124,16 +141,19 @@ def reset(state: State) -> State:
 
 
 def select(state: State, rows: list[int]) -> State:
-    """The texts `rows` of a batch, in this order, in memory of their own; one may come several times."""
+    """The texts `rows` of a batch, in this order, in memory of their own; one may come
+    several times.
+    """
     return tree_map(lambda x: x[torch.tensor(rows, dtype=torch.long, device=x.device)], state)
 
 
 def join(cfg: ModelConfig, states: Sequence[State]) -> list[tuple[list[int], State]]:
-    """States side by side, as far as one step can serve them all: batches, each with the indices of its states.
+    """States side by side, as far as one step can serve them all: batches, each with
+    the indices of its states.
 
-    RWKV-7 does not count its tokens, so all its states fit in one batch, whose position is the
-    longest text's. Attention does, by its cache's length, and so do rotary and learned positions:
-    there each batch is of states with one position.
+    RWKV-7 does not count its tokens, so all its states fit in one batch, whose position
+    is the longest text's. Attention does, by its cache's length, and so do rotary and
+    learned positions: there each batch is of states with one position.
     """
     counts = "a" in cfg.mixers or cfg.rwkv_rope or cfg.positions == "learned"
     batches: dict[int, list[int]] = {}
@@ -152,7 +172,9 @@ def repeat(state: State, n: int) -> State:
 
 
 def memory_line(states: Sequence[State], cfg: ModelConfig, B: int = 1) -> str:
-    """Mean bytes for each of B texts, beside what attention would keep for the longest one."""
+    """Mean bytes for each of B texts, beside what attention would keep for the longest
+    one.
+    """
     T = max(state.position for state in states)
     mine, attention = sum(map(nbytes, states)) // B, cfg.n_layer * cache_bytes(cfg, "a", T)
     return (f"memory of {T:,} tokens: {mine:,} bytes; attention with as many layers and heads keeps "

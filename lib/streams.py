@@ -1,7 +1,9 @@
-"""Texts that go on from step to step: the state is carried over, the gradient is not (bptt_truncate).
+"""Texts that go on from step to step: the state is carried over, the gradient is not
+(bptt_truncate).
 
-Row r of a step begins where row r of the step before ended. The carried states belong to the
-checkpoint, as plain tuples with the rows of all processes, so that a resumed run is the same.
+Row r of a step begins where row r of the step before ended. The carried states belong
+to the checkpoint, as plain tuples with the rows of all processes, so that a resumed run
+is the same.
 """
 
 import numpy as np
@@ -15,23 +17,31 @@ from model import State
 
 
 def open_loader(folder: str, half: str, fit, T: int, seed: int, rank: int, world: int) -> Loader:
-    """A half of a data folder for the loop `fit` (a FitConfig), whose training text may go on step by step."""
+    """A half of a data folder for the loop `fit` (a FitConfig), whose training text may
+    go on step by step.
+    """
     kind = StreamLoader if fit.bptt_truncate and half == "train" else Loader
     return kind(folder, half, fit.batch_size, T, seed, rank, world, fit.accum)
 
 
 class StreamLoader(Loader):
-    """A Loader of text whose every row goes on where it ended a step ago, until all begin anew."""
+    """A Loader of text whose every row goes on where it ended a step ago, until all
+    begin anew.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.kind != "text":
-            raise ValueError(f"{self.folder} holds {self.kind} examples, which do not go on from step to step: "
-                             "streams (bptt_truncate) are for text")
+            raise ValueError(
+                f"{self.folder} holds {self.kind} examples, which do not go on from step to step: "
+                "streams (bptt_truncate) are for text"
+            )
         self.states: list[State | None] = [None] * self.accum
 
     def carried(self, i: int) -> list[State | None]:
-        """The state that each micro-batch of step i goes on from; None where the streams begin anew."""
+        """The state that each micro-batch of step i goes on from; None where the
+        streams begin anew.
+        """
         if self.begins(i):
             self.states = [None] * self.accum
         return self.states
@@ -49,7 +59,10 @@ class StreamLoader(Loader):
         return self.n // (self.accum * self.W * self.B)
 
     def _starts(self, i: int) -> np.ndarray:
-        """Where the rows of step i start: (accum * W * B,). The blocks left over differ between epochs."""
+        """Where the rows of step i start:
+
+        (accum * W * B,). The blocks left over differ between epochs.
+        """
         rows = self.accum * self.W * self.B
         epoch, within = divmod(i, self.length)
         offset = _permutation(self.n_offsets, self.seed, 0)[epoch % self.n_offsets]
@@ -61,16 +74,21 @@ class StreamLoader(Loader):
         return self.n
 
     def state_dict(self) -> list[tuple]:
-        """For each micro-batch (position, layers), the rows of all processes. Every process must call it."""
+        """For each micro-batch (position, layers), the rows of all processes.
+
+        Every process must call it.
+        """
         return pack([state for state in self.states if state])
 
     def load_state_dict(self, states: list[tuple] | None, step: int, where: str) -> None:
         rows = [tensors(layers)[0].shape[0] for _, layers in states or []]
         expected = [self.W * self.B] * self.accum
         if step and rows != expected:
-            raise ValueError(f"{where} carries the state of {sum(rows)} texts in {len(rows)} micro-batches, these "
-                             f"settings of {sum(expected)} in {len(expected)}: resume with the bptt_truncate, "
-                             "batch_size, accum and processes that it was started with")
+            raise ValueError(
+                f"{where} carries the state of {sum(rows)} texts in {len(rows)} micro-batches, these "
+                f"settings of {sum(expected)} in {len(expected)}: resume with the bptt_truncate, "
+                "batch_size, accum and processes that it was started with"
+            )
         self.states = unpack(states, self.B, self.rank) if rows else [None] * self.accum
 
 

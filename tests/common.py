@@ -1,4 +1,6 @@
-"""What several test files share: a tiny prepared text, tiny models, and ways to look into a run's folder."""
+"""What several test files share: a tiny prepared text, tiny models, and ways to look
+into a run's folder.
+"""
 
 import json
 import os
@@ -21,13 +23,22 @@ TINY = ["--n_embd", "32", "--n_layer", "2", "--n_head", "2", "--block_size", str
 
 
 def make_data(folder: Path) -> SimpleNamespace:
-    """Prepared text, sft and dpo folders. Answers differ in length, so that ranks get unequal numbers of targets."""
+    """Prepared text, sft and dpo folders.
+
+    Answers differ in length, so that ranks get unequal numbers of targets.
+    """
     prose = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))[:30000]
     (folder / "text.txt").write_text(prose, encoding="utf-8")
     words = [w for w in dict.fromkeys(prose.split()) if w.isalpha()][:240]
     pairs = [(a, b + " " + a * (i % 3)) for i, (a, b) in enumerate(zip(words[::2], words[1::2]))]
-    (folder / "sft.jsonl").write_text("".join(json.dumps({"prompt": p[:6], "response": r}) + "\n" for p, r in pairs))
-    (folder / "dpo.jsonl").write_text("".join(json.dumps({"prompt": p[:6], "chosen": r, "rejected": r[::-1] + "?"}) + "\n" for p, r in pairs))
+    (folder / "sft.jsonl").write_text(
+        "".join(json.dumps({"prompt": p[:6], "response": r}) + "\n" for p, r in pairs)
+    )
+    (folder / "dpo.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": p[:6], "chosen": r, "rejected": r[::-1] + "?"}) + "\n" for p, r in pairs
+        )
+    )
     for name, source in (("text", "text.txt"), ("sft", "sft.jsonl"), ("dpo", "dpo.jsonl")):
         prepare(folder / source, folder / name)
     return SimpleNamespace(**{name: str(folder / name) for name in ("text", "sft", "dpo")})
@@ -39,16 +50,24 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 
 
 def tiny_model(seed: int = 0, std: float = 0.3, **changes) -> LM:
-    """A model of width 32 with heads of 16 whose weights are large enough for every part to matter."""
+    """A model of width 32 with heads of 16 whose weights are large enough for every
+    part to matter.
+    """
     torch.manual_seed(seed)
-    model = LM(ModelConfig(**{"n_embd": 32, "n_layer": 2, "n_head": 2, "rwkv_head_size": 16, "block_size": T} | changes))
+    model = LM(
+        ModelConfig(
+            **{"n_embd": 32, "n_layer": 2, "n_head": 2, "rwkv_head_size": 16, "block_size": T} | changes
+        )
+    )
     shake(model, std)
     return model
 
 
 @torch.no_grad()
 def shake(model: torch.nn.Module, std: float) -> None:
-    """Add noise to every parameter, so that none has the value (0, 1, ...) that hides what it does."""
+    """Add noise to every parameter, so that none has the value (0, 1, ...) that hides
+    what it does.
+    """
     for p in model.parameters():
         p.add_(std / max(1, p.shape[-1] if p.ndim == 2 else 1) ** 0.5 * torch.randn_like(p))
 
@@ -59,13 +78,24 @@ def random_batch(B: int = 3, length: int = T, vocab: int = 257, seed: int = 0) -
 
 
 def padded(lengths: list[int], first: int = 2, seed: int = 0) -> tuple[Batch, list[Batch]]:
-    """A batch of rows of these lengths, padded on the right, and each row alone. Targets begin at position `first`."""
+    """A batch of rows of these lengths, padded on the right, and each row alone.
+
+    Targets begin at position `first`.
+    """
     rows = [random_batch(1, n, seed=seed + i) for i, n in enumerate(lengths)]
     for row in rows:
         row.mask[:, :first] = 0
     width = max(lengths)
     fill = lambda x, value: torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)  # noqa: E731
-    return Batch(*(torch.cat([fill(x, v) for x in xs]) for xs, v in zip(zip(*((r.x, r.y, r.mask) for r in rows)), (256, 256, 0)))), rows
+    return (
+        Batch(
+            *(
+                torch.cat([fill(x, v) for x in xs])
+                for xs, v in zip(zip(*((r.x, r.y, r.mask) for r in rows)), (256, 256, 0))
+            )
+        ),
+        rows,
+    )
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -89,7 +119,8 @@ def newest(out: Path) -> Path:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Model, optimizer moments, random state and logged numbers are equal bit for bit."""
+    """Model, optimizer moments, random state and logged numbers are equal bit for bit.
+    """
     assert newest(a).name == newest(b).name
     assert (Path(a) / "model.safetensors").read_bytes() == (Path(b) / "model.safetensors").read_bytes()
     ours, theirs = moments(newest(a)), moments(newest(b))
@@ -99,9 +130,19 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def start(*args: str, **kwargs) -> subprocess.Popen:
-    """A script of this repository in a process of its own: start("train.py", "--max_steps", "3")."""
+    """A script of this repository in a process of its own: start("train.py",
+    "--max_steps", "3").
+    """
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=REPO, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, *map(str, args)],
+        cwd=REPO,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
 
 
 def one_line(error) -> str:

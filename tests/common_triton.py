@@ -1,7 +1,7 @@
 """How far the Triton kernels are from the equation; without Triton tests are skipped.
 
-Without a GPU they run in Triton's interpreter, on sizes that take it seconds; with one they
-run compiled, and also larger.
+Without a GPU they run in Triton's interpreter, on sizes that take it seconds; with one
+they run compiled, and also larger.
 """
 
 import math

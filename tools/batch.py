@@ -2,8 +2,8 @@
 
     python -m tools.batch --ckpt out/rwkv --prompts questions.txt        one prompt per line, of any lengths
 
-Nothing is padded, and every token is read once: all prompts are read as far as the shortest goes,
-which is done then, and the others read on.
+Nothing is padded, and every token is read once: all prompts are read as far as the
+shortest goes, which is done then, and the others read on.
 """
 
 import time
@@ -45,11 +45,13 @@ def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int,
                   state: State | None = None, stop: tuple[int, ...] = (),
                   generators: Sequence[torch.Generator] | None = None,
                   **sampling) -> Iterator[tuple[Tensor, Batches]]:
-    """Continue prompts of any lengths by up to n tokens; each gets the tokens that it would get alone.
+    """Continue prompts of any lengths by up to n tokens; each gets the tokens that it
+    would get alone.
 
-    Yields (tokens (B,), batches) for each token; the batches are those of states.join: one entry
-    for RWKV-7, for attention one for each length. A row that has reached the last learned position
-    yields -1, after one of `stop` stop[0]. All else as sample.generate.
+    Yields (tokens (B,), batches) for each token; the batches are those of states.join:
+    one entry for RWKV-7, for attention one for each length. A row that has reached the
+    last learned position yields -1, after one of `stop` stop[0]. All else as
+    sample.generate.
     """
     how = Sampling(**sampling)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
@@ -85,7 +87,9 @@ def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int,
 
 
 def step(decoder: Decoder, tokens: Tensor, batches: Batches, logits: Tensor) -> tuple[Tensor, Batches]:
-    """One token further, batch by batch; whoever has reached the last learned position stays there."""
+    """One token further, batch by batch; whoever has reached the last learned position
+    stays there.
+    """
     logits, further = torch.zeros_like(logits), []
     for batch, after in batches:
         if after.position != decoder.cfg.longest:

@@ -2,8 +2,8 @@
 
     python -m tools.chat --ckpt out/chat        reads a message a line, answers each
 
-One state hears it all: it goes on from answer to answer, and nothing is read twice. Ctrl-C ends the
-chat and, with --save_state, keeps it. What it is not: a server.
+One state hears it all: it goes on from answer to answer, and nothing is read twice.
+Ctrl-C ends the chat and, with --save_state, keeps it. What it is not: a server.
 """
 
 import sys
@@ -53,7 +53,9 @@ def chat(cfg: ChatConfig, here: Session) -> None:
 
 
 def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Generator) -> bool:
-    """Print the answer to a message as it comes; False where the conversation has no room for it."""
+    """Print the answer to a message as it comes; False where the conversation has no
+    room for it.
+    """
     enc, stop, limit = here.enc, stops(here.enc), here.decoder.cfg.longest
     _, end, between = enc.chat["assistant"]
     closing = enc.encode(end + between, allowed_special="all")

@@ -1,9 +1,11 @@
-"""Controls of a distillation: what the same student tokens give without each of its ideas.
+"""Controls of a distillation: what the same student tokens give without each of its
+ideas.
 
     python -m tools.controls config/results.toml --out out/results-0
 
-Its settings are those of the distillation in OUT, which has run; the rows go to OUT/controls, a
-folder each, and into its report. What is there already goes on, or is read back.
+Its settings are those of the distillation in OUT, which has run; the rows go to
+OUT/controls, a folder each, and into its report. What is there already goes on, or is
+read back.
 """
 
 import json
@@ -27,7 +29,9 @@ class ControlsConfig(DistillConfig):
 
 
 def run_controls(cfg: ControlsConfig) -> dict:
-    """A row each, compared with the same teacher; every control sees as many tokens as the student."""
+    """A row each, compared with the same teacher; every control sees as many tokens as
+    the student.
+    """
     if cfg.named[:2] != ["align", "match"]:
         raise ValueError(f"controls compare with the stages align,match, but stages = {cfg.stages!r}: add "
                          "them")

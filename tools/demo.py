@@ -1,11 +1,12 @@
-"""The whole story in one command: data and teacher where they are missing, student, report.
+"""The whole story in one command: data and teacher where they are missing, student,
+report.
 
     python -m tools.demo
     python -m tools.demo --out out/demo --teacher out/demo-teacher --overwrite
     python -m tools.demo config/results.toml --controls
 
-Its settings are distill.py's, and with a prefix those of the teacher that is trained where
-there is none: --teacher_model.n_layer, --teacher_fit.max_steps, ...
+Its settings are distill.py's, and with a prefix those of the teacher that is trained
+where there is none: --teacher_model.n_layer, --teacher_fit.max_steps, ...
 """
 
 from dataclasses import fields, replace
@@ -33,7 +34,7 @@ class DemoConfig(DistillConfig):
 def demo(cfg: DemoConfig) -> dict:
     """Teacher from nothing, RNN from the teacher; returns the report."""
     rank, _, _ = setup(cfg.run.device)
-    Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher])      # refuses before anything trains
+    Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher])  # refuses before anything trains
     if not Path(cfg.teacher).exists():
         with main_first(rank):
             ensure_prepared(cfg.data)
@@ -48,7 +49,9 @@ def demo(cfg: DemoConfig) -> dict:
 
 
 def train_teacher(cfg: DemoConfig) -> None:
-    """Train the teacher next to its place and move it there when it is done: half a teacher never teaches."""
+    """Train the teacher next to its place and move it there when it is done: half a
+    teacher never teaches.
+    """
     place = Path(cfg.teacher)
     unfinished = place.with_name(place.name + ".partial")
     run = replace(cfg.run, out=str(unfinished), resume=unfinished.exists(), overwrite=False)

@@ -2,15 +2,15 @@
 
     python -m tools.evaluate --teacher out/teacher --student out/rwkv --data data/pydoc
 
-Loss of both on held-out text and the gap between them (nats per token), KL(teacher || student), how
-often both prefer the same token (top-1) and the teacher's choice is among the student's five best
-(top-5), the recovered fraction
+Loss of both on held-out text and the gap between them (nats per token), KL(teacher ||
+student), how often both prefer the same token (top-1) and the teacher's choice is among
+the student's five best (top-5), the recovered fraction
 
     recovered = (unigram loss - student loss) / (unigram loss - teacher loss)
 
-(0: knows only how frequent each token is; 1: all the teacher knows), loss by position, and per layer
-how far each mixer is from the attention it replaced, on the teacher's own inputs.
-Past the training length: tools/passkey.py. Associative recall: tools/recall.py.
+(0: knows only how frequent each token is; 1: all the teacher knows), loss by position,
+and per layer how far each mixer is from the attention it replaced, on the teacher's own
+inputs. Past the training length: tools/passkey.py. Associative recall: tools/recall.py.
 """
 
 from pathlib import Path

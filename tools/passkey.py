@@ -2,10 +2,11 @@
 
     python -m tools.passkey --teacher out/teacher --student out/rwkv --longest 8 --passkey 16
 
-`--longest 8` reads up to 8 times block_size and gives the loss by position. `--passkey 16` tells 16
-numbers at each of `--depths` places in texts of each length, doubling up to there, and asks for
-each at the end. Small models fail that for lack of skill, not of memory: so beside the exact answers
-stands how many nats per token the number costs, with it in the text and without.
+`--longest 8` reads up to 8 times block_size and gives the loss by position. `--passkey
+16` tells 16 numbers at each of `--depths` places in texts of each length, doubling up
+to there, and asks for each at the end. Small models fail that for lack of skill, not of
+memory: so beside the exact answers stands how many nats per token the number costs,
+with it in the text and without.
 """
 
 import random
@@ -35,17 +36,21 @@ Texts = list[tuple[list[int], list[int]]]      # (prompt, answer)
 # The two measures
 
 def loss_by_stretch(model: LM, loader: Loader, T: int, max_tokens: int | None = None) -> list[float]:
-    """Mean loss in nats per target within each stretch of T positions, as far as model and text reach."""
+    """Mean loss in nats per target within each stretch of T positions, as far as model
+    and text reach.
+    """
     reach = readable(model, loader.T) // T * T                     # whole stretches only
     losses, counts = loss_by_position(model, loader, max_tokens, T, reach).view(2, -1, T).sum(2).tolist()
     return [loss / count for loss, count in zip(losses, counts) if count]
 
 
 def passkey_texts(enc: tiktoken.Encoding, text: np.ndarray, T: int, n: int, depths: int) -> Texts:
-    """(prompt, answer), together T tokens: n different numbers told at each depth, then not told.
+    """(prompt, answer), together T tokens: n different numbers told at each depth, then
+    not told.
 
-    Depth is the share of the filler, a stretch of the tokens `text`, that comes first: from 0 to 1,
-    just before the question. Raises ValueError for too small a T or too short a text.
+    Depth is the share of the filler, a stretch of the tokens `text`, that comes first:
+    from 0 to 1, just before the question. Raises ValueError for too small a T or too
+    short a text.
     """
     rng, start, ask, texts = random.Random(0), opening(enc), enc.encode_ordinary(ASKED), []
     for key in rng.sample(range(10000, 100000), n):
@@ -68,7 +73,9 @@ def passkey_texts(enc: tiktoken.Encoding, text: np.ndarray, T: int, n: int, dept
 
 @torch.no_grad()
 def answer_scores(model: LM, texts: Texts, batch_size: int) -> list[tuple[float, float]]:
-    """For each text whether greedy decoding gives the answer (1 or 0), and the answer's nats per token."""
+    """For each text whether greedy decoding gives the answer (1 or 0), and the answer's
+    nats per token.
+    """
     device, scores = next(model.parameters()).device, []
     for i in range(0, len(texts), batch_size):
         prompts = [torch.tensor(prompt[:-1], device=device) for prompt, _ in texts[i : i + batch_size]]
@@ -83,7 +90,9 @@ def answer_scores(model: LM, texts: Texts, batch_size: int) -> list[tuple[float,
 
 
 def passkey(model: LM, texts: Texts, depths: int, batch_size: int) -> dict:
-    """By depth, the share of exact answers and the nats per token; and the nats where nothing was told."""
+    """By depth, the share of exact answers and the nats per token; and the nats where
+    nothing was told.
+    """
     scores = np.reshape(answer_scores(model, texts, batch_size), (-1, depths + 1, 2))
     exact, nats = scores.mean(0).T.tolist()
     return {"exact": exact[:-1], "nats": nats[:-1], "nats_without": nats[-1]}
@@ -124,7 +133,8 @@ def passkey_table(passkey: dict) -> list[str]:
 
 
 def plot(report: dict, path: Path) -> None:
-    """Loss by stretch, and the passkey's nats with the number in the text and without."""
+    """Loss by stretch, and the passkey's nats with the number in the text and without.
+    """
     with figure(path, len(report)) as panels:
         if panels is None:
             return

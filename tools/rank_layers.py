@@ -2,8 +2,9 @@
 
     python -m tools.rank_layers --teacher out/teacher --keep 1 --align.max_steps 100 --out out/rwkv
 
-Stage 1 for all layers at once, then the KL with each of them replaced alone, and a proposal:
-OUT/ranking/ranking.json. Its settings are distill.py's; the student's --mixer is every layer.
+Stage 1 for all layers at once, then the KL with each of them replaced alone, and a
+proposal: OUT/ranking/ranking.json. Its settings are distill.py's; the student's --mixer
+is every layer.
 """
 
 from dataclasses import replace
@@ -26,7 +27,8 @@ class RankConfig(DistillConfig):
 
 
 def rank_layers(cfg: RankConfig) -> dict:
-    """The costs of all layers and the proposal, as OUT/ranking/ranking.json holds them."""
+    """The costs of all layers and the proposal, as OUT/ranking/ranking.json holds them.
+    """
     out = Path(cfg.run.out) / "ranking"
     if cfg.student.mixer not in ("r", "all"):
         raise ValueError(f"mixer = {cfg.student.mixer!r}: every layer is replaced once, so omit --mixer")
@@ -54,8 +56,8 @@ def rank_layers(cfg: RankConfig) -> dict:
 def replacement_costs(student: LM, teacher: LM, val: Loader, max_tokens: int | None) -> list[dict]:
     """KL(teacher || teacher with that mixer) for each layer, the costliest first.
 
-    `student` has been aligned everywhere. v_first is layer 0's, as in stage 1, whichever layer is
-    replaced.
+    `student` has been aligned everywhere. v_first is layer 0's, as in stage 1,
+    whichever layer is replaced.
     """
     model, rows = wrap(student, teacher).eval(), []
     for i, block in enumerate(model.blocks):
@@ -67,7 +69,9 @@ def replacement_costs(student: LM, teacher: LM, val: Loader, max_tokens: int | N
 
 
 def propose(rows: list[dict], keep: int) -> dict:
-    """Leave the `keep` costliest layers attention: as if costs added up, which they do only roughly."""
+    """Leave the `keep` costliest layers attention: as if costs added up, which they do
+    only roughly.
+    """
     attention = sorted(row["layer"] for row in rows[:keep])
     letters = "".join("a" if i in attention else "r" for i in range(len(rows)))
     return {"layers": rows, "keep": keep, "attention": attention, "mixer": letters}

@@ -1,15 +1,17 @@
-"""Associative recall: how many pairs attention, RWKV-7 and hybrids of both remember, flattering or not.
+"""Associative recall: how many pairs attention, RWKV-7 and hybrids of both remember,
+flattering or not.
 
     python -m tools.recall --out out/pairs                offline, some minutes on two CPU cores
     python -m tools.recall --pairs 4,8,16 --mixers "all last:1"
 
-Multi-query associative recall (arXiv 2312.04927): a tiny GPT learns to answer (k1 v1) (k2 v2) ...
-k2? k1? ..., is distilled into students of several --mixer patterns, and all are asked again, by
-number of pairs. A pair is one token: where it is two, a GPT must first learn to look at the token
-before, which took it too long here.
+Multi-query associative recall (arXiv 2312.04927): a tiny GPT learns to answer (k1 v1)
+(k2 v2) ... k2? k1? ..., is distilled into students of several --mixer patterns, and all
+are asked again, by number of pairs. A pair is one token: where it is two, a GPT must
+first learn to look at the token before, which took it too long here.
 
-A state of N x N can keep N orthogonal keys per head; attention keeps every key, at the price of a
-memory that grows. It trains its own models; for models at hand there is tools/passkey.py.
+A state of N x N can keep N orthogonal keys per head; attention keeps every key, at the
+price of a memory that grows. It trains its own models; for models at hand there is
+tools/passkey.py.
 """
 
 import json
@@ -50,8 +52,10 @@ class RecallConfig:
 
     def __post_init__(self):
         if any(not n.isdecimal() or not 1 <= int(n) <= KEYS for n in self.pairs.split(",")):
-            raise ValueError(f"pairs = {self.pairs!r}: write numbers from 1 to {KEYS}, the number of different "
-                             "keys, with commas")
+            raise ValueError(
+                f"pairs = {self.pairs!r}: write numbers from 1 to {KEYS}, the number of different "
+                "keys, with commas"
+            )
         longest = max(self.n_pairs)
         if 3 * longest > self.model.block_size:
             raise ValueError(f"{longest} pairs, asked once each, take {3 * longest} tokens, but "
@@ -70,8 +74,8 @@ class RecallConfig:
 def pairs_sequence(n: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """3n + 1 tokens, and the mask (1 = is asked for) of the pairs that come again.
 
-    A document boundary, n pairs with different keys, then each key again, in another order, followed
-    by its pair.
+    A document boundary, n pairs with different keys, then each key again, in another
+    order, followed by its pair.
     """
     keys = rng.permutation(KEYS)[:n]
     pairs = KEYS + VALUES * keys + rng.integers(0, VALUES, n)
@@ -101,7 +105,9 @@ def write_pairs(folder: Path, cfg: RecallConfig) -> None:
 
 @torch.no_grad()
 def pairs_accuracy(model: LM, n: int, asked: int, seed: int = 0) -> float:
-    """The share of values that the model puts first, in `asked` fresh sequences of n pairs."""
+    """The share of values that the model puts first, in `asked` fresh sequences of n
+    pairs.
+    """
     rng, right = np.random.default_rng([seed, 2]), 0
     device = next(model.parameters()).device
     for rows in np.array_split(range(asked), -(-asked // 64)):
@@ -153,7 +159,10 @@ def as_markdown(report: dict) -> str:
 
 
 def plot(report: dict, path: Path) -> None:
-    """The share of right answers by number of pairs. Does nothing but say so without matplotlib."""
+    """The share of right answers by number of pairs.
+
+    Does nothing but say so without matplotlib.
+    """
     with figure(path, 1, width=4.2) as panels:
         if panels is None:
             return

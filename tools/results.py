@@ -19,7 +19,9 @@ class ResultsConfig:
 
 
 def collect(folder: Path) -> str:
-    """A table over the reports of several seeds: per stage and control the median, and the range."""
+    """A table over the reports of several seeds: per stage and control the median, and
+    the range.
+    """
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     reports = [report for report in reports if isinstance(report, dict) and report.get("stages")]
     if not reports:

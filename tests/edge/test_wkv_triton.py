@@ -80,7 +80,8 @@ def test_both_ends_of_the_learning_rate(a):
 # Repeated tokens
 
 def sensitivity(x, dy, dS):
-    """How far dv moves when each bfloat16 input does by up to a unit in the last place."""
+    """How far dv moves when each bfloat16 input does by up to a unit in the last place.
+    """
     g = torch.Generator().manual_seed(1)
     moved = [z * (1 + 2**-7 * (torch.rand(z.shape, generator=g).double() - 0.5)) for z in x[:6]] + [x[6]]
     return errors(equation(moved, dy, dS), equation(x, dy, dS))["dv"]
@@ -181,7 +182,9 @@ def test_inputs_that_the_kernels_cannot_take_are_refused_with_a_remedy(monkeypat
     x = random_inputs(T=20)
     single = [z.float().to(DEVICE) for z in x]
     narrow = [z.float().to(DEVICE) for z in random_inputs(T=20, N=8)]
-    limits = "takes float32, bfloat16 or float16 and heads of 16, 32, 64 or 128, not float64 and 16: use torch"
+    limits = (
+        "takes float32, bfloat16 or float16 and heads of 16, 32, 64 or 128, not float64 and 16: use torch"
+    )
     with pytest.raises(ValueError, match=f"'triton' {limits}"):
         wkv7(*[z.to(DEVICE) for z in x], backend="triton")
     with pytest.raises(ValueError, match="not float32 and 8: use torch"):
