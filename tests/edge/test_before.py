@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import distill
@@ -47,12 +48,30 @@ def before(tmp_path, monkeypatch) -> Path:
     return tmp_path / "before"
 
 
-def sha256(name: str) -> str:
-    return json.loads((BEFORE / "sha256.json").read_text())[name]
+def probe() -> str:
+    """SHA-256 of what torch alone computes here: its last bits depend on CPU and version."""
+    x = torch.randn(4, 4, 16, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    z = F.layer_norm(y @ y.mT, (16,)).softmax(-1).log_softmax(-1).cumsum(-2)
+    z = z + torch.sigmoid(z).exp() * torch.tanh(z) + F.normalize(z, dim=-1) + F.gelu(z)
+    F.group_norm(z.flatten(0, 2), 4, eps=64e-5).square().sum().backward()
+    torch.optim.AdamW([x], fused=True).step()
+    return hashlib.sha256(x.detach().numpy().tobytes() + x.grad.numpy().tobytes()).hexdigest()
 
 
-def digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+def assert_finished(folder: Path, name: str) -> None:
+    """The model is the one of the run that never stopped, made by the code of before.
+
+    Bit for bit, where torch itself computes the bits that it computed there; elsewhere
+    within the differences that its last bits make in four small steps.
+    """
+    hashes = json.loads((BEFORE / "sha256.json").read_text())
+    finished = load_file(BEFORE / "finished" / f"{name}.safetensors")
+    model = load_file(folder / "model.safetensors")
+    for weight in finished.keys() | model.keys():
+        torch.testing.assert_close(model[weight], finished[weight], rtol=1e-3, atol=1e-3)
+    if probe() == hashes["torch"]:
+        assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == hashes[name]
 
 
 @torch.no_grad()
@@ -75,7 +94,7 @@ def test_a_state_goes_on_to_its_logits():
 
 def test_an_interrupted_training_resumes_to_what_it_would_have_become(before):
     train.main([*TRAINING, "--resume"])
-    assert digest(before / "training") == sha256("training")
+    assert_finished(before / "training", "training")
     steps = [json.loads(row)["step"] for row in (before / "training" / "metrics.jsonl").open()]
     assert steps == [1, 2, 3, 4]
 
@@ -84,7 +103,8 @@ def test_an_interrupted_distillation_resumes_to_what_it_would_have_become(before
     """Stopped in stage 2, whose folder bears its name of today afterwards."""
     distill.main([*DISTILLATION, "--resume"])
     out = before / "distillation"
-    assert digest(out) == digest(out / "match") == sha256("distillation")
+    assert_finished(out, "distillation")
+    assert_finished(out / "match", "distillation")
     assert not (out / "distil").exists()
     assert json.loads((out / "match" / "stage.json").read_text())["name"] == "match"
     rows = json.loads((out / "report.json").read_text())["stages"]
@@ -101,4 +121,4 @@ def test_a_finished_stage_of_before_is_a_row_of_today(before, monkeypatch):
     monkeypatch.setattr(distill, "train_stage", None)
     distill.main([*DISTILLATION, "--resume"])
     assert json.loads((out / "report.json").read_text())["stages"][-1] == row
-    assert digest(out) == sha256("distillation")
+    assert_finished(out, "distillation")
