@@ -49,7 +49,7 @@ def before(tmp_path, monkeypatch) -> Path:
 
 
 def probe() -> str:
-    """SHA-256 of what torch alone computes here: its last bits depend on CPU and version."""
+    """SHA-256 of what torch computes here: its last bits depend on the CPU."""
     x = torch.randn(4, 4, 16, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = F.scaled_dot_product_attention(x, x, x, is_causal=True)
     z = F.layer_norm(y @ y.mT, (16,)).softmax(-1).log_softmax(-1).cumsum(-2)
