@@ -112,7 +112,7 @@ def test_an_interrupted_distillation_resumes_to_what_it_would_have_become(before
 
 
 def test_a_finished_stage_of_before_is_a_row_of_today(before, monkeypatch):
-    """OUT/distil/stage.json says "distil"; the report says match, and nothing is trained again."""
+    """Its stage.json says "distil", the report match, and nothing is trained again."""
     out = before / "distillation"
     distill.main([*DISTILLATION, "--resume"])
     row = json.loads((out / "match" / "stage.json").read_text())
