@@ -11,15 +11,17 @@ from torch import Tensor
 from data.loader import Loader
 from data.prepare import ensure_prepared
 from lib.folders import check_vocabulary, same_tokenizer
+from lib.processes import main_first
 from model import LM
 
 
-def prepare_data(cfg) -> None:
+def prepare_data(cfg, rank: int) -> None:
     """Make the embedded data sets where they are missing, with the teacher's tokenizer.
     """
-    ensure_prepared(cfg.data, cfg.teacher)
-    if "finish" in cfg.named:
-        ensure_prepared(cfg.finish_data, cfg.teacher)
+    with main_first(rank):
+        ensure_prepared(cfg.data, cfg.teacher)
+        if "finish" in cfg.named:
+            ensure_prepared(cfg.finish_data, cfg.teacher)
 
 
 def first_tokens(cfg, T: int, device: torch.device) -> Tensor | None:
