@@ -105,7 +105,7 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
 
 
 def _require_byte_level(where: str, whole: dict) -> None:
-    """Raises ValueError for other tokenizers, and for options that would give other ids."""
+    """Raises ValueError for other tokenizers and for options that give other ids."""
     model, pre_tokenizer = whole["model"], whole.get("pre_tokenizer")
     kind, fallback = model.get("type", "BPE"), model.get("byte_fallback")
     if kind != "BPE" or fallback or "ByteLevel" not in _types(pre_tokenizer):

@@ -2,8 +2,8 @@
 so it has no position to save.
 
 To resume a run at step i is to ask for step i. The *global* micro-batch has
-world_size · batch_size rows; rank r takes rows [r·B, (r+1)·B). So W processes with batch
-B see exactly what one process with batch W·B sees.
+world_size · batch_size rows; rank r takes rows [r·B, (r+1)·B). So W processes with
+batch B see exactly what one process with batch W·B sees.
 
 Text is cut by a grid: each epoch lays n blocks of T tokens over the split, shifted by
 the epoch's own offset (every offset comes once before any comes again), and visits them
@@ -198,8 +198,8 @@ class Loader:
         if not whole or index[0] != 0 or index[-1] != len(self.tokens) or np.diff(index).min() < 2:
             raise self._damaged(path, "missing, or doesn't fit the tokens")
         starts, stops = index[:-1], np.minimum(index[1:], index[:-1] + self.T + 1)
-        # Sums of the mask over [start + 1, stop): the first token of a row is no target.
-        # reduceat wants no end index.
+        # Sums of the mask over [start + 1, stop): the first token of a row is no
+        # target. reduceat wants no end index.
         bounds = np.stack([starts + 1, stops], axis=1).reshape(-1)
         inside = np.append(self.learnt, np.uint8(0))
         n_targets = np.add.reduceat(inside, bounds, dtype=np.int64)[::2].reshape(-1, rows)

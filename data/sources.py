@@ -94,7 +94,8 @@ def _pydoc_sft() -> Iterator[Example]:
 def _pydoc_dpo() -> Iterator[Example]:
     """The same prompts, with two answers.
 
-    Chosen is the function's own docstring, rejected that of the next function in its place.
+    Chosen is the function's own docstring, rejected that of the next function in its
+    place.
     """
     for place, group in groupby(_pydoc_sft(), key=lambda example: example.key):
         pairs = [example.texts for example in group]
@@ -153,7 +154,10 @@ def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def _described(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """(signature line, docstring) of a module, function or class, and of a class's parts."""
+    """(signature line, docstring) of a module, function or class.
+
+    And of what is defined in a class.
+    """
     signature = ""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in node.bases)

@@ -101,7 +101,7 @@ def take(values: dict, key: str, kind: type, default: object = ...):
 
 
 def refuse(values: dict, harmless: tuple, meaning: str, *keys: str) -> None:
-    """Raises ValueError for a setting that is there and not harmless, with its meaning."""
+    """Raises ValueError, naming the meaning, for a setting that is not harmless."""
     for key in keys:
         if values.get(key) is not None and values[key] not in harmless:
             raise ValueError(f"{key} = {values[key]!r}"[:80] + f": {meaning} is not supported")

@@ -13,7 +13,7 @@ arranges and writes them one by one. It is exact or it refuses: every tensor of 
 checkpoint has its place, and what model.py cannot compute is named. What it is not: a
 downloader. No code of a stranger is run, and nothing but tensors unpickled.
 
-    gpt2                          q, k and v stand in one matrix, and matrices (in, out);
+    gpt2                          q, k and v stand in one matrix; matrices (in, out);
                                   learned positions
     llama, mistral, qwen2, qwen3  qwen2 has biases on q, k and v, qwen3 norms on q and k
     .gguf of llama, qwen2, qwen3  quantised; llama's q and k rows are in the order that
@@ -205,15 +205,15 @@ def official_tensors(model: LM, file: Path, dtype: str | None) -> dict[str, Tens
     torch.save wants all of them at once; each is a copy, of whose file nothing stays in
     memory.
     """
+    def read(name: str) -> Tensor:
+        tied = model.cfg.tied and name == "head.weight"
+        t = read_tensor(file, "emb.weight" if tied else name)  # a tied head is written as a copy
+        return as_dtype(name, t, shapes[name], getattr(torch, dtype) if dtype else t.dtype).clone()
+
     names = official_names(model.cfg.n_layer)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     assert set(names) == set(shapes), "a model that passes not_official has the official parameters"
-    tensors = {}
-    for name in names:
-        tied = model.cfg.tied and name == "head.weight"
-        t = read_tensor(file, "emb.weight" if tied else name)  # a tied head is written as a copy
-        tensors[name] = as_dtype(name, t, shapes[name], getattr(torch, dtype) if dtype else t.dtype).clone()
-    return tensors
+    return {name: read(name) for name in names}
 
 
 # ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json, one or several .safetensors, and a tokenizer.json.
 
-    gpt2                          q, k and v stand in one matrix, and matrices (in, out);
+    gpt2                          q, k and v stand in one matrix; matrices (in, out);
                                   learned positions
     llama, mistral, qwen2, qwen3  qwen2 has biases on q, k and v, qwen3 norms on q and k
 """
@@ -59,7 +59,7 @@ def from_hugging_face(folder: Path) -> Checkpoint:
 
 
 def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Where each tensor stands, (file, name there), by its name without GPT-2's prefix."""
+    """(file, name there) of each tensor, by its name without GPT-2's prefix."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = []
     if single.exists():
