@@ -1,4 +1,4 @@
-"""What the tests of tools/convert.py share: tiny checkpoints of every kind, and their oracles.
+"""What the tests of tools/convert.py share: tiny checkpoints and their oracles.
 
 Nothing is downloaded: transformers makes random models, gguf's writer their files.
 """
@@ -23,8 +23,10 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 COMMON = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
               num_key_value_heads=2, rms_norm_eps=1e-4, max_position_embeddings=128,
               bos_token_id=None, eos_token_id=None, pad_token_id=None)
-GPT2 = dict(vocab_size=97, n_positions=128, n_embd=48, n_layer=3, n_head=4, bos_token_id=None, eos_token_id=None)
-WIDE = COMMON | dict(hidden_size=128, intermediate_size=96)  # heads of 32: quantised rows come in blocks of 32
+GPT2 = dict(vocab_size=97, n_positions=128, n_embd=48, n_layer=3, n_head=4,
+            bos_token_id=None, eos_token_id=None)
+# heads of 32: quantised rows come in blocks of 32
+WIDE = COMMON | dict(hidden_size=128, intermediate_size=96)
 OTHER_GPT2 = dict(activation_function="gelu", tie_word_embeddings=False, n_inner=70, layer_norm_epsilon=1e-3)
 BIASED = dict(rope_parameters=LINEAR, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -35,7 +37,8 @@ KINDS = {
     "llama": ("Llama", COMMON),
     GROUPED: ("Llama", COMMON | dict(head_dim=20, rope_parameters=LLAMA3)),
     "llama, linear scaling, biases, tied": ("Llama", COMMON | BIASED),
-    "llama, bias of attention only, one kv head": ("Llama", COMMON | dict(attention_bias=True, num_key_value_heads=1)),
+    "llama, bias of attention only, one kv head":
+        ("Llama", COMMON | dict(attention_bias=True, num_key_value_heads=1)),
     "mistral": ("Mistral", COMMON | dict(sliding_window=None, head_dim=16)),
     "mistral, window as long as the context": ("Mistral", COMMON | dict(sliding_window=128)),
     "qwen2": ("Qwen2", COMMON | dict(tie_word_embeddings=True)),
@@ -101,8 +104,9 @@ LLAMA_CPP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "l
              "self_attn.o_proj": "attn_output", "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}
 
 
-def write_gguf(file: Path, model: torch.nn.Module, arch: str, quantise=lambda name, w: None, **changes) -> None:
-    """A GGUF as llama.cpp's converter lays it out, with q and k rows in pairs for llama.
+def write_gguf(file: Path, model: torch.nn.Module, arch: str, quantise=lambda name, p: None,
+               **changes) -> None:
+    """A GGUF as llama.cpp's converter lays it out: llama's q and k rows in pairs.
 
     `quantise` names a tensor's type; the model then gets what the file can say.
     """
@@ -144,5 +148,7 @@ def write_gguf(file: Path, model: torch.nn.Module, arch: str, quantise=lambda na
         plain = 5000.0 ** (-torch.arange(0, 32, 2) / 32)
         factors = (plain / model.model.rotary_emb.inv_freq).float()
         writer.add_tensor("rope_freqs.weight", factors.numpy())
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -24,10 +24,13 @@ MIXED_LAYERS = ["full_attention", "sliding_attention", "full_attention"]
 @pytest.mark.parametrize("kind, changes, words", [
     ("llama", dict(model_type="gemma2"), ["gemma2", "not supported"]),
     ("llama", dict(model_type=...), ["model_type is missing"]),
-    ("llama", dict(model_type="mixtral", num_local_experts=8), ["num_local_experts = 8", "mixture of experts"]),
+    ("llama", dict(model_type="mixtral", num_local_experts=8),
+     ["num_local_experts = 8", "mixture of experts"]),
     ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), ["rope scaling 'yarn'"]),
-    ("llama", dict(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 4.0}), ["rope scaling 'dynamic'"]),
-    ("llama", dict(rope_parameters={"full_attention": {"rope_type": "default"}}), ["the same for all layers"]),
+    ("llama", dict(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 4.0}),
+     ["rope scaling 'dynamic'"]),
+    ("llama", dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
+     ["the same for all layers"]),
     ("llama", dict(rope_parameters={"rope_type": "linear"}), ["factor is missing"]),
     ("llama", dict(partial_rotary_factor=0.5), ["partial_rotary_factor = 0.5"]),
     ("llama", dict(attn_logit_softcapping=30.0), ["attn_logit_softcapping", "soft-capping"]),
@@ -179,7 +182,7 @@ def test_pth_files_that_are_no_rwkv_7_are_refused_and_no_code_is_run(what, words
 # Damage, the command
 
 def damaged(whole: bytes) -> list[bytes]:
-    """Nine files that are cut or no files at all, and 25 with bytes changed near their beginning."""
+    """Nine that are cut or nonsense, and 25 with bytes changed near the beginning."""
     dice = random.Random(0)
     shares = (0, 0.001, 0.01, 0.1, 0.3, 0.7, 0.95)
     files = [whole[: int(len(whole) * share)] for share in shares] + [b"\xff" * 50, whole[:-1]]

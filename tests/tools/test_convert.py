@@ -1,4 +1,4 @@
-"""The two commands: what they tell, what they sweep up, and how much memory they take."""
+"""The two commands: what they tell and sweep up, and how much memory they take."""
 
 import gc
 import json
@@ -28,9 +28,11 @@ def test_a_tokenizer_too_large_for_the_model_is_told_and_a_killed_import_is_swep
 
 
 # ------------------------------------------------------------------------------------------
-# Memory, as the allocators count it: what was asked for, whatever load and system made of it
+# Memory, as the allocators count it: what was asked for, whatever load and system made
+# of it
 
-BIG = dict(hidden_size=256, intermediate_size=640, num_hidden_layers=12, vocab_size=640, num_attention_heads=8)
+BIG = dict(hidden_size=256, intermediate_size=640, num_hidden_layers=12, vocab_size=640,
+           num_attention_heads=8)
 
 
 def write_source(kind: str, folder: Path) -> Path:
@@ -52,7 +54,7 @@ def write_source(kind: str, folder: Path) -> Path:
 
 @dataclass
 class Account:
-    """Bytes at once, at the highest: allocated, and of mapped files; and mappings made."""
+    """The most bytes at once, allocated and of mapped files; and the mappings made."""
 
     allocated: int = 0
     mapped: int = 0
@@ -62,8 +64,8 @@ class Account:
 def account(call: Callable, files: list[Path], trace: Path) -> Account:
     """What a call takes.
 
-    torch reports to its profiler each allocation and each of these files that it maps, numpy
-    (which reads a GGUF) and Python report theirs to tracemalloc.
+    torch reports to its profiler each allocation and each of these files that it maps,
+    numpy (which reads a GGUF) and Python report theirs to tracemalloc.
     """
     call()         # what its first time imports is not its own
     gc.collect()   # nor what others left to be freed
@@ -95,8 +97,8 @@ def account(call: Callable, files: list[Path], trace: Path) -> Account:
 def test_memory_stays_below_a_fifth_more_than_the_model(kind, tmp_path, monkeypatch):
     """An import has one tensor in memory, beside a .pth that is mapped as it is.
 
-    Loading and export have the model once, and one tensor more. The model's file is mapped
-    anew for each tensor: one that stays mapped keeps in memory what was read of it.
+    Loading and export have the model once, and one tensor more. The model's file is
+    mapped anew for each tensor: one that stays mapped keeps in memory what was read.
     """
     monkeypatch.chdir(tmp_path)
     source, stored = write_source(kind, tmp_path), tmp_path / "out" / "model.safetensors"
@@ -106,8 +108,8 @@ def test_memory_stays_below_a_fifth_more_than_the_model(kind, tmp_path, monkeypa
 
     more = account(lambda: import_model(importing), files, tmp_path / "trace.json")
     size, shapes = stored.stat().st_size, stored_shapes(open_model("out")[0])
-    # a tensor as it is read, arranged, converted and compared with infinity; and a megabyte
-    # for names and headers
+    # a tensor as it is read, arranged, converted and compared with infinity; and a
+    # megabyte for names and headers
     piece = 5 * 4 * max(map(math.prod, shapes.values())) + 2**20
     assert size > 30e6 and piece < size / 5
     assert more.allocated < piece and more.mapped <= max(file.stat().st_size for file in files)

@@ -62,7 +62,8 @@ def test_half_precision_is_kept_on_disk_and_rounded_once(dtype, tmp_path):
     assert {p.dtype for p in imported.parameters()} == {torch.float32}
     model = model.to(getattr(torch, dtype)).float()
     assert relative(imported(text())[0], model(text()).logits) < 1e-4
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")      # a half-precision checkpoint, into float32
+    # a half-precision checkpoint, into float32
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     assert relative(bring(tmp_path / "half", tmp_path)(text())[0], model.float()(text()).logits) < 1e-4
     model.model.norm.weight.data.fill_(1e5)
     model.save_pretrained(tmp_path / "large")

@@ -1,4 +1,4 @@
-"""The official RWKV-7's .pth: the package rwkv runs what we write, and it comes back equal."""
+"""The official RWKV-7's .pth: rwkv runs what we write; it comes back equal."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_the_package_rwkv_runs_an_export_with_our_logits(changes, v0, tmp_path):
         logits, state = model(token.view(1, 1), state)
         other, other_state = run.forward(token.item(), other_state)
     assert relative(logits[0, -1], other) < 1e-4
-    back = bring(out, tmp_path)                                                     # and it comes back as it was
+    back = bring(out, tmp_path)  # and it comes back as it was
     assert relative(back(tokens[None])[0], model(tokens[None])[0]) == 0
 
 
@@ -62,7 +62,8 @@ def test_the_package_rwkv_runs_an_export_with_our_logits(changes, v0, tmp_path):
 def test_export_import_export_is_byte_equal(changes, dtype, tmp_path):
     save_model(rwkv(**changes), tmp_path / "m", {})
     first = torch.load(export_model(ExportConfig(folder=str(tmp_path / "m"), dtype=dtype)), weights_only=True)
-    import_model(ImportConfig(path=str(tmp_path / "m.pth"), out=str(tmp_path / "back"), dtype=dtype, tokenizer="bytes"))
+    import_model(ImportConfig(path=str(tmp_path / "m.pth"), out=str(tmp_path / "back"), dtype=dtype,
+                              tokenizer="bytes"))
     second = torch.load(export_model(ExportConfig(folder=str(tmp_path / "back"))), weights_only=True)
     n_layer = len({name.split(".")[1] for name in first if name.startswith("blocks")})
     assert list(first) == list(second) == official_names(n_layer)
