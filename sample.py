@@ -135,12 +135,13 @@ def generate(model: LM | Decoder, tokens: Tensor, n: int, *, state: State | None
 # ------------------------------------------------------------------------------------------
 # To the terminal
 
-def write(cfg: SampleConfig, here: Session) -> None:
-    """Print one text as it comes, or several when all are done; leaves in `here` what is remembered.
+def write(cfg: SampleConfig, text: str, here: Session) -> None:
+    """Continue `text`, and leave in `here` what is remembered.
 
-    Ctrl-C ends the text. Speed and memory go to stderr.
+    One sample is printed as it comes, several when all are done; then speed and memory on
+    stderr. Ctrl-C ends the text.
     """
-    text, decoder, stop = read_prompt(cfg.prompt), here.decoder, stops(here.enc) if cfg.stop else ()
+    decoder, stop = here.decoder, stops(here.enc) if cfg.stop else ()
     ids = here.enc.encode_ordinary(text)
     prompt = (here.unread + ids if here.state else opening(here.enc) + ids) or opening(here.enc)
     check_prompt(prompt, here, cfg.session.ckpt)
@@ -156,8 +157,7 @@ def write(cfg: SampleConfig, here: Session) -> None:
     live = cfg.num_samples == 1
     print(text if live else "", end="", flush=True)
     try:
-        for tokens, here.state in steps:
-            here.unread = [token for token in tokens.tolist() if token not in stop]
+        for tokens, state in steps:
             times.append(time.perf_counter())
             pieces = ["" if token in stop else add(token) for token, add in zip(tokens.tolist(), streams)]
             samples = [sample + piece for sample, piece in zip(samples, pieces)]
@@ -167,6 +167,8 @@ def write(cfg: SampleConfig, here: Session) -> None:
             raise
         if isinstance(e, BrokenPipeError):
             hush()
+    # only now, and both: Ctrl-C may come between any two lines above
+    here.state, here.unread = state, [token for token in tokens.tolist() if token not in stop]
     ends = [add(None) for add in streams]
     whole = [sample + end for sample, end in zip(samples, ends)]
     print(ends[0] if live else "\n---------------\n".join(whole), flush=True)
@@ -175,8 +177,9 @@ def write(cfg: SampleConfig, here: Session) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(SampleConfig, argv)
+    text = read_prompt(cfg.prompt)                                         # before a large model is loaded
     with session(cfg.session) as here:
-        write(cfg, here)
+        write(cfg, text, here)
 
 
 if __name__ == "__main__":
