@@ -1,4 +1,6 @@
-"""Models whose answers are known beforehand, and a folder with a small RWKV-7."""
+"""Models whose answers are known beforehand, a small RWKV-7's folder, and reports."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,9 +9,12 @@ from common import tiny_model
 from lib.folders import save_model
 from model import LM, CausalSelfAttention, ModelConfig, State
 
+# of a report's table
+ROW = {"tokens": 4096, "minutes": 1.25, "val_loss": 1.5, "gap": 0.25, "kl": 0.125, "top1": 0.5}
+
 
 def constant_model(logits: list[float]) -> LM:
-    """A model whose logits are these after any text: the last norm puts out a constant."""
+    """A model with these logits after any text: its last norm puts out a constant."""
     model = LM(ModelConfig(vocab_size=len(logits), n_layer=1, n_embd=4, n_head=1))
     with torch.no_grad():
         model.ln_out.weight.zero_()
@@ -26,8 +31,16 @@ def rwkv_folder(tmp_path_factory):
     return path
 
 
+def panels(picture: Path) -> int:
+    """How many panels a report's .png has, by its width."""
+    return round(int.from_bytes(picture.read_bytes()[16:20], "big") / (3.6 * 120))
+
+
 class Oracle(torch.nn.Module):
-    """Answers by a rule of all tokens so far: rule(list of ids) -> the next one. Its state is these tokens."""
+    """Answers by a rule of all tokens so far: rule(list of ids) -> the next one.
+
+    Its state is these tokens.
+    """
 
     def __init__(self, rule):
         super().__init__()
@@ -46,7 +59,7 @@ class Oracle(torch.nn.Module):
 
 
 class Pretender(CausalSelfAttention):
-    """Passes for attention, and computes what a student's mixer computes, v_first included."""
+    """Passes for attention, and computes what a student's mixer does, v_first included."""
 
     def __init__(self, cfg, mixer, shared):
         super().__init__(cfg)

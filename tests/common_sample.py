@@ -1,4 +1,4 @@
-"""What the tests of generating share: models of every kind, random texts, and a folder that can chat."""
+"""What tests of generating share: models of every kind, texts, a folder that can chat."""
 
 import pytest
 import torch

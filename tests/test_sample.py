@@ -1,4 +1,7 @@
-"""Generation: what is drawn is what the whole-sequence logits say, and the memory of an RNN stays as it is."""
+"""Generation: what is drawn is what the whole-sequence logits say.
+
+And the memory of an RNN stays as it is.
+"""
 
 import pytest
 import torch
@@ -88,10 +91,11 @@ def test_penalties_by_hand():
     # presence, once: 3.0 -> 2.0, 2.5 -> 1.5, 2.2 -> 1.2, then 2.0 stays the largest;
     # the prompt's 3 does not count
     assert drawn(model, prompt, 6, temperature=0, presence=1.0).tolist() == [[0, 1, 2, 0, 0, 0]]
-    # frequency, each time: 3.0, 2.5, (2.4 | 1.9 | 2.2), (1.8 | 1.9 | 2.2), (1.8 | 1.9 | 1.6),
-    # (1.8 | 1.3 | 1.6)
+    # frequency, each time: 3.0, 2.5, (2.4 | 1.9 | 2.2), (1.8 | 1.9 | 2.2),
+    # (1.8 | 1.9 | 1.6), (1.8 | 1.3 | 1.6)
     assert drawn(model, prompt, 6, temperature=0, frequency=0.6).tolist() == [[0, 1, 0, 2, 1, 0]]
-    # both: 3.0, then 3.0 - 0.3 - 0.4 = 2.3 | 2.5, then 2.3 | 1.8 | 2.2, then 1.9 | 1.8 | 2.2
+    # both: 3.0, then 3.0 - 0.3 - 0.4 = 2.3 | 2.5, then 2.3 | 1.8 | 2.2,
+    # then 1.9 | 1.8 | 2.2
     both = drawn(model, prompt, 4, temperature=0, presence=0.3, frequency=0.4)
     assert both.tolist() == [[0, 1, 0, 2]]
 
@@ -120,7 +124,8 @@ def test_the_state_of_an_rnn_has_as_many_bytes_after_ten_thousand_tokens_as_afte
     (_, many), = generate(model, tokens(1, 10_000), 1)
     *_, (_, later) = generate(model, tokens(1, 1), 20, state=many)
     assert (ten.position, many.position, later.position) == (10, 10_000, 10_020)
-    # per layer: S of 2 heads x 16 x 16, and the last input of both halves of the block; 4 bytes each
+    # per layer: S of 2 heads x 16 x 16, and the last input of both halves of the block,
+    # of 4 bytes each
     assert nbytes(ten) == nbytes(many) == nbytes(later) == 4 * 2 * (2 * 16 * 16 + 32 + 32)
 
 
@@ -133,8 +138,8 @@ def test_the_script_prints_prompt_and_text_and_on_stderr_speed_and_memory(rwkv_f
     out, err = capsys.readouterr()
     assert out.startswith("né") and out.endswith("\n")
     assert "prefill 4 tokens" in err and "decode 1 x 11 tokens" in err and "tokens/s" in err
-    # the state has read <|endoftext|>, three bytes, and all but the last of twelve; the cache
-    # would be 2 layers x (k, v) x 32 x 4 bytes
+    # the state has read <|endoftext|>, three bytes, and all but the last of twelve;
+    # the cache would be 2 layers x (k, v) x 32 x 4 bytes
     memory = f"memory of 15 tokens: {4 * 2 * (2 * 16 * 16 + 64):,} bytes"
     assert memory in err and f"keeps {15 * 2 * 2 * 32 * 4:,}" in err
     main(args)
@@ -148,8 +153,8 @@ def test_the_script_prints_prompt_and_text_and_on_stderr_speed_and_memory(rwkv_f
     assert len(texts) == 3 and all(t.startswith("né") for t in texts) and len(set(texts)) == 3
 
 
-def test_a_prompt_is_what_training_saw_after_the_end_of_a_document(rwkv_folder, capsys, tmp_path,  # noqa: F811
-                                                                   monkeypatch):
+def test_a_prompt_is_what_training_saw_after_the_end_of_a_document(rwkv_folder, capsys,  # noqa: F811
+                                                                   tmp_path, monkeypatch):
     calls = []
 
     def two_steps(model, prompt, n, **options):

@@ -1,4 +1,4 @@
-"""sample.py where something is wrong: options, prompts, folders, readers that leave, and Ctrl-C."""
+"""sample.py where something is wrong: options, prompts, folders, a reader, Ctrl-C."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A session: the model as its options say, and a state that is written in the end, or not at all."""
+"""A session: the model as its options say, and a state written in the end or not at all."""
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from sample import generate, main
 def test_the_scripts_dtype_is_of_the_decoders_matrices(tmp_path, capsys):
     save_model(tiny_model(mixer="r", ffn="channelmix"), tmp_path / "r", {"tokenizer": "bytes"})
     save_model(tiny_model(), tmp_path / "a", {"tokenizer": "bytes"})
-    options = ["--prompt", "a", "--no-stop", "--temperature", "0", "--max_tokens", "40", "--dtype", "bfloat16"]
+    options = ["--prompt", "a", "--no-stop", "--temperature", "0", "--max_tokens", "40"]
+    options += ["--dtype", "bfloat16"]
     main(["--ckpt", str(tmp_path / "r"), *options])
     half = Decoder(load_model(tmp_path / "r").eval(), torch.bfloat16)
     stream = TextStream(get_tokenizer("bytes"))
@@ -30,7 +31,7 @@ def test_the_scripts_dtype_is_of_the_decoders_matrices(tmp_path, capsys):
     one_line(e.value)
 
 
-def test_what_is_remembered_in_the_end_is_written_with_what_was_not_read(rwkv_folder, tmp_path, capsys):  # noqa: F811
+def test_what_is_remembered_is_written_with_what_was_not_read(rwkv_folder, tmp_path, capsys):  # noqa: F811
     file = tmp_path / "deep" / "s.state"
     cfg = SessionConfig(ckpt=str(rwkv_folder), save_state=str(file))
     with session(cfg) as here:
@@ -85,7 +86,7 @@ def test_a_prompt_that_the_model_cannot_read_is_one_line(tmp_path):
     save_model(tiny_model(vocab_size=100), tmp_path / "m", {"tokenizer": "bytes"})
     with session(SessionConfig(ckpt=str(tmp_path / "m"))) as here:
         check_prompt([0, 99], here, "m")
-        with pytest.raises(ValueError, match="token 256, the model's vocabulary ends at 99: meta.json in m") as e:
+        with pytest.raises(ValueError, match="token 256, .* vocabulary ends at 99: meta.json in m") as e:
             check_prompt([256, 97], here, "m")
         one_line(e.value)
         with pytest.raises(ValueError, match="nothing to read and to remember; give a prompt") as e:

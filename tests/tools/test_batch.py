@@ -24,7 +24,7 @@ SAMPLINGS = ({"top_k": 20}, {"top_p": 0.9, "temperature": 0.7}, {"presence": 0.5
 
 @pytest.mark.parametrize("options", SAMPLINGS)
 def test_each_prompt_draws_what_it_would_draw_alone(options):
-    """Also where penalties count what it has generated, and after a text that all have read."""
+    """Also where penalties count what it has generated, and after a text that all read."""
     model = tiny_model(mixer="r", ffn="channelmix").eval()
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (7, 1, 12)]
     _, book = process(model, tokens(1, 9))
@@ -46,7 +46,7 @@ def test_a_row_at_the_last_learned_position_yields_minus_one_and_the_others_go_o
     """The last token drawn is not read: a prompt of n tokens has room for 17 - n."""
     model = tiny_model(positions="learned").eval()
     rows = rows_drawn(model, [[1] * 10, [2] * 16, [3]], 99, temperature=0).tolist()
-    assert [[token >= 0 for token in row].index(False) if -1 in row else len(row) for row in rows] == [7, 1, 16]
+    assert [sum(token >= 0 for token in row) for row in rows] == [7, 1, 16] and len(rows[0]) == 16
     assert all(set(row[n:]) <= {-1} for row, n in zip(rows, (7, 1, 16)))
     alone = drawn(model, torch.tensor([[1] * 10]), 7, temperature=0)[0].tolist()
     assert rows[0][:7] == alone
@@ -93,7 +93,7 @@ def test_the_script_refuses_what_many_prompts_do_not_have(rwkv_folder, tmp_path)
 
 def test_the_end_is_not_shown_and_each_text_is_decoded_by_itself(rwkv_folder, tmp_path, capsys,  # noqa: F811
                                                                  monkeypatch):
-    """Two rows in the midst of a character each; the first ends, and the second goes on."""
+    """Two rows amid a character each; the first ends, and the second goes on."""
     def two_texts(decoder, prompts, n, *, stop, **options):
         assert prompts == [[256, *b"a"], [256, *b"bc"]] and stop == (256,)
         for first, second in zip((0xc3, 0xa9, 256, 256), (0xe6, 0xbc, 0xa2, -1)):
