@@ -126,10 +126,9 @@ def generate(model: LM | Decoder, tokens: Tensor, n: int, *, state: State | None
 # ------------------------------------------------------------------------------------------
 # To the terminal
 
-def write(cfg: SampleConfig, here: Session) -> None:
-    """Print one text as it comes, several in the end. Ctrl-C ends it, too."""
-    text, decoder, B = read_prompt(cfg.prompt), here.decoder, cfg.num_samples
-    prompt = first_tokens(text, here, cfg.session.ckpt)
+def write(cfg: SampleConfig, text: str, here: Session) -> None:
+    """Continue `text`, and leave in `here` what is remembered. Ctrl-C ends the text."""
+    decoder, B, prompt = here.decoder, cfg.num_samples, first_tokens(text, here, cfg.session.ckpt)
     if cfg.max_tokens == 0:
         return read_only(prompt, here)
     n = int(min(cfg.max_tokens, room(here, len(prompt))))
@@ -141,8 +140,7 @@ def write(cfg: SampleConfig, here: Session) -> None:
     streams, samples, times = [TextStream(here.enc) for _ in rows], [text] * B, [time.perf_counter()]
     print(text if B == 1 else "", end="", flush=True)
     try:
-        for tokens, here.state in steps:
-            here.unread = [token for token in tokens.tolist() if token not in stop]
+        for tokens, state in steps:
             times.append(time.perf_counter())
             pieces = ["" if token in stop else add(token) for token, add in zip(tokens.tolist(), streams)]
             samples = [sample + piece for sample, piece in zip(samples, pieces)]
@@ -152,6 +150,8 @@ def write(cfg: SampleConfig, here: Session) -> None:
             raise
         if isinstance(e, BrokenPipeError):
             hush()
+    # only now, and both: Ctrl-C may come between any two lines above
+    here.state, here.unread = state, [token for token in tokens.tolist() if token not in stop]
     ends = [add(None) for add in streams]
     print(ends[0] if B == 1 else "\n---------------\n".join(map(str.__add__, samples, ends)), flush=True)
     report(times, rows.numel(), [here.state], decoder.cfg, B)
@@ -159,8 +159,9 @@ def write(cfg: SampleConfig, here: Session) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(SampleConfig, argv)
+    text = read_prompt(cfg.prompt)                                         # before a large model is loaded
     with session(cfg.session) as here:
-        write(cfg, here)
+        write(cfg, text, here)
 
 
 if __name__ == "__main__":

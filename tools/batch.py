@@ -36,8 +36,11 @@ class BatchConfig:
     session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
 
     def __post_init__(self):
-        if self.session.save_state or self.session.state_dtype != "float32":
+        if self.session.save_state:
             raise ValueError("--save_state writes the state of one text: use sample.py for it")
+        if self.session.state_dtype != "float32":
+            raise ValueError(f"--state_dtype {self.session.state_dtype} is for the --save_state of sample.py and "
+                             "tools/chat.py: omit it")
 
 
 @torch.inference_mode()
@@ -107,14 +110,19 @@ def choose_rows(logits: Tensor, how: Sampling, generators: Sequence[torch.Genera
     return torch.cat([choose(row, *options, generator) for row, generator in rows])
 
 
-def write_rows(cfg: BatchConfig, here: Session) -> None:
-    """Print every prompt with its continuation, when all are done. Ctrl-C ends them."""
-    if not cfg.prompts:
+def read_prompts(file: str) -> list[str]:
+    """The lines of a file. Only a line feed ends one."""
+    if not file:
         raise ValueError("--prompts is empty: name a file with one prompt on each line")
-    lines = read_prompt(f"FILE:{cfg.prompts}")
-    if not lines:
-        raise ValueError(f"prompts = {cfg.prompts!r} has no line: write one prompt on each")
-    texts, enc, decoder, stop = lines.removesuffix("\n").split("\n"), here.enc, here.decoder, stops(here.enc)
+    text = read_prompt(f"FILE:{file}")
+    if not text:
+        raise ValueError(f"prompts = {file!r} has no line: write one prompt on each")
+    return text.removesuffix("\n").split("\n")
+
+
+def write_rows(cfg: BatchConfig, texts: list[str], here: Session) -> None:
+    """Print every text with its continuation, when all are done. Ctrl-C ends them."""
+    enc, decoder, stop = here.enc, here.decoder, stops(here.enc)
     prompts = [first_tokens(text, here, cfg.session.ckpt) for text in texts]
     lengths = list(map(len, prompts))
     room(here, max(lengths), f" in line {lengths.index(max(lengths)) + 1}")
@@ -135,8 +143,9 @@ def write_rows(cfg: BatchConfig, here: Session) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(BatchConfig, argv)
+    texts = read_prompts(cfg.prompts)                      # before a large model is loaded
     with session(cfg.session) as here:
-        write_rows(cfg, here)
+        write_rows(cfg, texts, here)
 
 
 if __name__ == "__main__":

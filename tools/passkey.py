@@ -213,13 +213,13 @@ def main(argv: list[str] | None = None) -> None:
     cfg = cli(PasskeyConfig, argv)
     report = measure(cfg)
     text = as_markdown(report)
+    print(text)
     if cfg.out:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "passkey.json", report)
         write_whole(out / "passkey.md", lambda part: part.write_text(text, encoding="utf-8"))
         plot(report, out / "passkey.png")
-    print(text)
 
 
 if __name__ == "__main__":

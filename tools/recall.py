@@ -61,7 +61,7 @@ class RecallConfig:
             raise ValueError(f"{longest} pairs, asked once each, take {3 * longest} tokens, but "
                              f"model.block_size = {self.model.block_size}: ask for fewer, or raise it")
         for mixer in self.mixers.split():
-            mixer_letters(self.model, mixer)       # raises for a pattern that does not fit
+            replace(self.model, mixer=mixer_letters(self.model, mixer))    # raises for what does not fit
 
     @property
     def n_pairs(self) -> list[int]:
