@@ -414,7 +414,9 @@ def distill(cfg: DistillConfig) -> dict:
     rank, world, device = setup(cfg.run.device)
     run = Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher])
     teacher = load_model(cfg.teacher, device).eval().requires_grad_(False)
-    logit_teacher = load_model(cfg.logit_teacher or cfg.teacher, device).eval().requires_grad_(False)
+    logit_teacher = teacher
+    if cfg.logit_teacher:
+        logit_teacher = load_model(cfg.logit_teacher, device).eval().requires_grad_(False)
     with main_first(rank):
         prepare_data(cfg)
     T = cfg.block_size or teacher.cfg.block_size
