@@ -37,14 +37,13 @@ from tyro.conf import OmitArgPrefixes
 
 from config import at_least, cli, run as run_script, settings
 from data.loader import Batch, Loader
-from lib.folders import load_model
 from lib.hybrid import describe, mixer_letters
 from lib.preference import dpo_loss
 from lib.processes import joined, setup
 from lib.report import report_stages
 from lib.runs import Run, RunConfig, restore
 from lib.scores import HeldOut, mean_terms
-from lib.stages import check_student, first_tokens, open_loaders, prepare_data
+from lib.stages import check_student, first_tokens, load_teacher, open_loaders, prepare_data
 from lib.start import copy_linear, look_at_teacher, spread_decay
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
 from train import FitConfig, cross_entropy_loss, fit
@@ -375,20 +374,19 @@ def distill(cfg: DistillConfig) -> dict:
     """Teacher in, RNN out: run the stages, a folder each, and return the report."""
     rank, world, device = setup(cfg.run.device)
     run = Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher])
-    teacher = load_model(cfg.teacher, device).eval().requires_grad_(False)
-    logit_teacher = load_model(cfg.logit_teacher or cfg.teacher, device).eval().requires_grad_(False)
+    teacher = load_teacher(cfg.teacher, device)
+    logit_teacher = load_teacher(cfg.logit_teacher, device) if cfg.logit_teacher else teacher
     prepare_data(cfg, rank)
     T = cfg.block_size or teacher.cfg.block_size
     torch.manual_seed(cfg.run.seed)
     student = make_student(teacher, cfg.student, first_tokens(cfg, T, device), T).to(device)
     check_student(cfg, student)
     loaders = open_loaders(cfg, student, logit_teacher, T, rank, world)
-    val = loaders["val"]
-    meta = {"tokenizer": val.meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
+    meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
     sizes = f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}"
     run.begin(student, meta, cfg, sizes, describe(student.cfg, T))
 
-    held_out = HeldOut(teacher, student, val, cfg.eval_tokens, cfg.match.bptt_chunk)
+    held_out = HeldOut(teacher, student, loaders["val"], cfg.eval_tokens, cfg.match.bptt_chunk)
 
     start = {"name": "start", "tokens": 0, "minutes": 0.0}
     rows = [run.read_row("start.json") or run.note(start | held_out.row(), "start.json")]
@@ -403,7 +401,7 @@ def distill(cfg: DistillConfig) -> dict:
         if row:
             rows.append(row)
             run.publish(folder)
-    return report_stages(run, teacher, rows, cfg, val)
+    return report_stages(run, teacher, rows, cfg, loaders["val"])
 
 
 def train_stage(name: str, stage: Stage, cfg: DistillConfig, loaders: dict[str, Loader], folder: Run,
@@ -416,8 +414,8 @@ def train_stage(name: str, stage: Stage, cfg: DistillConfig, loaders: dict[str, 
     row = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"]} | held_out.row()
     if examples:
         row["finish"] = {"before": before, "after": terms()}
-        folder.say(f"held-out loss of stage 3: {before['loss']:.4f} before, "
-                   f"{row['finish']['after']['loss']:.4f} after")
+        after = row["finish"]["after"]["loss"]
+        folder.say(f"held-out loss of stage 3: {before['loss']:.4f} before, {after:.4f} after")
     return folder.note(row, "stage.json")
 
 

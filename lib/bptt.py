@@ -59,7 +59,7 @@ def backward_in_pieces(module: nn.Module, batch: Batch, state, chunk: int | None
     it. No gradient goes into `state`.
     """
     pieces = batch.split(chunk)
-    borders = [tree_map(lambda s: s.to(batch.x.device), state)]   # a checkpoint's come from the CPU
+    borders = [state]
     for piece in pieces[:-1]:
         with torch.no_grad(), mixed_precision(piece.x):
             _, after = module(piece, borders[-1])

@@ -39,8 +39,10 @@ class BatchConfig:
         if self.session.save_state:
             raise ValueError("--save_state writes the state of one text: use sample.py for it")
         if self.session.state_dtype != "float32":
-            raise ValueError(f"--state_dtype {self.session.state_dtype} is for the --save_state of sample.py and "
-                             "tools/chat.py: omit it")
+            raise ValueError(
+                f"--state_dtype {self.session.state_dtype} is for the --save_state of sample.py and "
+                "tools/chat.py: omit it"
+            )
 
 
 @torch.inference_mode()
@@ -64,8 +66,7 @@ def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int,
     rows = [torch.tensor(list(prompt), dtype=torch.long, device=device) for prompt in prompts]
     end = (state.position if state else 0) + max(map(len, rows), default=0)
     if cfg.longest and end > cfg.longest:
-        raise ValueError(f"prompt and max_tokens need {end} positions, the model has learned {cfg.longest}: "
-                         "shorten one of them")
+        raise ValueError(f"a prompt ends at position {end}, the model has learned {cfg.longest}: shorten it")
     logits, states = process_rows(decoder.model, rows, state)
     batches, counts = join(cfg, states), torch.zeros_like(logits)
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)

@@ -9,9 +9,9 @@ from common_models import rwkv_folder  # noqa: F401
 from data.tokenizer import TextStream, get_tokenizer
 from lib.decode import Decoder
 from lib.folders import load_model, save_model
-from lib.session import SessionConfig, as_tensor, check_prompt, read_only, room, session
+from lib.session import Session, SessionConfig, first_tokens, read_only, room, session
 from lib.state_file import load_state
-from lib.states import process
+from model import State
 from sample import generate, main
 
 
@@ -71,28 +71,34 @@ def test_a_reader_that_leaves_is_no_error_unless_a_state_was_to_be_kept(rwkv_fol
 
 def test_there_is_room_up_to_the_last_learned_position_and_without_these_for_ever():
     """The last token drawn needs no position: nobody reads it."""
-    bounded, free = Decoder(tiny_model(positions="learned")), Decoder(tiny_model())
-    assert room(bounded, 0, 16) == 1 and room(bounded, 5, 6) == 6 and room(free, 99, 99) == float("inf")
+    decoder = Decoder(tiny_model(positions="learned"))
+
+    def bounded(start: int) -> Session:
+        return Session(decoder, get_tokenizer("bytes"), State(start, ()) if start else None, [])
+
+    free = Session(Decoder(tiny_model()), get_tokenizer("bytes"), State(99, ()), [])
+    assert room(bounded(0), 16) == 1 and room(bounded(5), 6) == 6 and room(free, 99) == float("inf")
     for start, prompt, words in ((0, 17, "position 17, the model has learned 16: shorten it"),
                                  (10, 7, "position 17.*, or begin without the 10 of --load_state")):
         with pytest.raises(ValueError, match=words) as e:
-            room(bounded, start, prompt)
+            room(bounded(start), prompt)
         one_line(e.value)
     with pytest.raises(ValueError, match="the prompt in line 3 ends at"):
-        room(bounded, 0, 17, " in line 3")
+        room(bounded(0), 17, " in line 3")
 
 
 def test_a_prompt_that_the_model_cannot_read_is_one_line(tmp_path):
     save_model(tiny_model(vocab_size=100), tmp_path / "m", {"tokenizer": "bytes"})
     with session(SessionConfig(ckpt=str(tmp_path / "m"))) as here:
-        check_prompt([0, 99], here, "m")
         with pytest.raises(ValueError, match="token 256, .* vocabulary ends at 99: meta.json in m") as e:
-            check_prompt([256, 97], here, "m")
+            first_tokens("a", here, "m")
         one_line(e.value)
+        here.state, here.unread = State(1, ()), [7]
+        assert first_tokens("ab", here, "m") == [7, 97, 98]
+        here.state = None
         with pytest.raises(ValueError, match="nothing to read and to remember; give a prompt") as e:
             read_only([5], here)
         one_line(e.value)
-        assert process(here.decoder.model, as_tensor([[5]], here.decoder))[1].position == 1
 
 
 def test_files_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path):
