@@ -59,7 +59,7 @@ class Oracle(torch.nn.Module):
 
 
 class Pretender(CausalSelfAttention):
-    """Passes for attention, and computes what a student's mixer does, v_first included."""
+    """Passes for attention, and does what a student's mixer does, v_first included."""
 
     def __init__(self, cfg, mixer, shared):
         super().__init__(cfg)

@@ -1,4 +1,4 @@
-"""What tests of generating share: models of every kind, texts, a folder that can chat."""
+"""What tests of generating share: models of every kind, texts, and a chat model."""
 
 import pytest
 import torch

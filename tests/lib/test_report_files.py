@@ -1,4 +1,4 @@
-"""The report: its numbers follow from each other, and become JSON, table and picture."""
+"""The report: its numbers follow from each other, and become JSON, table, picture."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def test_the_report_has_every_key_and_its_numbers_follow_from_each_other(tiny):
 
 
 def test_recovered_is_one_for_the_teacher_and_zero_for_token_frequencies(monkeypatch, tiny):
-    """unigram 3, teacher 1: a student at 1 has recovered all, at 3 nothing, at 1.5 3/4."""
+    """unigram 3, teacher 1: a student at 1 recovers all, at 3 nothing, at 1.5 3/4."""
     model = tiny_model().eval()
     train, val = Loader(tiny.text, "train", 1, T), Loader(tiny.text, "val", 4, T)
     result = {"teacher_loss": 1.0, "kl": 0.0, "top1": 1.0, "top5": 1.0, "by_position": {}}

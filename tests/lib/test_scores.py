@@ -12,7 +12,7 @@ from lib.scores import compare, cross_entropy, loss_by_position, mean_loss, meas
 
 
 def nll(model, tokens: list[int], t: int) -> float:
-    """-log p(tokens[t + 1] | tokens[..t]); the model never sees more than the prefix."""
+    """-log p(tokens[t + 1] | tokens[..t]): the model sees no more than the prefix."""
     with torch.no_grad():
         logits = model(torch.tensor([tokens[: t + 1]]))[0][0, -1].double()
     return -(logits - logits.logsumexp(-1))[tokens[t + 1]].item()

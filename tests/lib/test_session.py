@@ -1,4 +1,4 @@
-"""A session: the model as its options say, and a state written in the end or not at all."""
+"""A session: the model that its options say; a state is written at the end or never."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ SAMPLINGS = ({"top_k": 20}, {"top_p": 0.9, "temperature": 0.7}, {"presence": 0.5
 
 @pytest.mark.parametrize("options", SAMPLINGS)
 def test_each_prompt_draws_what_it_would_draw_alone(options):
-    """Also where penalties count what it has generated, and after a text that all read."""
+    """Also where penalties count what it has generated, and after a common text."""
     model = tiny_model(mixer="r", ffn="channelmix").eval()
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (7, 1, 12)]
     _, book = process(model, tokens(1, 9))

@@ -1,4 +1,4 @@
-"""Recall of pairs: the task is what it says; models of known answers have known scores."""
+"""Recall of pairs: the task is what it says; known models have known scores."""
 
 import json
 
