@@ -17,10 +17,15 @@ from model import LM
 
 
 def load_teacher(folder: str, device: torch.device) -> LM:
-    """A model that teaches and does not learn. Raises ValueError where there is none."""
+    """A model that teaches and does not learn.
+
+    Raises ValueError where there is none.
+    """
     if not Path(folder).exists():
-        raise ValueError(f"no teacher at {folder}: train one with train.py, import one with tools.convert, or "
-                         "let python -m tools.demo make it, and everything else")
+        raise ValueError(
+            f"no teacher at {folder}: train one with train.py, import one with tools.convert, or "
+            "let python -m tools.demo make it, and everything else"
+        )
     return load_model(folder, device).eval().requires_grad_(False)
 
 
