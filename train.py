@@ -229,11 +229,11 @@ def train(cfg: TrainConfig) -> dict:
     """Train a language model on `cfg.data` into the model folder `cfg.run.out`; returns the last metrics."""
     rank, world, device = setup(cfg.run.device)
     run = Run(cfg.run, rank, "train", reads=[cfg.init])
-    with main_first(rank):
-        ensure_prepared(cfg.data, cfg.init or "bytes")
     start = load_model(cfg.init) if cfg.init else None
     shape = start.cfg if start else shape_of(cfg)
     check(cfg, shape)
+    with main_first(rank):
+        ensure_prepared(cfg.data, cfg.init or "bytes")
     train_half, val_half = (open_loader(cfg.data, half, cfg.fit, shape.block_size, cfg.run.seed, rank, world)
                             for half in ("train", "val"))
     if train_half.kind == "preference":
