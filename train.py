@@ -226,11 +226,11 @@ def train(cfg: TrainConfig) -> dict:
     """Train a language model on `cfg.data` into the folder `cfg.run.out`."""
     rank, world, device = setup(cfg.run.device)
     run = Run(cfg.run, rank, "train", reads=[cfg.init])
-    with main_first(rank):
-        ensure_prepared(cfg.data, cfg.init or "bytes")
     start = load_model(cfg.init) if cfg.init else None
     shape = start.cfg if start else cfg.shape
     check(cfg, shape)
+    with main_first(rank):
+        ensure_prepared(cfg.data, cfg.init or "bytes")
     how = (cfg.fit, shape.block_size, cfg.run.seed, rank, world)
     train_half, val_half = (open_loader(cfg.data, half, *how) for half in ("train", "val"))
     if train_half.kind == "preference":
