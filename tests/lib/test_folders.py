@@ -1,0 +1,197 @@
+"""Model folders: what is saved is what is loaded, and damage is named."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import random_batch, tiny_model
+from common_model import GPT, RWKV, VARIANTS, every_variant, lively, one_line_error, text
+from lib.folders import load_model, save_model
+from model import LM
+
+
+@every_variant
+def test_save_and_load_is_bit_equal(cfg, tmp_path):
+    model = lively(cfg)
+    save_model(model, tmp_path / "new" / "m", {"tokenizer": "bytes"})
+    loaded = load_model(tmp_path / "new" / "m")
+    assert loaded.cfg == cfg and json.loads((tmp_path / "new" / "m" / "meta.json").read_text()) == {
+        "tokenizer": "bytes"
+    }
+    assert sorted(p.name for p in (tmp_path / "new" / "m").iterdir()) == [
+        "config.json",
+        "meta.json",
+        "model.safetensors",
+    ]
+    a, b = model.state_dict(), loaded.state_dict()
+    assert list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+    assert (loaded.head.weight is loaded.emb.weight) == cfg.tied
+    assert ("head.weight" in load_file(tmp_path / "new" / "m" / "model.safetensors")) != cfg.tied
+    assert torch.equal(model(text())[0], loaded(text())[0])
+
+
+def test_saving_over_a_model_replaces_it(tmp_path):
+    save_model(lively(RWKV), tmp_path, {})
+    save_model(second := lively(GPT, seed=5), tmp_path, {})
+    assert torch.equal(load_model(tmp_path)(text())[0], second(text())[0])
+
+
+@torch.no_grad()
+def test_a_model_without_what_its_switches_leave_out_computes_the_same_when_loaded(tmp_path):
+    """Nine tensors of zeros a mixer stand in no file, and are zeros again."""
+    model = lively(replace(RWKV, gate=False, token_shift=False, bonus=False))
+    save_model(model, tmp_path, {})
+    stored, loaded = load_file(tmp_path / "model.safetensors"), load_model(tmp_path)
+    buffers = dict(loaded.named_buffers())
+    assert stored.keys() == {name for name, _ in model.named_parameters()}
+    assert len(buffers) == 9 * 3 and not buffers.keys() & stored.keys()
+    assert all(zeros.device.type == "cpu" and not zeros.any() for zeros in buffers.values())
+    assert model.n_params() == loaded.n_params() == sum(weight.numel() for weight in stored.values())
+    assert torch.equal(model(text())[0], loaded(text())[0])
+
+
+# ------------------------------------------------------------------------------------------
+# Folders of before
+
+
+def test_an_older_config_without_the_newer_settings_is_read(tmp_path):
+    new = {"rope_scaling", "rope_factor", "rope_low", "rope_high", "rope_original", "qk_norm", "o_bias"}
+    save_model(model := lively(VARIANTS["gpt2"]), tmp_path, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key not in new})
+    )
+    assert new < set(config) and torch.equal(load_model(tmp_path)(text())[0], model(text())[0])
+
+
+PATTERNS = {
+    "ra": "rara",
+    "rrra": "rrra",
+    "alternate": "rara",
+    "1,2": "arra",
+    "auto:64": "rrrr",
+    "all": "rrrr",
+    "first:2": "rraa",
+    "0,2": "rara",
+    "last:1": "aaar",
+}
+
+
+@pytest.mark.parametrize("pattern, letters", PATTERNS.items())
+def test_a_pattern_in_an_older_config_is_read_as_its_letters(pattern, letters, tmp_path):
+    model = tiny_model(n_layer=4, mixer=letters)
+    save_model(model, tmp_path, {"tokenizer": "bytes"})
+    edit_config(mixer=pattern)(tmp_path)
+    loaded, x = load_model(tmp_path), random_batch().x
+    assert loaded.cfg.mixers == letters and torch.equal(loaded(x)[0], model(x)[0])
+    save_model(loaded, tmp_path / "again", {"tokenizer": "bytes"})
+    assert set(json.loads((tmp_path / "again" / "config.json").read_text())["mixer"]) <= {"a", "r"}
+
+
+@pytest.mark.parametrize("letters", ["r", "ra", "rrra"])
+def test_a_model_folder_keeps_its_letters(letters, tmp_path):
+    save_model(tiny_model(n_layer=4, mixer=letters), tmp_path, {"tokenizer": "bytes"})
+    assert json.loads((tmp_path / "config.json").read_text())["mixer"] == letters
+    assert load_model(tmp_path).cfg.mixer == letters
+
+
+def test_a_pattern_that_is_none_is_refused(tmp_path):
+    save_model(LM(RWKV), tmp_path, {})
+    edit_config(mixer="most:3")(tmp_path)
+    one_line_error(lambda: load_model(tmp_path), "mixer = 'most:3'", "first:K")
+
+
+# ------------------------------------------------------------------------------------------
+# Damage
+
+
+def edit_config(**changes):
+    def edit(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def edit_tensors(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def cut(name, share):
+    def edit(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * share)])
+
+    return edit
+
+
+def write(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+DAMAGE = {
+    "weights cut in half": (cut("model.safetensors", 0.5), "damaged"),
+    "weights cut in the header": (cut("model.safetensors", 0.01), "damaged"),
+    "weights empty": (write("model.safetensors", b""), "damaged"),
+    "weights garbage": (write("model.safetensors", bytes(range(256)) * 40), "damaged"),
+    "weights a pickle": (
+        lambda folder: torch.save({"emb.weight": torch.zeros(2)}, folder / "model.safetensors"),
+        "damaged",
+    ),
+    "weights missing": (
+        lambda folder: os.remove(folder / "model.safetensors"),
+        "model.safetensors is missing",
+    ),
+    "config missing": (lambda folder: os.remove(folder / "config.json"), "config.json is missing"),
+    "config empty": (write("config.json", b""), "damaged"),
+    "config an empty dict": (write("config.json", b"{}"), "does not fit"),
+    "config null": (write("config.json", b"null"), "damaged"),
+    "config a list": (write("config.json", b"[1, 2]"), "damaged"),
+    "config an empty list": (write("config.json", b"[]"), "damaged"),
+    "config cut": (cut("config.json", 0.7), "damaged"),
+    "config garbage": (write("config.json", b"\xff\xfe\x00{}"), "damaged"),
+    "unknown key": (edit_config(n_hed=4), "unknown keys: n_hed"),
+    "a number as text": (edit_config(n_layer="3"), "damaged"),
+    "a broken size": (edit_config(n_layer=2.5), "damaged"),
+    "a value out of range": (edit_config(n_layer=0), "n_layer = 0"),
+    "other layers": (edit_config(n_layer=2), "blocks.2"),
+    "other width": (edit_config(n_embd=48), "expected"),
+    "tensor missing": (edit_tensors(lambda t: t.pop("blocks.1.att.w0")), "blocks.1.att.w0 is missing"),
+    "tensor too many": (
+        edit_tensors(lambda t: t.update(extra=torch.zeros(2))),
+        "extra is (2,), expected none",
+    ),
+    "tensor of another shape": (
+        edit_tensors(lambda t: t.update({"ln_out.bias": torch.zeros(31)})),
+        "ln_out.bias is (31,), expected (32,)",
+    ),
+    "no tensors": (edit_tensors(lambda t: t.clear()), "missing"),
+}
+
+
+@pytest.mark.parametrize("damage, says", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_folder_gives_one_line_that_names_it(damage, says, tmp_path):
+    save_model(LM(RWKV), tmp_path, {})
+    damage(tmp_path)
+    one_line_error(lambda: load_model(tmp_path), str(tmp_path) if "n_layer = 0" not in says else "", says)
+
+
+def test_a_tied_folder_without_its_embedding_is_refused(tmp_path):
+    save_model(LM(VARIANTS["gpt2"]), tmp_path, {})
+    edit_tensors(lambda t: t.pop("emb.weight"))(tmp_path)
+    one_line_error(lambda: load_model(tmp_path), "emb.weight is missing")
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path):
+    one_line_error(lambda: load_model(tmp_path / "nothing"), "nothing", "config.json is missing")
+    (tmp_path / "file").write_text("x")
+    one_line_error(lambda: load_model(tmp_path / "file"), "file")
