@@ -21,7 +21,7 @@ def test_batch_and_heads_do_not_mix(B, H, backend):
     y, S = wkv7(*x, backend=backend)
     for b in range(B):
         for h in range(H):
-            one = [z[b:b + 1, :, h:h + 1] for z in x[:6]] + [x[6][b:b + 1, h:h + 1]]
+            one = [z[b : b + 1, :, h : h + 1] for z in x[:6]] + [x[6][b : b + 1, h : h + 1]]
             y_one, S_one = wkv7(*one, backend=backend)
             same(y_one[0, :, 0], y[b, :, h])
             same(S_one[0, 0], S[b, h])
@@ -34,10 +34,14 @@ def test_the_chunk_length_is_only_a_matter_of_speed(L, monkeypatch):
     assert_all_forms_agree(random_inputs(T=130, decay=BOUND), single=5e-6)
 
 
-@pytest.mark.parametrize("choice", [(0, -0.1, -0.6, -1.2), (0, -1e-3, -3), (0, -0.6, -10), (0, -0.3, -50, -math.inf)])
+@pytest.mark.parametrize(
+    "choice", [(0, -0.1, -0.6, -1.2), (0, -1e-3, -3), (0, -0.6, -10), (0, -0.3, -50, -math.inf)]
+)
 def test_decays_mixed_within_a_sequence(choice):
     x = random_inputs(T=100)
-    x[1] = torch.tensor(choice).double()[torch.randint(len(choice), x[1].shape, generator=torch.Generator().manual_seed(2))]
+    x[1] = torch.tensor(choice).double()[
+        torch.randint(len(choice), x[1].shape, generator=torch.Generator().manual_seed(2))
+    ]
     assert_all_forms_agree(x, single=1e-4)
 
 
@@ -114,7 +118,13 @@ def test_memory_layout_does_not_matter():
     for layout in (heads_first, strided, sliced):
         assert not layout[0].is_contiguous() and all(map(torch.equal, layout, x))
         for backend in FORMS:
-            assert_close(operator(layout, dy.transpose(1, 2).contiguous().transpose(1, 2), dS.mT.contiguous().mT, backend), ref, 1e-10)
+            assert_close(
+                operator(
+                    layout, dy.transpose(1, 2).contiguous().transpose(1, 2), dS.mT.contiguous().mT, backend
+                ),
+                ref,
+                1e-10,
+            )
 
 
 @pytest.mark.parametrize("backend", FORMS)
@@ -126,7 +136,9 @@ def test_expanded_upstream_gradients_and_unused_outputs(backend):
         used = [z.sum() for z, factor in ((y, of_y), (S, of_S)) if factor]
         grads = torch.autograd.grad(sum(used), leaves, materialize_grads=True)
         ref = equation(x, torch.full_like(x[0], of_y), torch.full_like(x[-1], of_S))
-        assert_close({"d" + n: g for n, g in zip(NAMES, grads)}, {n: z for n, z in ref.items() if n[0] == "d"}, 1e-10)
+        assert_close(
+            {"d" + n: g for n, g in zip(NAMES, grads)}, {n: z for n, z in ref.items() if n[0] == "d"}, 1e-10
+        )
 
 
 def test_mixed_precision_as_the_model_has_it():
@@ -148,10 +160,16 @@ def test_autocast_leaves_the_inside_in_float32(T, inside):
         out = wkv7(*leaves)
     with torch.autocast("cpu", torch.bfloat16, enabled=inside):
         grads = torch.autograd.grad(out, leaves, (dy.float(), dS.float()))
-    assert_close(dict(zip(["y", "S"] + ["d" + n for n in NAMES], [z.detach() for z in (*out, *grads)])), equation(x, dy, dS), 3e-6)
+    assert_close(
+        dict(zip(["y", "S"] + ["d" + n for n in NAMES], [z.detach() for z in (*out, *grads)])),
+        equation(x, dy, dS),
+        3e-6,
+    )
 
 
-@pytest.mark.parametrize("name, bad", [(n, bad) for n in NAMES for bad in (math.nan, math.inf) if (n, bad) != ("w", math.inf)])
+@pytest.mark.parametrize(
+    "name, bad", [(n, bad) for n in NAMES for bad in (math.nan, math.inf) if (n, bad) != ("w", math.inf)]
+)
 def test_nan_or_infinity_in_gives_nan_or_infinity_out_in_its_own_head_only(name, bad):
     x = random_inputs(B=2, T=70, H=2)
     i = NAMES.index(name)
@@ -160,7 +178,12 @@ def test_nan_or_infinity_in_gives_nan_or_infinity_out_in_its_own_head_only(name,
         y, S = wkv7(*x, backend=backend)
         assert not y[0, -1 if name != "r" else 40, 1].isfinite().any()
         assert name == "r" or not S[0, 1].isfinite().any()
-        assert y[1].isfinite().all() and y[0, :, 0].isfinite().all() and S[1].isfinite().all() and S[0, 0].isfinite().all()
+        assert (
+            y[1].isfinite().all()
+            and y[0, :, 0].isfinite().all()
+            and S[1].isfinite().all()
+            and S[0, 0].isfinite().all()
+        )
 
 
 def refuses(pattern, *args, **kwargs):
@@ -188,7 +211,9 @@ def test_a_state_of_another_shape_is_refused():
 
 
 def test_an_unknown_backend_is_refused_and_the_known_ones_named():
-    refuses("'cuda' is unknown: choose one of auto, loop, chunk, torch, triton", *random_inputs(), backend="cuda")
+    refuses(
+        "'cuda' is unknown: choose one of auto, loop, chunk, torch, triton", *random_inputs(), backend="cuda"
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", *FORMS])

@@ -7,7 +7,9 @@ import torch
 from kernels.matvec import Matvec
 
 
-@pytest.mark.parametrize("shape, sparse", (((600, 300), False), ((3, 300, 200), False), ((600, 300), True)), ids=str)
+@pytest.mark.parametrize(
+    "shape, sparse", (((600, 300), False), ((3, 300, 200), False), ((600, 300), True)), ids=str
+)
 @pytest.mark.parametrize("dtype, most", ((None, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)))
 def test_a_product_is_x_times_w_plus_what_is_added(shape, sparse, dtype, most):
     """By rows and by BLAS; where the rows of zeros are skipped, also with nothing but

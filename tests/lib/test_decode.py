@@ -14,7 +14,6 @@ from model import ModelConfig
 from sample import generate
 from tools.bench import official, random_rwkv
 
-
 SWITCHES = {
     "official": {"ffn": "channelmix"},
     "three layers, wide heads": {"ffn": "channelmix", "n_layer": 3, "rwkv_size": 48},
@@ -64,11 +63,21 @@ def test_the_decoder_is_the_model(name, B, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("C, threads, dtype, most", ((256, 1, None, 1e-5), (512, 2, None, 1e-5), (512, 3, None, 1e-5), (512, 2, torch.bfloat16, 3e-2),
-                                                     (512, 3, torch.float16, 4e-3)))
+@pytest.mark.parametrize(
+    "C, threads, dtype, most",
+    (
+        (256, 1, None, 1e-5),
+        (512, 2, None, 1e-5),
+        (512, 3, None, 1e-5),
+        (512, 2, torch.bfloat16, 3e-2),
+        (512, 3, torch.float16, 4e-3),
+    ),
+)
 def test_the_decoder_is_the_model_where_weights_are_read_by_rows(C, threads, dtype, most):
     """Also where each thread reads a part of them, and in 16 bits."""
-    model = random_rwkv(ModelConfig(n_layer=2, n_embd=C, mixer="r", ffn="channelmix", rwkv_head_size=64, vocab_size=1000))
+    model = random_rwkv(
+        ModelConfig(n_layer=2, n_embd=C, mixer="r", ffn="channelmix", rwkv_head_size=64, vocab_size=1000)
+    )
     before, text = torch.get_num_threads(), tokens(1, 40, 1000)
     torch.set_num_threads(threads)
     try:
@@ -140,9 +149,15 @@ def test_a_recorded_step_is_the_step_and_its_states_are_values(name, device, mon
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
             seen += [(b, [x.clone() for x in tensors(b)])]
             assert (fast.recorded is not None) == fast.records
-            assert (a.position, [att[2] for att, _ in a.layers]) == (b.position, [att[2] for att, _ in b.layers]) == (20, [20] * model.cfg.n_layer)
+            assert (
+                (a.position, [att[2] for att, _ in a.layers])
+                == (b.position, [att[2] for att, _ in b.layers])
+                == (20, [20] * model.cfg.n_layer)
+            )
         assert all(map(torch.equal, kept, tensors(start)))
-        assert all(torch.equal(x, y) for state, before in seen for x, y in zip(tensors(state), before, strict=True))
+        assert all(
+            torch.equal(x, y) for state, before in seen for x, y in zip(tensors(state), before, strict=True)
+        )
 
 
 def test_the_decoder_leaves_a_state_as_it_was_and_the_threads_too():
@@ -154,7 +169,11 @@ def test_the_decoder_leaves_a_state_as_it_was_and_the_threads_too():
     kept = [x.clone() for x in tensors(after)]
     decoder(torch.tensor([6]), after)
     again, _ = decoder(torch.tensor([5]), state)
-    assert torch.equal(first, again) and all(map(torch.equal, before, tensors(state))) and all(map(torch.equal, kept, tensors(after)))
+    assert (
+        torch.equal(first, again)
+        and all(map(torch.equal, before, tensors(state)))
+        and all(map(torch.equal, kept, tensors(after)))
+    )
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -173,7 +192,7 @@ def test_logits_are_the_official_packages_after_a_prompt_and_after_50_single_tok
     model = random_rwkv(ModelConfig(n_layer=3, n_embd=128, mixer="r", ffn="channelmix", rwkv_head_size=N))
     forward, text = official(model, tmp_path), tokens(1, 40)
     theirs, their_state = forward(text[0].tolist(), None)
-    (token, state), = generate(model, text, 1, temperature=0)
+    ((token, state),) = generate(model, text, 1, temperature=0)
     decoder = Decoder(model)
     with torch.no_grad():
         ours = model(text)[0][0, -1]

@@ -146,16 +146,22 @@ def test_one_part_alone_and_bad_options_in_one_line(tmp_path, capsys, monkeypatc
     main(["--only", "operator", "--repeat", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "wkv7" in out and "training" not in out and "memory" not in out
-    cases = [(main, ["--only", "speed"], "operator"), (main, ["--repeat", "0"], "at least 1"),
-             (main, ["--device", "tpu"], "choose auto"), (main, ["--json", str(tmp_path)], "is a folder"),
-             (bench_kernels.main, ["--device", "cpu"], "needs tensors on an NVIDIA GPU")]
+    cases = [
+        (main, ["--only", "speed"], "operator"),
+        (main, ["--repeat", "0"], "at least 1"),
+        (main, ["--device", "tpu"], "choose auto"),
+        (main, ["--json", str(tmp_path)], "is a folder"),
+        (bench_kernels.main, ["--device", "cpu"], "needs tensors on an NVIDIA GPU"),
+    ]
     for script, args, word in cases:
         with pytest.raises(ValueError) as e:
             script(args)
         assert word in one_line(e.value)
 
+
 # ------------------------------------------------------------------------------------------
 # Memory against the length of the sequence
+
 
 def test_every_side_of_the_memory_benchmark_is_a_training_step():
     """The same parameters in the three RWKV-7 sides; what they compute alike is for
@@ -308,8 +314,14 @@ def test_the_kernels_benchmark_in_the_interpreter_beside_a_stand_in_for_fla(fla,
             assert side[f"{way}_GB_per_s"] == pytest.approx(1 * 20 * 2 * least / side[f"{way}_ms"] / 1e6)
             assert side[f"{way}_of_copy"] == pytest.approx(side[f"{way}_GB_per_s"] / results["copy_GB_per_s"])
     value, most = row["goals"]["both ms, of fla's best"]
-    assert most == 0.5 and value == pytest.approx(row["sides"]["triton"]["both_ms"] / row["sides"][row["best"]]["both_ms"])
-    assert "not how fast" in out and "fla, chunk 32 is left out: RuntimeError: out of shared memory" in out and "MISSED" in out
+    assert most == 0.5 and value == pytest.approx(
+        row["sides"]["triton"]["both_ms"] / row["sides"][row["best"]]["both_ms"]
+    )
+    assert (
+        "not how fast" in out
+        and "fla, chunk 32 is left out: RuntimeError: out of shared memory" in out
+        and "MISSED" in out
+    )
     assert (fla / "new" / "k.png").exists() or "no plot" in out
 
 
@@ -333,7 +345,12 @@ def test_a_side_that_fails_costs_no_other_side_anything(capsys, monkeypatch):
     failing = sides | {"loop": broken, "chunk": replace(broken, run=broken.exact)}
     monkeypatch.setattr(bench_kernels, "operator_sides", lambda *shape: failing)
     row = bench_kernels.kernel_row(1, 8, 1, None, bench_kernels.KernelsConfig(repeat=1), "cpu", 1e9)
-    assert row["sides"].keys() == {"loop", "torch", "triton", "attention"} and all(map(math.isnan, row["sides"]["loop"]["errors"].values()))
+    assert row["sides"].keys() == {"loop", "torch", "triton", "attention"} and all(
+        map(math.isnan, row["sides"]["loop"]["errors"].values())
+    )
     assert max(row["sides"]["triton"]["errors"].values()) < 6e-3
     out = capsys.readouterr().out
-    assert "chunk is left out: ZeroDivisionError" in out and "errors of loop is left out: ZeroDivisionError" in out
+    assert (
+        "chunk is left out: ZeroDivisionError" in out
+        and "errors of loop is left out: ZeroDivisionError" in out
+    )

@@ -1,4 +1,6 @@
-"""Controls: as many tokens as the student saw, one idea less; refused where there is nothing to compare."""
+"""Controls: as many tokens as the student saw, one idea less; refused where there is
+nothing to compare.
+"""
 
 import json
 from dataclasses import fields
@@ -28,13 +30,23 @@ def test_every_control_sees_the_students_tokens_without_one_idea(job, tmp_path, 
     assert json.loads((out / "report.json").read_text()) == with_controls
     rows = with_controls["controls"]
     assert {name: row["tokens"] for name, row in rows.items()} == dict.fromkeys(
-        ["no stage 1", "no weight transfer", "cross-entropy only", "RWKV-7 from scratch", "teacher trained on"],
-        (2 * 4 + 3 * 4) * 16)
+        [
+            "no stage 1",
+            "no weight transfer",
+            "cross-entropy only",
+            "RWKV-7 from scratch",
+            "teacher trained on",
+        ],
+        (2 * 4 + 3 * 4) * 16,
+    )
     for name in rows:
         assert f"| control: {name} |" in (out / "report.md").read_text()
     ideas = [(c.stages, c.match.max_steps, c.student, c.kl_weight, c.ce_weight) for c in jobs]
-    assert ideas == [("match", 5, cfg.student, 1, 0), ("align,match", 3, StudentConfig(transfer=False), 1, 0),
-                     ("align,match", 3, cfg.student, 0, 1)]
+    assert ideas == [
+        ("match", 5, cfg.student, 1, 0),
+        ("align,match", 3, StudentConfig(transfer=False), 1, 0),
+        ("align,match", 3, cfg.student, 0, 1),
+    ]
     mixers = {name: load_model(out / "controls" / name.replace(" ", "-")).cfg.mixers for name in rows}
     assert mixers.pop("teacher trained on") == "aa" and set(mixers.values()) == {"rr"}
 
@@ -56,6 +68,7 @@ def test_controls_without_their_run_or_its_stages_are_refused_in_one_line(job):
 
 def test_what_stage_1_takes_is_given_to_stage_2_where_it_is_left_out(job, monkeypatch):
     """In whole steps of stage 2, rounded down."""
+
     def first(control):
         jobs.append(control)
         raise InterruptedError

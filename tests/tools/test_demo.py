@@ -17,9 +17,30 @@ from lib.folders import load_model
 
 SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "block_size": 32}
 FLAGS = [f"--teacher_model.{name}={size}" for name, size in SMALL.items()]
-FLAGS += ["--teacher_fit.max_steps", "80", "--teacher_fit.batch_size", "8", "--teacher_fit.warmup_steps", "5",
-          "--align.max_steps", "40", "--align.batch_size", "4", "--match.max_steps", "80", "--match.batch_size",
-          "2", "--finish.max_steps", "5", "--finish.batch_size", "4", "--eval_tokens", "1500", "--device", "cpu"]
+FLAGS += [
+    "--teacher_fit.max_steps",
+    "80",
+    "--teacher_fit.batch_size",
+    "8",
+    "--teacher_fit.warmup_steps",
+    "5",
+    "--align.max_steps",
+    "40",
+    "--align.batch_size",
+    "4",
+    "--match.max_steps",
+    "80",
+    "--match.batch_size",
+    "2",
+    "--finish.max_steps",
+    "5",
+    "--finish.batch_size",
+    "4",
+    "--eval_tokens",
+    "1500",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture
@@ -43,22 +64,24 @@ def check_report(report: dict) -> None:
         assert {"name", "tokens", "minutes", "val_loss", "kl", "top1", "gap"} <= set(row)
     tokens = [row["tokens"] for row in stages.values()]
     assert tokens[:3] == [0, 40 * 4 * 32, 80 * 2 * 32] and tokens[3] > 0
-    # each stage that teaches brings the student nearer, and the report describes the last of them
+    # each stage that teaches brings the student nearer, and the report describes the
+    # last of them
     kl = {name: row["kl"] for name, row in stages.items()}
     assert kl["start"] > kl["align"] > kl["match"] > 0
     assert all(report[key] == stages["match"][key] for key in ("kl", "gap", "top1"))
     controls = report["controls"]
     assert {"RWKV-7 from scratch", "no stage 1", "no weight transfer", "cross-entropy only"} <= set(controls)
-    for name, row in controls.items():                     # as many tokens as in stages 1 and 2 together
+    for name, row in controls.items():  # as many tokens as in stages 1 and 2 together
         assert row["tokens"] == (40 * 4 + 80 * 2) * 32 and math.isfinite(row["gap"]), name
     assert controls["RWKV-7 from scratch"]["kl"] > kl["match"]
 
 
 def test_the_whole_job_from_nothing_and_again_with_preferences(small_sources, tmp_path, monkeypatch, capsys):
-    """Data and teacher are made where missing; three stages; controls; every key of the report.
+    """Data and teacher are made where missing; three stages; controls; every key of the
+    report.
 
-    Resumed when it is done it trains nothing; and from the distilled student another finish, on
-    preferences.
+    Resumed when it is done it trains nothing; and from the distilled student another
+    finish, on preferences.
     """
     tools.demo.main([*FLAGS, "--controls"])
     printed = capsys.readouterr().out
@@ -84,8 +107,20 @@ def test_the_whole_job_from_nothing_and_again_with_preferences(small_sources, tm
     assert again.keys() >= report.keys() - {"controls"}
 
     # tools.evaluate alone measures the same
-    tools.evaluate.main(["--teacher", "out/teacher", "--student", "out/rwkv/match", "--data", "data/pydoc",
-                         "--max_tokens", "1500", "--out", "out/alone"])
+    tools.evaluate.main(
+        [
+            "--teacher",
+            "out/teacher",
+            "--student",
+            "out/rwkv/match",
+            "--data",
+            "data/pydoc",
+            "--max_tokens",
+            "1500",
+            "--out",
+            "out/alone",
+        ]
+    )
     alone = json.loads((tmp_path / "out" / "alone" / "report.json").read_text())
     assert alone["gap"] == pytest.approx(report["gap"], abs=1e-6)
     assert alone["kl"] == pytest.approx(report["kl"], rel=1e-4)
@@ -101,17 +136,23 @@ def test_the_whole_job_from_nothing_and_again_with_preferences(small_sources, tm
 
 def test_what_cannot_be_is_refused_before_a_teacher_is_trained(small_sources, tmp_path):
     (tmp_path / "out" / "rwkv" / "align").mkdir(parents=True)
-    for flags, says in ((["--controls", "--stages", "align"], "controls compare with the stages align,match"),
-                        ([], "holds another run"), (["--teacher", "out/rwkv"], "read by this run"),
-                        (["--teacher_fit.beta1", "1.5"], "beta1 = 1.5")):
+    for flags, says in (
+        (["--controls", "--stages", "align"], "controls compare with the stages align,match"),
+        ([], "holds another run"),
+        (["--teacher", "out/rwkv"], "read by this run"),
+        (["--teacher_fit.beta1", "1.5"], "beta1 = 1.5"),
+    ):
         with pytest.raises(ValueError, match=says) as error:
             tools.demo.main([*FLAGS, *flags])
         one_line(error.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and not (tmp_path / "out" / "teacher").exists()
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["out"] and not (tmp_path / "out" / "teacher").exists()
+    )
 
 
 def test_half_a_teacher_never_teaches_and_goes_on(small_sources, tmp_path, monkeypatch):
     """Interrupted, it lies beside its place; the next run takes it up there."""
+
     def interrupted(*args, **kwargs):
         real(*args, **kwargs)
         raise KeyboardInterrupt

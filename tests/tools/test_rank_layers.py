@@ -17,7 +17,8 @@ from tools.rank_layers import RankConfig, propose, rank_layers, replacement_cost
 
 
 def test_a_layers_cost_is_the_kl_of_a_model_with_that_layer_replaced(tiny):
-    """Layer 0 alone, whose v_first is its own: the number is that of the literal hybrid first:1.
+    """Layer 0 alone, whose v_first is its own: the number is that of the literal hybrid
+    first:1.
 
     A mixer that gives nothing costs what removing the attention does.
     """
@@ -54,8 +55,14 @@ def test_the_proposal_keeps_the_costliest_layers():
 def test_it_writes_what_it_proposes_and_the_flag_makes_that_student(tiny, tmp_path, capsys):
     teacher, out = tiny_model(n_layer=3), tmp_path / "out"
     save_model(teacher, tmp_path / "teacher", META)
-    cfg = RankConfig(teacher=str(tmp_path / "teacher"), data=tiny.text, keep=2, eval_tokens=256,
-                     align=loop(3, eval_every=None), run=RunConfig(out=str(out), device="cpu"))
+    cfg = RankConfig(
+        teacher=str(tmp_path / "teacher"),
+        data=tiny.text,
+        keep=2,
+        eval_tokens=256,
+        align=loop(3, eval_every=None),
+        run=RunConfig(out=str(out), device="cpu"),
+    )
     ranking = rank_layers(cfg)
     printed = capsys.readouterr().out
     assert json.loads((out / "ranking" / "ranking.json").read_text()) == ranking
@@ -66,8 +73,11 @@ def test_it_writes_what_it_proposes_and_the_flag_makes_that_student(tiny, tmp_pa
     assert not (out / "model.safetensors").exists()
     assert rank_layers(rerun(cfg, resume=True)) == ranking
     elsewhere = rerun(cfg, out=str(tmp_path / "other"))
-    for change, says in (({"keep": 3}, "keep = 3"), ({"keep": -1}, "keep = -1"),
-                         ({"student": StudentConfig(mixer="ra")}, "omit --mixer")):
+    for change, says in (
+        ({"keep": 3}, "keep = 3"),
+        ({"keep": -1}, "keep = -1"),
+        ({"student": StudentConfig(mixer="ra")}, "omit --mixer"),
+    ):
         with pytest.raises(ValueError, match=says) as error:
             rank_layers(replace(elsewhere, **change))
         one_line(error.value)
