@@ -143,7 +143,7 @@ def apply(default, values: dict, where: str = ""):
 
 
 def flat_settings(default) -> dict[str, str]:
-    """Each setting that the flags have without its prefix, and the field that it is in."""
+    """Each setting that flags have without its prefix, and the field that holds it."""
     homes = {}
     for name, hint in get_type_hints(type(default), include_extras=True).items():
         if tyro.conf.OmitArgPrefixes in getattr(hint, "__metadata__", ()):

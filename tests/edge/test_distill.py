@@ -41,6 +41,7 @@ from common_train import (
 from config import cli
 from data.loader import Loader
 from distill import DistillConfig, StudentConfig, divergence, make_student, match_loss, open_stage
+from lib import stages
 from lib.folders import load_model, save_model
 from lib.runs import checkpoints
 from lib.scores import cross_entropy
@@ -321,9 +322,9 @@ def test_a_larger_teacher_with_more_tokens_teaches_stage_2(job, tmp_path):
 
 
 def test_the_teacher_of_stage_2_is_in_memory_once_where_it_is_the_same(job, monkeypatch):
-    folders, real = [], distill.load_model
+    folders, real = [], stages.load_model
     monkeypatch.setattr(
-        distill, "load_model", lambda folder, device: folders.append(folder) or real(folder, device)
+        stages, "load_model", lambda folder, device: folders.append(folder) or real(folder, device)
     )
     cfg = job("out", stages="match")
     distill.distill(cfg)

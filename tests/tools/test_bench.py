@@ -242,15 +242,17 @@ def test_memory_is_measured_in_processes_of_their_own_and_one_that_fails_or_is_s
 FLA = """
 import torch
 
-def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None,
-                safe_gate=False, chunk_size=None, disable_recompute=False, cp_context=None, lower_bound=None):
-    '''S_t = diag(e^w) S + b (a^T S) + k v^T, y = S^T r, S (B, H, K, V): fla's own definition, one token after another.'''
+def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False,
+                cu_seqlens=None, cu_seqlens_cpu=None, safe_gate=False, chunk_size=None,
+                disable_recompute=False, cp_context=None, lower_bound=None):
+    '''S_t = diag(e^w) S + b (a^T S) + k v^T, y = S^T r, S (B, H, K, V), token by token.'''
     if chunk_size == 32:
         raise RuntimeError("out of\\nshared memory")
     r, w, k, v, a, b = (x.float() for x in (r, w, k, v, a, b))
     S, ys = (0 if initial_state is None else initial_state) + 0 * k[:, 0, ..., None] * v[:, 0, :, None], []
     for t in range(r.shape[1]):
-        S = S * w[:, t, ..., None].exp() + b[:, t, ..., None] * (a[:, t, ..., None] * S).sum(-2, keepdim=True) + k[:, t, ..., None] * v[:, t, :, None]
+        aS = (a[:, t, ..., None] * S).sum(-2, keepdim=True)
+        S = S * w[:, t, ..., None].exp() + b[:, t, ..., None] * aS + k[:, t, ..., None] * v[:, t, :, None]
         ys.append((r[:, t, ..., None] * S).sum(-2))
     return torch.stack(ys, 1).bfloat16(), S if output_final_state else None
 """
