@@ -1,25 +1,24 @@
-"""Turn a transformer into an RNN: take the attention out, put RWKV-7 time mixing in, and teach it
-what attention did.
+"""Turn a transformer into an RNN: attention out, RWKV-7 in, and taught what it did.
 
-    python distill.py --teacher out/teacher --out out/rwkv    (a teacher: train.py, tools.convert)
+    python distill.py --teacher out/teacher --out out/rwkv    (a teacher: train.py)
     torchrun --nproc_per_node=8 distill.py                    the same on eight GPUs
-    python -m tools.demo                                      makes data and teacher as well
+    python -m tools.demo                                      makes data and teacher too
 
-    stage    what trains        teacher                                 loss
-    align    student's mixers   its attention, inside the shared trunk  per layer ||t - s||^2 / ||t||^2
-    match    everything         the whole model                         kl_weight KL(teacher || student)
-                                                                        + ce_weight CE
-    finish   everything         none                                    SFT: CE on responses; or DPO
+    stage    what trains   teacher                      loss
+    align    the mixers    its attention, in the trunk  per layer ||t - s||^2 / ||t||^2
+    match    everything    the whole model              KL(teacher || student), and CE
+    finish   everything    none                         SFT: CE on responses; or DPO
 
-In `align` the *teacher's* output flows on, so that every layer learns at once and from clean
-inputs. The student starts as the teacher: embedding, norms, feed-forward layers and head are
-copied, q becomes receptance (with the scale 1/sqrt(N) folded in), k key, v value, o output, with
-their biases and norms; grouped heads are repeated. Of what RWKV-7 has besides, token shift, bonus
-and gate start with no effect and the value residual with almost none; decay, a little erasing and
-the group norm act from the first step, and `align` is there to absorb them.
+In `align` the *teacher's* output flows on, so that every layer learns at once and from
+clean inputs. The student starts as the teacher: embedding, norms, feed-forward layers
+and head are copied, q becomes receptance (with the scale 1/sqrt(N) folded in), k key, v
+value, o output, with their biases and norms; grouped heads are repeated. Of what RWKV-7
+has besides, token shift, bonus and gate start with no effect, the value residual with
+almost none; decay, a little erasing and the group norm act from the first step, and
+`align` is there to absorb them.
 
-Each stage is one call of train.fit. References: RADLADS (arXiv 2505.03005), ARWKV (arXiv
-2501.15570) and its trainer RWKVInside, whose main options have a switch here.
+Each stage is one call of train.fit. References: RADLADS (arXiv 2505.03005), ARWKV
+(arXiv 2501.15570) and its trainer RWKVInside, whose main options have a switch here.
 """
 
 import copy
@@ -38,15 +37,14 @@ from tyro.conf import OmitArgPrefixes
 
 from config import at_least, cli, run as run_script, settings
 from data.loader import Batch, Loader
-from lib.folders import load_model
 from lib.hybrid import describe, mixer_letters
 from lib.preference import dpo_loss
-from lib.processes import joined, main_first, setup
+from lib.processes import joined, setup
 from lib.report import report_stages
 from lib.runs import Run, RunConfig, restore
 from lib.scores import HeldOut, mean_terms
-from lib.stages import check_student, first_tokens, open_loaders, prepare_data
-from lib.start import look_at_teacher, spread_decay
+from lib.stages import check_student, first_tokens, load_teacher, open_loaders, prepare_data
+from lib.start import copy_linear, look_at_teacher, spread_decay
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
 from train import FitConfig, cross_entropy_loss, fit
 
@@ -57,11 +55,11 @@ STAGES = ("align", "match", "finish")
 # The wrapper that holds both mixers, and v_first across processes
 
 class AttentionWrapper(nn.Module):
-    """A mixer that holds the student's TimeMixer and, while aligning, the teacher's attention.
+    """A mixer that holds the student's and, while aligning, the teacher's attention.
 
-    With a teacher, both read the same x, `pair` keeps (teacher's output, student's output) for
-    the loss, and the teacher's output flows on. Without one it is the student's mixer, with
-    v_first gathered over the processes.
+    With a teacher, both read the same x, `pair` keeps (teacher's output, student's
+    output) for the loss, and the teacher's output flows on. Without one it is the
+    student's mixer, with v_first gathered over the processes.
     """
 
     def __init__(self, student: TimeMixer, teacher: CausalSelfAttention | None, holder: "VFirstHolder"):
@@ -83,13 +81,14 @@ class AttentionWrapper(nn.Module):
 
 
 class VFirstHolder:
-    """RWKVInside's distributed state: v_first of every process, (world_size, B, T, C), the same everywhere.
+    """RWKVInside's distributed state: every process's v_first, (world_size, B, T, C).
 
-    The process writes its slice, an explicit all-gather fills in the others', later layers read
-    their slice. As each process reads only what it wrote, numbers and gradients are those without
-    the gather; it is here for whoever wants to look across, and costs one collective per pass.
-    What matters is that it stays in the autograd graph: the first layer's value projection learns
-    from every later layer. A process group of its own keeps its collectives apart from DDP's.
+    The process writes its slice, an explicit all-gather fills in the others', later
+    layers read their slice. As each process reads only what it wrote, numbers and
+    gradients are those without the gather, which is for whoever wants to look across.
+    What matters is that it stays in the autograd graph: the first layer's value
+    projection learns from every later layer. A process group of its own keeps its
+    collectives apart from DDP's.
     """
 
     def __init__(self):
@@ -97,19 +96,14 @@ class VFirstHolder:
         self.state: Tensor | None = None
 
     def write(self, v: Tensor) -> None:
-        """v (B, T, C): the value of this process's first RWKV layer."""
         self.state = v[None] if self.group is None else AllGather.apply(v, self.group)
 
     def read(self) -> Tensor:
-        """This process's slice, (B, T, C)."""
         return self.state[0 if self.group is None else dist.get_rank(self.group)]
 
 
 class AllGather(torch.autograd.Function):
-    """x of every process, stacked: (...) -> (world_size, ...).
-
-    Backward: each process gets the sum of all gradients of its x.
-    """
+    """x of every process, stacked; backward sums all processes' gradients of it."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -126,7 +120,7 @@ class AllGather(torch.autograd.Function):
 
 
 def wrap(student: LM, teacher: LM | None) -> LM:
-    """The student, the very same parameters, with each RWKV mixer in an AttentionWrapper."""
+    """The student, the very same parameters, its RWKV mixers in AttentionWrappers."""
     def shallow(module: nn.Module) -> nn.Module:
         view = copy.copy(module)
         view._modules = dict(module._modules)              # the same children, until one is replaced
@@ -145,8 +139,6 @@ def wrap(student: LM, teacher: LM | None) -> LM:
 
 @settings
 class StudentConfig:
-    """What the student is, beside what it takes over from its teacher."""
-
     mixer: str = "r"               # which layers become RWKV-7: r, ra, all, first:2, ... (lib/hybrid.py)
     ffn: str | None = None         # None: channelmix where the teacher has relu2, else the teacher's
     gate: bool = True
@@ -156,7 +148,7 @@ class StudentConfig:
     rwkv_rope: bool = False
     untie_head: bool = False       # a head of its own where the teacher's is the embedding
     transfer: bool = True          # start from the teacher's weights; without: as official RWKV-7
-    # spread: each head's channels remember 2 to block_size tokens; lookback: about as far as the
+    # spread: a head's channels remember 2 to block_size tokens; lookback: as far as the
     # teacher's head looks back on one batch
     decay: Literal["spread", "official", "lookback"] = "spread"
     calibrate: bool = False        # scale each head so that the mixer is nearest to the attention on a batch
@@ -169,12 +161,11 @@ class StudentConfig:
 
 def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None,
                  block_size: int | None = None) -> LM:
-    """A copy of the teacher with RWKV-7 mixers that start near what its attention does with q, k, v, o.
+    """A copy of the teacher with RWKV-7 mixers that start near what its attention does.
 
-    `tokens` (B, T) are what `lookback` and `calibrate` look at; `block_size` is the length that
-    the student will be trained at. Raises ValueError where the teacher does not allow the student.
+    `tokens` (B, T) are what `lookback` and `calibrate` look at; `block_size` is the
+    length that the student will be trained at. Raises ValueError for unlike models.
     """
-    assert tokens is not None or not cfg.looks, "lookback and calibrate look at tokens"
     t = teacher.cfg
     if "r" in t.mixers:
         raise ValueError("the teacher has RWKV layers already: only attention can be replaced")
@@ -216,8 +207,8 @@ def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
     if not m.first:
         m.v0.fill_(-4.0)           # value residual: 2 %
     if m.cfg.gate:
-        # g = sigmoid(x g1) g2 = 1: with g1 = 0 every sigmoid is 1/2, so the rows of g2 must sum to 2.
-        # Equal rows would always get equal gradients; what tells them apart sums to 0.
+        # g = sigmoid(x g1) g2 = 1: with g1 = 0 sigmoids are 1/2, so g2's rows sum to 2.
+        # Equal rows would get equal gradients; what tells them apart sums to 0.
         noise = nn.init.orthogonal_(torch.empty_like(m.g2))
         m.g1.zero_()
         m.g2.copy_(2 / len(m.g2) + 0.1 * (noise - noise.mean(0)))
@@ -225,19 +216,11 @@ def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
         m.ln_x.weight.fill_(1.0)
 
 
-def copy_linear(m: nn.Linear, t: nn.Linear, N: int = 1, repeat: int = 1, scale: float = 1.0) -> None:
-    """Weight and bias times `scale`; each head of N rows comes `repeat` times, one after another."""
-    for p, q in zip(m.parameters(), t.parameters()):
-        heads = q.unflatten(0, (-1, N)).repeat_interleave(repeat, 0)
-        p.copy_(heads.flatten(0, 1) * scale)
-
-
 # ------------------------------------------------------------------------------------------
 # Losses: sums over targets, from a state to a state, as train.py explains
 
 def align_loss(model: LM, batch: Batch, state: None = None, *, kind: str = "relative") -> tuple[dict, None]:
-    """The mean over layers, per token, of ||t - s||^2 / ||t||^2, or RWKVInside's ||t - s||_2 / sqrt(C)."""
-    assert state is None, "stage 1 has no loss by pieces"
+    """Layers' mean of ||t - s||^2 / ||t||^2, or RWKVInside's ||t - s||_2 / sqrt(C)."""
     model.hidden(batch.x)
     pairs = [block.att.pair for block in model.blocks if isinstance(block.att, AttentionWrapper)]
     total = 0.0
@@ -252,11 +235,11 @@ def align_loss(model: LM, batch: Batch, state: None = None, *, kind: str = "rela
 
 
 def divergence(t: Tensor, s: Tensor, kind: str) -> Tensor:
-    """Per position, from logits t and s (..., V): forward KL(t || s), reverse KL(s || t), or adaptive.
+    """From logits (..., V), forward KL(t || s), reverse KL(s || t), or adaptive.
 
-    Adaptive (arXiv 2404.02657) mixes both: the teacher's most likely tokens, up to half of its
-    mass, are its head. The larger the student's error on the head, compared with that on the
-    tail, the more forward KL weighs.
+    Adaptive (arXiv 2404.02657) mixes both: the teacher's most likely tokens, up to half
+    of its mass, are its head. The larger the student's error on the head, compared with
+    that on the tail, the more forward KL weighs.
     """
     log_p, log_q = t.float().log_softmax(-1), s.float().log_softmax(-1)
     p = log_p.exp()
@@ -278,11 +261,11 @@ def divergence(t: Tensor, s: Tensor, kind: str) -> Tensor:
 def match_loss(student: LM, batch: Batch, state: tuple | None = None, *, teacher: LM,
                kind: str = "forward", kl_weight: float = 1.0, ce_weight: float = 0.0,
                kl_chunk: int | None = None) -> tuple[dict, tuple]:
-    """kl_weight KL + ce_weight CE over the targets, and the teacher's own CE to look at.
+    """kl_weight KL + ce_weight CE over the targets, and the teacher's own CE beside it.
 
-    `state` is (student's, teacher's). The heads run on `kl_chunk` tokens at a time, and again in
-    the backward pass, so that (B, T, V) logits of both models never exist together; None: about
-    2^24 logits. A teacher with more tokens than the student is cut to the student's.
+    `state` is (student's, teacher's). The heads run on `kl_chunk` tokens at a time, and
+    again in the backward pass, so that all logits of both models never exist together;
+    None: about 2^24. A teacher with more tokens than the student is cut to its.
     """
     V = student.cfg.vocab_size
     student_state, teacher_state = state or (None, None)
@@ -302,11 +285,8 @@ def match_loss(student: LM, batch: Batch, state: tuple | None = None, *, teacher
     n = kl_chunk or max(256, 2**24 // V)
     flat = (x.flatten(0, 1).split(n) for x in (hs, ht, batch.y, batch.mask))      # (n, C) and (n,)
     pieces = list(zip(*flat))
-    if len(pieces) == 1:
-        kl, ce, teacher_ce = sums(*pieces[0])
-    else:
-        terms = [checkpoint(sums, *piece, use_reentrant=False) for piece in pieces]
-        kl, ce, teacher_ce = (sum(column) for column in zip(*terms))
+    again = partial(checkpoint, sums, use_reentrant=False) if len(pieces) > 1 else sums
+    kl, ce, teacher_ce = (sum(column) for column in zip(*(again(*piece) for piece in pieces)))
     loss = kl_weight * kl + ce_weight * ce
     return {"loss": loss, "kl": kl, "ce": ce, "teacher_ce": teacher_ce}, (student_state, teacher_state)
 
@@ -321,7 +301,6 @@ class DistillConfig:
     finish_data: str = "data/pydoc-sft"    # supervised data: SFT; preference data: DPO
     stages: str = "align,match,finish"
     student: Annotated[StudentConfig, OmitArgPrefixes] = StudentConfig()
-    # losses
     align_kind: Literal["relative", "l2norm"] = "relative"
     kl_kind: Literal["forward", "reverse", "adaptive"] = "forward"
     kl_weight: float = at_least(0.0, 1.0)
@@ -332,7 +311,6 @@ class DistillConfig:
     dpo_kind: Literal["sigmoid", "hinge"] = "sigmoid"
     dpo_beta: float = at_least(0.0, 0.1)
     dpo_smoothing: float = at_least(0.0, 0.0, below=0.5)
-    # loops
     align: FitConfig = FitConfig(max_steps=400, batch_size=4, learning_rate=5e-3, eval_every=None)
     match: FitConfig = FitConfig(max_steps=3000, batch_size=2, learning_rate=5e-4, rwkv_lr_multiplier=2.0,
                                  weight_decay=0.0, eval_every=1000)
@@ -345,8 +323,8 @@ class DistillConfig:
 
     def __post_init__(self):
         if self.align.bptt_chunk is not None:
-            raise ValueError(f"align.bptt_chunk = {self.align.bptt_chunk}: stage 1 has no loss by pieces; run it "
-                             "alone at a shorter block_size, then the others, in pieces, with --resume")
+            raise ValueError(f"align.bptt_chunk = {self.align.bptt_chunk}: stage 1 has no loss by pieces; "
+                             "run it alone at a shorter block_size, then the others with --resume")
         if any(loop.bptt_truncate for loop in (self.align, self.match, self.finish)):
             raise ValueError("bptt_truncate: a teacher's cache cannot go on for ever; it is for train.py")
         if self.kl_weight == self.ce_weight == 0:
@@ -362,14 +340,13 @@ class DistillConfig:
 @dataclass(frozen=True)
 class Stage:
     """One row of the table above."""
-
     loss: Callable
     teacher: LM | None = None              # whose attention stands beside the student's mixers
     trains: tuple[str, ...] = ("",)        # parts of the names of what trains,
     frozen: tuple[str, ...] = ()           # and of what does not
 
     def model(self, student: LM) -> LM:
-        """The student, wrapped, with only what this stage trains requiring gradients."""
+        """The student, wrapped; only what this stage trains requires gradients."""
         model = wrap(student, self.teacher)
         for name, p in model.named_parameters():
             trains, frozen = (any(part in name for part in parts) for parts in (self.trains, self.frozen))
@@ -379,10 +356,7 @@ class Stage:
 
 def open_stage(name: str, cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM,
                kind: str) -> Stage:
-    """A row of the table, made when its turn comes: DPO's reference is the student as it is then.
-
-    `kind` of the data decides between SFT and DPO.
-    """
+    """A row of the table, made in its turn: DPO's reference is the student of then."""
     if name == "align":
         return Stage(partial(align_loss, kind=cfg.align_kind), teacher, trains=(".att.student.",))
     if name == "match":
@@ -397,24 +371,22 @@ def open_stage(name: str, cfg: DistillConfig, student: LM, teacher: LM, logit_te
 
 
 def distill(cfg: DistillConfig) -> dict:
-    """Teacher in, RNN out: run the stages into `cfg.run.out`, a folder each, and return the report."""
+    """Teacher in, RNN out: run the stages, a folder each, and return the report."""
     rank, world, device = setup(cfg.run.device)
     run = Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher])
-    teacher = load_model(cfg.teacher, device).eval().requires_grad_(False)
-    logit_teacher = load_model(cfg.logit_teacher or cfg.teacher, device).eval().requires_grad_(False)
-    with main_first(rank):
-        prepare_data(cfg)
+    teacher = load_teacher(cfg.teacher, device)
+    logit_teacher = load_teacher(cfg.logit_teacher, device) if cfg.logit_teacher else teacher
+    prepare_data(cfg, rank)
     T = cfg.block_size or teacher.cfg.block_size
     torch.manual_seed(cfg.run.seed)
     student = make_student(teacher, cfg.student, first_tokens(cfg, T, device), T).to(device)
     check_student(cfg, student)
     loaders = open_loaders(cfg, student, logit_teacher, T, rank, world)
-    val = loaders["val"]
-    meta = {"tokenizer": val.meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
+    meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
     sizes = f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}"
     run.begin(student, meta, cfg, sizes, describe(student.cfg, T))
 
-    held_out = HeldOut(teacher, student, val, cfg.eval_tokens, cfg.match.bptt_chunk)
+    held_out = HeldOut(teacher, student, loaders["val"], cfg.eval_tokens, cfg.match.bptt_chunk)
 
     start = {"name": "start", "tokens": 0, "minutes": 0.0}
     rows = [run.read_row("start.json") or run.note(start | held_out.row(), "start.json")]
@@ -429,12 +401,12 @@ def distill(cfg: DistillConfig) -> dict:
         if row:
             rows.append(row)
             run.publish(folder)
-    return report_stages(run, teacher, rows, cfg, val)
+    return report_stages(run, teacher, rows, cfg, loaders["val"])
 
 
 def train_stage(name: str, stage: Stage, cfg: DistillConfig, loaders: dict[str, Loader], folder: Run,
                 held_out: HeldOut) -> dict:
-    """Take the student through a stage, into its folder; returns the stage's row of the report."""
+    """Take the student through a stage, into its folder; returns the report's row."""
     model, loop, examples = stage.model(held_out.student), getattr(cfg, name), loaders.get(f"{name}_val")
     terms = partial(mean_terms, stage.loss, model, examples, cfg.eval_tokens, loop.bptt_chunk)
     before = terms() if examples else None
@@ -442,15 +414,14 @@ def train_stage(name: str, stage: Stage, cfg: DistillConfig, loaders: dict[str, 
     row = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"]} | held_out.row()
     if examples:
         row["finish"] = {"before": before, "after": terms()}
-        line = "held-out loss of stage 3: {before[loss]:.4f} before, {after[loss]:.4f} after"
-        folder.say(line.format(**row["finish"]))
+        after = row["finish"]["after"]["loss"]
+        folder.say(f"held-out loss of stage 3: {before['loss']:.4f} before, {after:.4f} after")
     return folder.note(row, "stage.json")
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = cli(DistillConfig, argv)
     with joined():
-        distill(cfg)
+        distill(cli(DistillConfig, argv))
 
 
 if __name__ == "__main__":

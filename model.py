@@ -1,23 +1,22 @@
-"""The language model: one class for the GPT teacher, its RWKV-7 student, hybrids of both, and
-RWKV-7 from scratch.
+"""The language model: one class for GPT teacher, RWKV-7 student, hybrids of both.
 
-Token embedding, a stack of blocks, a head. A block mixes over time and then over channels:
+Token embedding, a stack of blocks, a head. A block mixes over time, then over channels:
 
-    x = x + att(ln1(x))    att: CausalSelfAttention, which remembers every key and value,
-                                or TimeMixer, which has a state of fixed size
-    x = x + ffn(ln2(x))    ffn: MLP (relu2, gelu, swiglu), or ChannelMix (RWKV's)
+    x = x + att(ln1(x))   att: CausalSelfAttention, which remembers every key and value,
+                               or TimeMixer, which has a state of fixed size
+    x = x + ffn(ln2(x))   ffn: MLP (relu2, gelu, swiglu), or ChannelMix (RWKV's)
 
-One contract, `mixer(x, v_first, state) -> (y, v_first, state)`, makes the two interchangeable,
-and `LM(tokens, state) -> (logits, state)` gives the same logits for a whole sequence, for pieces
-and for single tokens. Parameters bear the official RWKV-7 names: a pure RWKV-7 model's state_dict
-is the official .pth dict.
+One contract, `mixer(x, v_first, state) -> (y, v_first, state)`, makes the two mixers
+interchangeable, and `LM(tokens, state) -> (logits, state)` gives the same logits for a
+whole sequence, for pieces and for single tokens. Parameters bear the official RWKV-7
+names: a pure RWKV-7 model's state_dict is the official .pth dict.
 
     B batch   T time   C channels (n_embd)   V vocabulary
     H heads   N head size   A = H N, all heads together
     v_first   the value of the first RWKV layer; later ones mix it into their own
 
-References: nanoGPT; RWKV-LM RWKV-v7/train_temp/src/model.py (RWKV-7, its initial values); arXiv
-2503.14456. `cfg` is everywhere a ModelConfig (below).
+References: nanoGPT; RWKV-LM RWKV-v7/train_temp/src/model.py (RWKV-7, initial values);
+arXiv 2503.14456. `cfg` is everywhere a ModelConfig (below).
 """
 
 import math
@@ -39,7 +38,6 @@ MIN_LOG_DECAY = -math.exp(-0.5)        # RWKV-7 forgets no faster than e^-0.607 
 @dataclass(frozen=True)
 class State:
     """What a model remembers: a plain value that no call changes."""
-
     position: int    # tokens read so far
     layers: tuple    # per layer (mixer's, ffn's): see CausalSelfAttention, TimeMixer, ChannelMix
 
@@ -48,7 +46,7 @@ class State:
 # Attention
 
 class CausalSelfAttention(nn.Module):
-    """Softmax attention. Its state is the cache of all keys and values: (k, v), each (B, Hkv, T, N)."""
+    """Softmax attention. Its state is the cache: (k, v), each (B, Hkv, T, N)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -61,9 +59,9 @@ class CausalSelfAttention(nn.Module):
         self.q_norm, self.k_norm = head_norm(cfg, N), head_norm(cfg, N)
 
     def qkv(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, N), keys and values (B, Hkv, T, N) of tokens from position `start` on."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.N)).transpose(1, 2) for proj in projections)
+        """q (B, H, T, N), k, v (B, Hkv, T, N) of tokens at positions `start` and on."""
+        qkv = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (z.unflatten(-1, (-1, self.N)).transpose(1, 2) for z in qkv)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.cfg.positions == "rope":
             freq = rope_frequencies(self.cfg, self.N, x.device)
@@ -71,8 +69,7 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def forward(self, x, v_first, state):
-        B, T, _ = x.shape
-        past = state[0].shape[2] if state else 0
+        (B, T, _), past = x.shape, state[0].shape[2] if state else 0
         q, k, v = self.qkv(x, past)
         if past:
             k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
@@ -83,7 +80,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def rotate(x: Tensor, start: int, freq: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864): turn channels (i, i + N/2) of x (B, H, T, N) by t freq_i."""
+    """RoPE (arXiv 2104.09864): turn channels i, i + N/2 of (B, H, T, N) by t freq_i."""
     t = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
     angle = t[:, None] * freq                                                         # (T, N/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -92,13 +89,13 @@ def rotate(x: Tensor, start: int, freq: Tensor) -> Tensor:
 
 
 def rope_frequencies(cfg, N: int, device) -> Tensor:
-    """Radians per position for each pair of N channels: theta^(-2i/N), slower for longer texts."""
+    """Radians per position for each pair of N channels: theta^(-2i/N), or slower."""
     freq = cfg.rope_theta ** (-torch.arange(0, N, 2, device=device, dtype=torch.float32) / N)
     if cfg.rope_scaling == "linear":
         return freq / cfg.rope_factor
     if cfg.rope_scaling == "llama3":
-        # pairs that turn less than rope_low times in rope_original tokens are slowed by the
-        # factor, those that turn more than rope_high times are not, and between the share falls
+        # slow down pairs that turn less than rope_low times in rope_original tokens,
+        # not those that turn more than rope_high times, and those between in part
         turns = freq * cfg.rope_original / (2 * math.pi)
         slow = ((cfg.rope_high - turns) / (cfg.rope_high - cfg.rope_low)).clamp(0, 1)
         return freq * (1 - slow + slow / cfg.rope_factor)
@@ -106,7 +103,6 @@ def rope_frequencies(cfg, N: int, device) -> Tensor:
 
 
 def head_norm(cfg, N: int) -> nn.Module:
-    """An RMS norm on every head's query or key, where the model has one."""
     return nn.RMSNorm(N, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
 
@@ -114,7 +110,7 @@ def head_norm(cfg, N: int) -> nn.Module:
 # RWKV-7
 
 class TimeMixer(nn.Module):
-    """RWKV-7 time mixing. Its state, of constant size: (last x (B, C), S (B, H, N, N), position)."""
+    """RWKV-7 time mixing. Its state: (last x (B, C), S (B, H, N, N), position)."""
 
     def __init__(self, cfg, layer: int):
         super().__init__()
@@ -123,7 +119,7 @@ class TimeMixer(nn.Module):
         self.first = layer == cfg.mixers.index("r")             # it gives v_first, the others take it
         # token shift: how much of the token before each of six inputs sees
         self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (empty(1, 1, C) for _ in range(6))
-        # low-rank maps C -> rank -> A with a bias: decay, learning rate, value residual, gate
+        # low-rank maps C -> rank -> A: decay, learning rate, value residual, gate
         self.w0, self.w1, self.w2 = empty(1, 1, A), empty(C, cfg.rank("w")), empty(cfg.rank("w"), A)
         self.a0, self.a1, self.a2 = empty(1, 1, A), empty(C, cfg.rank("a")), empty(cfg.rank("a"), A)
         if not self.first:
@@ -159,8 +155,7 @@ class TimeMixer(nn.Module):
             share = torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2)
             v = torch.lerp(v, v_first.to(v.dtype), share.to(v.dtype))
 
-        # removal key kk = k k_k / |k k_k|, write key k (1 + (a - 1) k_a)
-        heads = (self.H, self.N)
+        heads = (self.H, self.N)       # removal key kk = k k_k / |k k_k|, write key k (1 + (a - 1) k_a)
         r = self.r_norm(r.unflatten(-1, heads))                                           # (B, T, H, N)
         k = self.k_norm(k.unflatten(-1, heads)).flatten(2)
         kk = F.normalize((k * self.k_k).unflatten(-1, heads).float(), dim=-1, eps=1e-12)
@@ -180,11 +175,11 @@ class TimeMixer(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """RWKV-7's feed-forward layer, W_value relu(W_key x_k)^2. Its state is the last x (B, C)."""
+    """RWKV-7's feed-forward layer, W_value relu(W_key x_k)^2. State: last x (B, C)."""
 
     def __init__(self, cfg, layer: int):
         super().__init__()
-        share = torch.arange(cfg.n_embd).view(1, 1, -1) / cfg.n_embd
+        share = torch.arange(cfg.n_embd).view(1, 1, -1) / cfg.n_embd             # c / C
         self.x_k = nn.Parameter(1 - share ** ((1 - layer / cfg.n_layer) ** 4))
         self.key = nn.Linear(cfg.n_embd, cfg.ffn_width, bias=cfg.bias)
         self.value = nn.Linear(cfg.ffn_width, cfg.n_embd, bias=cfg.bias)
@@ -195,7 +190,7 @@ class ChannelMix(nn.Module):
 
 
 def shift(x: Tensor, last: Tensor | None) -> Tensor:
-    """Each token's predecessor: x (B, T, C) one step later, with `last` (B, C), or zero, in front."""
+    """x (B, T, C) one step later, with `last` (B, C), or zero, in front."""
     first = torch.zeros_like(x[:, :1]) if last is None else last[:, None]
     return torch.cat((first, x[:, :-1]), 1)
 
@@ -206,10 +201,9 @@ def empty(*shape: int) -> nn.Parameter:
 
 def leave_out(m: TimeMixer, cfg) -> None:
     """What a recipe does without becomes zeros that are neither trained nor saved."""
-    names = [] if cfg.token_shift else ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g"]
-    names += [] if cfg.bonus else ["r_k"]
-    names += [] if cfg.gate else ["x_g", "g1", "g2"]
-    for name in dict.fromkeys(names):
+    names = set() if cfg.token_shift else {"x_r", "x_w", "x_k", "x_v", "x_a", "x_g"}
+    names |= (set() if cfg.bonus else {"r_k"}) | (set() if cfg.gate else {"x_g", "g1", "g2"})
+    for name in names:
         zeros = torch.zeros_like(getattr(m, name).data)
         delattr(m, name)
         m.register_buffer(name, zeros, persistent=False)
@@ -219,7 +213,7 @@ def leave_out(m: TimeMixer, cfg) -> None:
 # The whole model
 
 class MLP(nn.Module):
-    """The transformer's feed-forward layer, W_value f(W_key x), with f of `ffn`; swiglu has a gate."""
+    """The transformer's feed-forward layer, W_value f(W_key x); swiglu has a gate."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -241,7 +235,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Mix over time, then over channels, each as a correction to the residual stream x (B, T, C)."""
+    """Mix over time, then over channels: corrections to the stream x (B, T, C)."""
 
     def __init__(self, cfg, layer: int):
         super().__init__()
@@ -282,12 +276,12 @@ class LM(nn.Module):
             self.head.weight = self.emb.weight
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64, continuing from `state` -> logits (B, T, V), and the state after them."""
+        """tokens (B, T) behind `state` -> logits (B, T, V), and the state after."""
         x, state = self.hidden(tokens, state)
         return self.head(x), state
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """All but the head: (B, T) -> (B, T, C), for losses that want the logits piece by piece."""
+        """All but the head: (B, T) -> (B, T, C), for losses with logits in pieces."""
         state = state or State(0, (None,) * len(self.blocks))
         end = state.position + tokens.shape[1]
         x = self.emb(tokens)
@@ -302,9 +296,8 @@ class LM(nn.Module):
         return self.ln_out(x), State(end, tuple(layers))
 
     def position_ids(self, start: int, end: int) -> Tensor:
-        """Learned positions end at block_size: a pure RNN stays at the last one, attention refuses."""
-        limit = self.cfg.longest
-        if limit and end > limit:
+        """Learned positions end: an RNN stays at the last one, attention refuses."""
+        if (limit := self.cfg.longest) and end > limit:
             raise ValueError(f"position {end} is beyond the {limit} learned positions: shorten the text")
         return torch.arange(start, end, device=self.pos.weight.device).clamp(max=self.cfg.block_size - 1)
 
@@ -317,7 +310,7 @@ class LM(nn.Module):
 
 @settings
 class ModelConfig:
-    """GPT-2, Llama and RWKV-7 are settings of it; a student is its teacher's with other mixers."""
+    """GPT-2, Llama and RWKV-7 are settings of it; a student has its teacher's."""
 
     vocab_size: int = at_least(1, 257)         # the byte tokenizer's: 256 bytes and <|endoftext|>
     block_size: int = at_least(1, 256)         # tokens per sequence; a limit only to learned positions
@@ -332,7 +325,7 @@ class ModelConfig:
     ln0: bool = True                           # a norm after the embedding, as RWKV has it
     tied: bool = False                         # the head is the embedding's weight
 
-    # What the world's checkpoints need; skip it at first reading. None: as said in brackets
+    # What the world's checkpoints need; skip it at first reading. None: as in brackets
     n_kv_head: int | None = at_least(1, None)  # fewer keys and values than queries (n_head)
     head_size: int | None = at_least(1, None)  # (n_embd / n_head)
     ffn_size: int | None = at_least(1, None)   # (4 n_embd; for swiglu two thirds of that)
@@ -354,7 +347,7 @@ class ModelConfig:
     bias: bool = False                         # of the maps after the mixer and in the feed-forward layer
     o_bias: bool | None = None                 # of the map after the mixer alone (bias)
 
-    # What recipes for converting transformers leave out of RWKV-7, or add
+    # What recipes for conversion leave out of RWKV-7, or add
     gate: bool = True
     group_norm: bool = True
     token_shift: bool = True
@@ -366,13 +359,13 @@ class ModelConfig:
             raise ValueError(f"mixer = {self.mixer!r}: write a (attention) and r (RWKV-7), one letter "
                              f"per layer and at most n_layer = {self.n_layer}")
         if "a" in self.mixers and self.head_size is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
-                             "change one, or set head_size")
+            raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: change "
+                             "one, or set head_size")
         if "a" in self.mixers and self.n_head % self.kv_heads:
             raise ValueError(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
         if "r" in self.mixers and self.rwkv_width % self.rwkv_head_size:
-            raise ValueError(f"RWKV's width {self.rwkv_width} is not divisible by "
-                             f"rwkv_head_size = {self.rwkv_head_size}: change one")
+            raise ValueError(f"RWKV's width {self.rwkv_width} is not divisible by rwkv_head_size = "
+                             f"{self.rwkv_head_size}: change one")
         if "a" in self.mixers and self.positions == "rope" and self.att_head_size % 2:
             raise ValueError(f"rope turns pairs: head size {self.att_head_size} must be even")
         if "r" in self.mixers and self.rwkv_rope and self.rwkv_head_size % 2:
@@ -383,12 +376,11 @@ class ModelConfig:
 
     @property
     def mixers(self) -> str:
-        """One letter per layer."""
         return (self.mixer * self.n_layer)[: self.n_layer]
 
     @property
     def longest(self) -> int | None:
-        """Most tokens that the model can read; None = any number. Learned positions of attention end."""
+        """Most tokens that the model can read; None = any number."""
         return self.block_size if self.positions == "learned" and "a" in self.mixers else None
 
     @property
@@ -409,22 +401,19 @@ class ModelConfig:
 
     @property
     def ffn_width(self) -> int:
-        two_thirds = -(-8 * self.n_embd // 3 // 32) * 32
-        return self.ffn_size or (two_thirds if self.ffn == "swiglu" else 4 * self.n_embd)
+        width = -(-8 * self.n_embd // 3 // 32) * 32 if self.ffn == "swiglu" else 4 * self.n_embd
+        return self.ffn_size or width
 
     def rank(self, kind: str) -> int:
-        """Of the low-rank map w, a, v or g: as set, or the official max(32, 32 round(m sqrt(C) / 32))."""
+        """Of map w, a, v, g: as set, or official: max(32, 32 round(m sqrt(C) / 32))."""
         m = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}[kind]
         return getattr(self, f"rank_{kind}") or max(32, 32 * round(m * self.n_embd**0.5 / 32))
 
 
-# ------------------------------------------------------------------------------------------
-# Its initial values
-
 def init_model(model: LM) -> None:
-    """GPT-2's: normal with deviation 0.02, maps into the residual stream smaller by sqrt(2 layers).
+    """GPT-2's: normal, 0.02, maps into the residual stream smaller by sqrt(2 layers).
 
-    RWKV-7 without any attention: the official trainer's. TimeMixers have set their own already.
+    RWKV-7 without attention: the official trainer's. TimeMixers have set their own.
     """
     cfg = model.cfg
     plain = ("q_proj", "k_proj", "v_proj", "o_proj", "ffn.key", "ffn.gate", "ffn.value", "emb", "pos", "head")
@@ -446,7 +435,7 @@ def init_model(model: LM) -> None:
 
 @torch.no_grad()
 def init_time_mixer(m: TimeMixer, layer: int, cfg) -> None:
-    """The official values for block `layer` of L: those of the trainer's code, not its README's table."""
+    """The official values of block `layer`: the trainer's code's, not its README's."""
     L, A, N = cfg.n_layer, cfg.rwkv_width, m.N
     depth, height = layer / max(1, L - 1), 1 - layer / L         # 0 ... 1 and 1 ... 1/L over the layers
     n = torch.arange(A).view(1, 1, A)
@@ -477,5 +466,5 @@ def init_time_mixer(m: TimeMixer, layer: int, cfg) -> None:
 
 
 def orthogonal(p: Tensor, gain: float) -> None:
-    """Orthogonal in place, the gain larger by sqrt(rows / columns) for tall matrices, as officially."""
+    """In place; tall matrices have a gain larger by sqrt(rows / columns)."""
     nn.init.orthogonal_(p, gain * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)

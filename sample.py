@@ -1,14 +1,15 @@
 """Generate text from any model folder: a GPT, an RWKV-7 student, or a hybrid.
 
     python sample.py --ckpt out/rwkv --prompt "def shuffle("
-    python sample.py --ckpt out/rwkv --prompt FILE:question.txt --num_samples 5 --temperature 0
-    python sample.py --ckpt out/rwkv --prompt FILE:book.txt --max_tokens 0 --save_state book.state
-    python sample.py --ckpt out/rwkv --load_state book.state --prompt " And then"
+    python sample.py --ckpt out/rwkv --prompt FILE:question.txt --num_samples 5
+    python sample.py --prompt FILE:book.txt --max_tokens 0 --save_state book.state
+    python sample.py --load_state book.state --prompt " And then"
 
-The prompt is read in pieces, then one token at a time comes from the state. RWKV-7's state has
-the same size after ten tokens and after ten thousand; the last line on stderr puts it beside what
-attention would keep. A saved state goes on without the book it has read. Prompts begin as documents
-do in training, after <|endoftext|>. A chat: tools/chat.py; many prompts: tools/batch.py.
+The prompt is read in pieces, then one token at a time comes from the state. RWKV-7's
+state has the same size after ten tokens and after ten thousand; the last line on stderr
+puts it beside what attention would keep. A saved state goes on without its book.
+Prompts begin as documents do in training, after <|endoftext|>. A chat: tools/chat.py;
+many prompts: tools/batch.py.
 """
 
 import time
@@ -67,8 +68,8 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
            generator: torch.Generator | None = None) -> Tensor:
     """One token (B,) from each row of logits (B, V).
 
-    top_k first, then top_p; both count in the full distribution. top_p keeps the smallest set of
-    likeliest tokens whose probability reaches it, and always the likeliest one.
+    top_k first, then top_p; both count in the full distribution. top_p keeps the
+    smallest set of likeliest tokens whose probability reaches it, and at least one.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -88,12 +89,12 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
 def generate(model: LM | Decoder, tokens: Tensor, n: int, *, state: State | None = None,
              stop: tuple[int, ...] = (), generator: torch.Generator | None = None,
              **sampling) -> Iterator[tuple[Tensor, State]]:
-    """Continue `tokens` (B, T >= 1), read from `state`, by up to n tokens; yields (tokens (B,), state).
+    """Continue `tokens` (B, T) from `state` by up to n; yields (tokens (B,), state).
 
-    A yielded state has not yet read the tokens yielded with it. After one of `stop` a row yields
-    stop[0]; it ends when every row has. Penalties as OpenAI has them: logit -= presence (count > 0)
-    + frequency count. Raises ValueError for `sampling` (the fields of Sampling) or tokens out of
-    range, and for text beyond learned positions.
+    A yielded state has not yet read the tokens yielded with it. After one of `stop` a
+    row yields stop[0]; it ends when every row has. Penalties as OpenAI has them: logit
+    -= presence (count > 0) + frequency count. Raises ValueError for `sampling` (the
+    fields of Sampling) or tokens out of range, and for text beyond learned positions.
     """
     how = Sampling(**sampling)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
@@ -125,13 +126,9 @@ def generate(model: LM | Decoder, tokens: Tensor, n: int, *, state: State | None
 # ------------------------------------------------------------------------------------------
 # To the terminal
 
-def write(cfg: SampleConfig, here: Session) -> None:
-    """Print one text as it comes, or several when all are done; leaves in `here` what is remembered.
-
-    Ctrl-C ends the text. Speed and memory go to stderr.
-    """
-    text, decoder, B = read_prompt(cfg.prompt), here.decoder, cfg.num_samples
-    prompt = first_tokens(text, here, cfg.session.ckpt)
+def write(cfg: SampleConfig, text: str, here: Session) -> None:
+    """Continue `text`, and leave in `here` what is remembered. Ctrl-C ends the text."""
+    decoder, B, prompt = here.decoder, cfg.num_samples, first_tokens(text, here, cfg.session.ckpt)
     if cfg.max_tokens == 0:
         return read_only(prompt, here)
     n = int(min(cfg.max_tokens, room(here, len(prompt))))
@@ -143,8 +140,7 @@ def write(cfg: SampleConfig, here: Session) -> None:
     streams, samples, times = [TextStream(here.enc) for _ in rows], [text] * B, [time.perf_counter()]
     print(text if B == 1 else "", end="", flush=True)
     try:
-        for tokens, here.state in steps:
-            here.unread = [token for token in tokens.tolist() if token not in stop]
+        for tokens, state in steps:
             times.append(time.perf_counter())
             pieces = ["" if token in stop else add(token) for token, add in zip(tokens.tolist(), streams)]
             samples = [sample + piece for sample, piece in zip(samples, pieces)]
@@ -154,6 +150,8 @@ def write(cfg: SampleConfig, here: Session) -> None:
             raise
         if isinstance(e, BrokenPipeError):
             hush()
+    # only now, and both: Ctrl-C may come between any two lines above
+    here.state, here.unread = state, [token for token in tokens.tolist() if token not in stop]
     ends = [add(None) for add in streams]
     print(ends[0] if B == 1 else "\n---------------\n".join(map(str.__add__, samples, ends)), flush=True)
     report(times, rows.numel(), [here.state], decoder.cfg, B)
@@ -161,8 +159,9 @@ def write(cfg: SampleConfig, here: Session) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(SampleConfig, argv)
+    text = read_prompt(cfg.prompt)                                         # before a large model is loaded
     with session(cfg.session) as here:
-        write(cfg, here)
+        write(cfg, text, here)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""The training loop, and as a script: train a GPT or an RWKV-7 from scratch, on one process or many.
+"""The training loop, and as a script: a GPT or an RWKV-7 from scratch.
 
-    python train.py                                    a small GPT on Python's own manual, any CPU
-    python train.py config/shakespeare-cpu.toml        nanoGPT's CPU setting
+    python train.py                                 a small GPT on Python's own manual
+    python train.py config/shakespeare-cpu.toml     nanoGPT's CPU setting
     torchrun --nproc_per_node=8 train.py config/gpt2-124m.toml
-    python train.py --mixer r --ffn channelmix         RWKV-7 instead of attention
+    python train.py --mixer r --ffn channelmix      RWKV-7 instead of attention
     python train.py --mixer r --ffn channelmix --block_size 16384 --bptt_chunk 1024
-                                                       long sequences at the memory of short ones
 
-`fit` is the one loop of this project. Distillation (distill.py) is three more calls of it, each
-with another loss:
+`fit` is the one loop of this project. Distillation (distill.py) is three more calls of
+it, each with another loss:
 
-    loss_fn(model, batch, state) -> ({"loss": ..., ...}, state)     SUMS over the batch's targets
+    loss_fn(model, batch, state) -> ({"loss": ..., ...}, state)    SUMS over the targets
 
-`fit` divides by the number of targets in the whole step (all micro-batches of all ranks), which
-the loader knows. So accumulation, padding and data parallelism never change what is computed:
-two processes give one process's gradients.
+`fit` divides by the number of targets in the whole step (all micro-batches of all
+ranks), which the loader knows. So accumulation, padding and data parallelism never
+change what is computed: two processes give one process's gradients.
 
-A batch may be a piece of longer sequences (lib/bptt.py, lib/streams.py): then `state` is what
-the loss returned for the piece before, None at the beginning.
+A batch may be a piece of longer sequences (lib/bptt.py, lib/streams.py): then `state`
+is what the loss returned for the piece before, None at the beginning.
 """
 
 import math
@@ -47,25 +46,22 @@ from model import LM, ModelConfig, State, TimeMixer
 class FitConfig:
     """How long, how fast. None means off."""
 
-    # stop at whichever comes first; the schedules end there
-    max_steps: int = at_least(0, 2000)
+    max_steps: int = at_least(0, 2000)                      # stop at whichever of four comes first
     max_tokens: int | None = at_least(1, None)              # inputs read, over all processes
     max_minutes: float | None = at_least(0.0, None)
     terminate_at_loss: float | None = at_least(0.0, None)   # averaged over log_every steps
-    # a step
     batch_size: int = at_least(1, 8)                        # sequences per process and micro-batch
     accum: int = at_least(1, 1)                             # micro-batches per step
-    bptt_chunk: int | None = at_least(1, None)              # tokens whose activations exist at once; None = all
-    bptt_truncate: bool = False                             # the text goes on from step to step, gradients do not
-    # how far it goes
+    bptt_chunk: int | None = at_least(1, None)              # tokens whose activations exist at once
+    bptt_truncate: bool = False                             # text goes on from step to step, gradients do not
     learning_rate: float = at_least(0.0, 2e-3)
     learning_rate_end: float | None = at_least(0.0, None)   # None = a twentieth
     warmup_steps: int = at_least(0, 20)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"    # of learning rate and weight decay
     weight_decay: float = at_least(0.0, 0.1)
     weight_decay_end: float | None = at_least(0.0, None)    # None = constant
-    att_weight_decay: float | None = at_least(0.0, None)    # of the mixers' matrices; None = weight_decay
-    ffn_weight_decay: float | None = at_least(0.0, None)    # of the feed-forward matrices; None = weight_decay
+    att_weight_decay: float | None = at_least(0.0, None)    # of the mixers' matrices
+    ffn_weight_decay: float | None = at_least(0.0, None)    # of the feed-forward layers' matrices
     rwkv_lr_multiplier: float = at_least(0.0, 1.0)          # on the learning rate of all in RWKV mixers
     beta1: float = at_least(0.0, 0.9, below=1.0)
     beta2: float = at_least(0.0, 0.99, below=1.0)
@@ -81,8 +77,8 @@ def param_groups(model: nn.Module, cfg: FitConfig) -> list[dict]:
     """AdamW groups by the official RWKV-7 rule.
 
     Decay only on the matrices of projections, embedding and head (names in .weight, two
-    dimensions or more); `w0`, which sets the decay of the state, learns twice as fast;
-    everything in RWKV mixers by rwkv_lr_multiplier.
+    dimensions or more); `w0`, the decay of the state, learns twice as fast; all in RWKV
+    mixers by rwkv_lr_multiplier.
     """
     in_rwkv = {id(p) for m in model.modules() if isinstance(m, TimeMixer) for p in m.parameters()}
     groups: dict[tuple, list] = {}
@@ -91,11 +87,8 @@ def param_groups(model: nn.Module, cfg: FitConfig) -> list[dict]:
             continue
         rate = 2.0 if name.endswith(".w0") else 1.0
         rate *= cfg.rwkv_lr_multiplier if id(p) in in_rwkv else 1.0
-        decay = cfg.weight_decay
-        if ".att." in name and cfg.att_weight_decay is not None:
-            decay = cfg.att_weight_decay
-        if ".ffn." in name and cfg.ffn_weight_decay is not None:
-            decay = cfg.ffn_weight_decay
+        own = {".att.": cfg.att_weight_decay, ".ffn.": cfg.ffn_weight_decay}
+        decay = next((own[part] for part in own if part in name and own[part] is not None), cfg.weight_decay)
         if not name.endswith(".weight") or p.ndim < 2:
             decay = 0.0
         groups.setdefault((rate, decay), []).append(p)
@@ -105,7 +98,7 @@ def param_groups(model: nn.Module, cfg: FitConfig) -> list[dict]:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, cfg: FitConfig, at: Progress) -> float:
-    """Give every group this step's learning rate and weight decay; returns the learning rate."""
+    """Give every group this step's rate, which is returned, and weight decay."""
     done = at.fraction(cfg)
     end = cfg.learning_rate / 20 if cfg.learning_rate_end is None else cfg.learning_rate_end
     warmup = min(1.0, (at.step + 1) / max(1, cfg.warmup_steps))
@@ -119,7 +112,7 @@ def set_rates(optimizer: torch.optim.Optimizer, cfg: FitConfig, at: Progress) ->
 
 
 def interpolate(start: float, end: float, done: float, schedule: str) -> float:
-    """From start (done 0) to end (done 1), along half a cosine or a line; constant stays at start."""
+    """From start (done 0) to end (done 1): half a cosine, a line, or not at all."""
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
     return end + (start - end) * left
 
@@ -128,7 +121,7 @@ def interpolate(start: float, end: float, done: float, schedule: str) -> float:
 # The loop
 
 class Step(nn.Module):
-    """Model and loss as one module, so that DDP and torch.compile see the whole step."""
+    """Model and loss as one module: DDP and torch.compile see the whole step."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable):
         super().__init__()
@@ -140,15 +133,16 @@ class Step(nn.Module):
 
 def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, run: Run,
         validate: Callable[[], dict] | None = None) -> dict:
-    """Train what requires gradients in `model`, from the newest checkpoint of `run` if there is one.
+    """Train what requires gradients in `model`, from the newest checkpoint of `run`.
 
-    Returns the last row of the log, with the last validation. Raises ValueError when the loss is
-    not finite, and KeyboardInterrupt, after saving, for Ctrl-C; the last good checkpoint stays.
+    Returns the last row of the log, with the last validation. Raises ValueError when
+    the loss is not finite, and KeyboardInterrupt, after saving, for Ctrl-C; the last
+    good checkpoint stays.
     """
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(param_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                  eps=cfg.eps, fused=True)
+    groups, betas = param_groups(model, cfg), (cfg.beta1, cfg.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.eps, fused=True)
     at = run.resume(optimizer, loader)                     # step, tokens, seconds
     last = {"loss": math.nan}
     module = Step(model, loss_fn)
@@ -188,15 +182,14 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, run
 
 def forward_backward(module: nn.Module, batches: list[Batch], targets: int, loader: Loader, step: int,
                      device: torch.device, chunk: int | None = None) -> dict[str, Tensor]:
-    """Gradients of the loss per target of the whole step; returns this process's share of every mean.
+    """Gradients of the loss per target; returns this process's share of every mean.
 
-    The losses are sums, `targets` counts those of all micro-batches of all processes, and DDP
-    averages over the processes: hence the factor W / targets.
+    The losses are sums, `targets` counts those of all micro-batches of all processes,
+    and DDP averages over the processes: hence the factor W / targets.
     """
-    means: dict[str, Tensor] = {}
+    means = {}
     for i, (batch, state) in enumerate(zip(batches, loader.carried(step))):
-        last = i == len(batches) - 1                       # DDP averages once, after the last micro-batch
-        batch = batch.to(device)
+        last, batch = i == len(batches) - 1, batch.to(device)    # DDP averages once, after the last
         losses, state = backward_in_pieces(module, batch, state, chunk, loader.W / targets, average=last)
         loader.carry(i, state)
         del state                                          # a KV cache that nobody carries is not kept
@@ -205,8 +198,8 @@ def forward_backward(module: nn.Module, batches: list[Batch], targets: int, load
     return means
 
 
-def cross_entropy_loss(model: LM, batch: Batch, state: State | None = None) -> tuple[dict[str, Tensor], State]:
-    """The language-modelling loss, summed over the targets, and the state after them."""
+def cross_entropy_loss(model: LM, batch: Batch, state: State | None = None) -> tuple[dict, State]:
+    """The language-modelling loss, summed over the targets, and the state after."""
     logits, state = model(batch.x, state)
     return {"loss": cross_entropy(logits, batch)}, state
 
@@ -224,20 +217,24 @@ class TrainConfig:
     fit: Annotated[FitConfig, OmitArgPrefixes] = FitConfig()
     run: Annotated[RunConfig, OmitArgPrefixes] = RunConfig(out="out/teacher")
 
+    @property
+    def shape(self) -> ModelConfig:
+        return replace(self.model, mixer=mixer_letters(self.model, self.mixer or self.model.mixer))
+
 
 def train(cfg: TrainConfig) -> dict:
-    """Train a language model on `cfg.data` into the model folder `cfg.run.out`; returns the last metrics."""
+    """Train a language model on `cfg.data` into the folder `cfg.run.out`."""
     rank, world, device = setup(cfg.run.device)
     run = Run(cfg.run, rank, "train", reads=[cfg.init])
+    start = load_model(cfg.init) if cfg.init else None
+    shape = start.cfg if start else cfg.shape
+    check(cfg, shape)
     with main_first(rank):
         ensure_prepared(cfg.data, cfg.init or "bytes")
-    start = load_model(cfg.init) if cfg.init else None
-    shape = start.cfg if start else shape_of(cfg)
-    check(cfg, shape)
-    train_half, val_half = (open_loader(cfg.data, half, cfg.fit, shape.block_size, cfg.run.seed, rank, world)
-                            for half in ("train", "val"))
+    how = (cfg.fit, shape.block_size, cfg.run.seed, rank, world)
+    train_half, val_half = (open_loader(cfg.data, half, *how) for half in ("train", "val"))
     if train_half.kind == "preference":
-        raise ValueError(f"{cfg.data} holds preferences, not text: they are for stage 3 of distill.py, --finish_data")
+        raise ValueError(f"{cfg.data} holds preferences, not text: give them to distill.py, --finish_data")
     if start:
         check_vocabulary(start, start, train_half)
         same_tokenizer(train_half, cfg.init)
@@ -250,31 +247,23 @@ def train(cfg: TrainConfig) -> dict:
         return {"val_loss": mean_loss(model, val_half, max_tokens, cfg.fit.bptt_chunk)}
 
     result = fit(model, cross_entropy_loss, train_half, cfg.fit, run, validate)
-    model.eval()
     result |= validate(None)
-    run.say("{out}: held-out loss {val_loss:.4f} nats per token after {tokens:,} tokens and {minutes:.1f} "
-            "minutes".format(out=cfg.run.out, **result))
+    line = "held-out loss {val_loss:.4f} nats per token after {tokens:,} tokens and {minutes:.1f} minutes"
+    run.say(f"{cfg.run.out}: {line.format(**result)}")
     return result
 
 
-def shape_of(cfg: TrainConfig) -> ModelConfig:
-    """The model's shape, with the pattern of --mixer in it."""
-    return replace(cfg.model, mixer=mixer_letters(cfg.model, cfg.mixer)) if cfg.mixer else cfg.model
-
-
 def check(cfg: TrainConfig, shape: ModelConfig) -> None:
-    described = cfg.mixer or cfg.model != ModelConfig()
-    if cfg.init and described and replace(shape_of(cfg), vocab_size=shape.vocab_size) != shape:
-        raise ValueError(f"--init takes the model of {cfg.init} as it is: omit the flags that describe another one")
+    same = replace(cfg.shape, vocab_size=shape.vocab_size) == replace(shape, mixer=shape.mixers)
+    if cfg.init and not same and (cfg.mixer or cfg.model != ModelConfig()):
+        raise ValueError(f"--init takes the model of {cfg.init} as it is: omit flags that describe another")
     if cfg.fit.bptt_truncate and "a" in shape.mixers:
-        raise ValueError("bptt_truncate carries the state from step to step, where attention's would grow without "
-                         "end: it is for --mixer r alone")
+        raise ValueError("bptt_truncate: attention's state would grow without end; it is for --mixer r alone")
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = cli(TrainConfig, argv)
     with joined():
-        train(cfg)
+        train(cli(TrainConfig, argv))
 
 
 if __name__ == "__main__":

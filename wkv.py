@@ -1,13 +1,13 @@
 """The WKV-7 operator: the memory of RWKV-7, and the whole of what replaces attention.
 
 One matrix S per head is read, partly erased and written once per token:
+    S_t = S_{t-1} diag(e^{w_t}) - (S_{t-1} kk_t)(kk_t * a_t)^T + v_t k_t^T
+    y_t = S_t r_t
 
-    S_t = S_{t-1} diag(e^{w_t}) - (S_{t-1} kk_t)(kk_t * a_t)^T + v_t k_t^T       y_t = S_t r_t
-
-Read right to left: S r looks a value up under the key r; v k^T writes the value v under
-the key k; S kk is the value now stored under kk, and subtracting (S kk)(kk * a)^T erases a
-share a of it (a = 1: all of it, the delta rule); e^w fades each column. A matrix of constant
-size stands where attention keeps every key and value of the past.
+Read right to left: S r looks a value up under the key r; v k^T writes the value v
+under the key k; S kk is the value now stored under kk, and subtracting (S kk)(kk * a)^T
+erases a share a of it (a = 1: all of it, the delta rule); e^w fades each column. A
+matrix of constant size stands where attention keeps every key and value of the past.
 
     r   receptance: the key that is read                           (B, T, H, N)
     w   log decay, <= 0, natural logarithm                         (B, T, H, N)
@@ -18,14 +18,13 @@ size stands where attention keeps every key and value of the past.
     S   state, rows are value channels, columns are key channels   (B, H, N, N)
 
 Two forms to read, and two to run:
-
     loop    the definition, token by token: the truth that all else is tested against
     chunk   L tokens at once, as docs/chunking.md derives it
-    torch   chunk for any device, with a backward pass of its own    kernels/wkv_torch.py
-    triton  chunk as three GPU kernels                               kernels/wkv_triton.py
+    torch   chunk, with a backward pass of its own                kernels/wkv_torch.py
+    triton  chunk as three GPU kernels                            kernels/wkv_triton.py
 
 `python wkv.py` prints how far each is from the definition. References: RWKV-7 "Goose",
-arXiv 2503.14456 (the operator); DeltaNet in chunks, arXiv 2406.06484 (the chunked idea).
+arXiv 2503.14456 (the operator); DeltaNet in chunks, arXiv 2406.06484 (the chunks).
 """
 
 import math
@@ -43,14 +42,14 @@ BACKENDS = ("auto", "loop", "chunk", "torch", "triton")
 
 def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor | None = None,
          backend: str = "auto", min_w: float | None = None) -> tuple[Tensor, Tensor]:
-    """Run the recurrence over T >= 1 tokens, from a state to a state; differentiable in every input.
+    """Run the recurrence over T >= 1 tokens, from a state (None: empty) to a state.
 
-    `state` None is an empty memory. `min_w`: a lower bound of w that the caller knows; None
-    reads it from w, for which a GPU must stop. Any w <= 0 is right: where decays fall below
-    RWKV-7's bound the chunks get shorter, and at last the loop takes over. (A compiled
-    graph of Triton kernels that is not told `min_w` takes w down to -2.5.)
-    Returns y (B, T, H, N) in r's dtype, and the last state in float32 (float64 for float64).
-    Raises ValueError for shapes that do not match, a backend that cannot run, or w > 0.
+    Differentiable in every input. `min_w`: a lower bound of w that the caller knows;
+    None reads it from w, for which a GPU must stop. Any w <= 0 is right: below RWKV-7's
+    bound the chunks get shorter, at last the loop takes over. (A compiled graph of
+    Triton kernels that is not told `min_w` takes w down to -2.5.)
+    Returns y (B, T, H, N) in r's dtype, and the last state in float32 or float64.
+    Raises ValueError for unequal shapes, a backend that cannot run, or w > 0.
     """
     check(r, w, k, v, kk, a, state, backend, min_w)
     B, T, H, N = r.shape
@@ -73,7 +72,7 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
 def wkv7_loop(r, w, k, v, kk, a, S):
     """The definition: what is stored under kk, then fade, erase, write, read."""
     ys = []
-    rows = (x.unsqueeze(-2).unbind(1) for x in (r, w.exp(), k, kk, kk * a))    # each (B, H, 1, N), as S's rows
+    rows = (x.unsqueeze(-2).unbind(1) for x in (r, w.exp(), k, kk, kk * a))   # T times (B, H, 1, N)
     for v_t, r_t, e_t, k_t, kk_t, b_t in zip(v.unsqueeze(-1).unbind(1), *rows):
         stored = (S * kk_t).sum(-1, keepdim=True)          # S kk              (B, H, N, 1)
         S = S * e_t                                        # S diag(e^w)       (B, H, N, N)
@@ -84,14 +83,14 @@ def wkv7_loop(r, w, k, v, kk, a, S):
 
 
 def wkv7_chunk(r, w, k, v, kk, a, S, L: int):
-    """The same, L tokens at a time. In a chunk that starts from S, with W_t = e^{w_1 + ... + w_t},
+    """L tokens at a time. In a chunk that starts from S, W_t = e^{w_1 + ... + w_t} and
 
         z~_t = W_{t-1} z_t     r~_t = W_t r_t     b~_t = b_t / W_t     k~_t = k_t / W_t
         U    = (I - tril(z~ b~^T, -1))^-1 (z~ S^T + tril(z~ k~^T, -1) v)
         y    = r~ S^T + tril(r~ b~^T) U + tril(r~ k~^T) v
         S    = (S + U^T b~ + v^T k~) diag(W_L)
 
-    where z = -kk, b = kk * a, and the rows of U are what each token erases.
+    with z = -kk, b = kk * a; the rows of U are what each token erases.
     """
     T, I, ys = r.shape[1], torch.eye(L).to(r), []
     for r, w, k, v, z, b in zip(*(chunks(x, L) for x in (r, w, k, v, -kk, kk * a))):     # each (B, H, L, N)
@@ -105,13 +104,13 @@ def wkv7_chunk(r, w, k, v, kk, a, S, L: int):
 
 
 def chunks(x: Tensor, L: int) -> Tensor:
-    """(B, T, H, N) -> (n, B, H, L, N). Zeros behind T leave S as it is: e^0, nothing erased or written."""
+    """(B, T, H, N) -> (n, B, H, L, N). Zeros behind T change nothing: e^0, no key."""
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % L))
     return x.unflatten(1, (-1, L)).permute(1, 0, 3, 2, 4)
 
 
 def fastest(r: Tensor) -> str:
-    """triton on a GPU, torch elsewhere, and for a few tokens, where chunks do not pay, the loop."""
+    """triton on a GPU, else torch; for a few tokens, where chunks do not pay, loop."""
     if r.is_cuda and not why_not_triton(r):
         return "triton" if r.shape[1] > 1 else "loop"
     return "torch" if r.shape[1] >= 16 else "loop"
@@ -133,7 +132,7 @@ def check(r, w, k, v, kk, a, state, backend, min_w) -> None:
 
 
 def compare(B: int = 2, T: int = 100, H: int = 2, N: int = 32) -> None:
-    """Print ||x - exact|| / ||exact|| of each form's y, S and gradients; exact is the loop in float64."""
+    """Print ||x - exact|| / ||exact|| of y, S, gradients; exact is a float64 loop."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     r, w, k, v, kk, a = torch.randn(6, B, T, H, N, device=device)
@@ -150,7 +149,6 @@ def compare(B: int = 2, T: int = 100, H: int = 2, N: int = 32) -> None:
     print(f"{'':8}" + "".join(f"{name:>9}" for name in ("y", "S", "dr", "dw", "dk", "dv", "dkk", "da", "dS")))
     for backend in BACKENDS[1:]:
         if backend == "triton" and why_not_triton(r):
-            print(f"{backend:8} {why_not_triton(r)}")
             continue
         errors = [(x - e).norm() / e.norm() for x, e in zip(run(backend, torch.float32), exact)]
         print(f"{backend:8}" + "".join(f"{error:9.1e}" for error in errors))

@@ -1,14 +1,17 @@
-"""Batches from a prepared folder (`prepare.py`): a pure function of (seed, step, rank), so it has no position to save.
+"""Batches from a prepared folder (`prepare.py`): a pure function of (seed, step, rank),
+so it has no position to save.
 
-To resume a run at step i is to ask for step i. The *global* micro-batch has world_size · batch_size rows; rank r takes
-rows [r·B, (r+1)·B). So W processes with batch B see exactly what one process with batch W·B sees.
+To resume a run at step i is to ask for step i. The *global* micro-batch has
+world_size · batch_size rows; rank r takes rows [r·B, (r+1)·B). So W processes with
+batch B see exactly what one process with batch W·B sees.
 
-Text is cut by a grid: each epoch lays n blocks of T tokens over the split, shifted by the epoch's own offset (every
-offset comes once before any comes again), and visits them in an order of its own. A step that ends one epoch starts the
-next. Examples (supervised, preference) come in an order of each epoch's own, in whole global batches; the few left over
-differ from epoch to epoch.
+Text is cut by a grid: each epoch lays n blocks of T tokens over the split, shifted by
+the epoch's own offset (every offset comes once before any comes again), and visits them
+in an order of its own. A step that ends one epoch starts the next. Examples
+(supervised, preference) come in an order of each epoch's own, in whole global batches;
+the few left over differ from epoch to epoch.
 
-B batch, T time = block_size, W world_size.
+B batch, T time = block_size, W world_size, n blocks or examples in the split.
 """
 
 from collections.abc import Iterator
@@ -24,41 +27,40 @@ from data.tokenizer import read_meta
 
 @dataclass(frozen=True)
 class Batch:
-    x: torch.Tensor  # (B, T) int64 inputs
-    y: torch.Tensor  # (B, T) int64 targets: y[:, t] is the token after x[:, t]
+    x: torch.Tensor     # (B, T) int64 inputs
+    y: torch.Tensor     # (B, T) int64 targets: y[:, t] is the token after x[:, t]
     mask: torch.Tensor  # (B, T) float32, 1 where the target counts in the loss
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(self.x.to(device), self.y.to(device), self.mask.to(device))
 
     def split(self, chunk: int | None) -> list["Batch"]:
-        """The same rows in pieces of `chunk` tokens, the last one perhaps shorter; None: in one piece."""
-        return [Batch(*piece) for piece in zip(*(z.split(chunk, 1) for z in (self.x, self.y, self.mask)))] if chunk else [self]
+        """The same rows in pieces of `chunk` tokens, the last one perhaps shorter.
+
+        None: in one piece.
+        """
+        if not chunk:
+            return [self]
+        return [Batch(*piece) for piece in zip(*(z.split(chunk, 1) for z in (self.x, self.y, self.mask)))]
 
 
 class Loader:
-    """One rank's share of a split. Preference batches are (2B, T): the B chosen first, then the B rejected.
+    """One rank's share of a split. Preference batches are (2B, T): the B chosen first,
+    then the B rejected.
 
-    Raises ValueError, with the remedy, for a missing or damaged folder, for sizes that aren't positive, and when one
-    step needs more than the split has (for train at once, for another split not before `step` is called, so that
-    `windows` can evaluate on whatever there is).
+    Raises ValueError, with the remedy, for a missing or damaged folder, for sizes that
+    aren't positive, and when one step needs more than the split has (for train at once,
+    for another split not before `step` is called, so that `windows` can evaluate on
+    whatever there is).
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        split: str,
-        batch_size: int,
-        block_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accum: int = 1,
-    ):
-        for name, value, least in (("batch_size", batch_size, 1), ("block_size", block_size, 1), ("seed", seed, 0),
-                                   ("world_size", world_size, 1), ("accum", accum, 1)):
-            if value < least:
-                raise ValueError(f"{name} is {value}, but must be at least {least}")
+    def __init__(self, folder: str | Path, split: str, batch_size: int, block_size: int, seed: int = 0,
+                 rank: int = 0, world_size: int = 1, accum: int = 1):
+        sizes = (("batch_size", batch_size, 1), ("block_size", block_size, 1), ("seed", seed, 0),
+                 ("world_size", world_size, 1), ("accum", accum, 1))
+        for name, value, limit in sizes:
+            if value < limit:
+                raise ValueError(f"{name} is {value}, but must be at least {limit}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, but must be in [0, world_size = {world_size})")
         self.folder, self.split, self.path = Path(folder), split, Path(folder) / f"{split}.bin"
@@ -70,47 +72,50 @@ class Loader:
             dtype, n_tokens = np.dtype(self.meta["dtype"]), int(self.meta["tokens"][split])
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(self.folder / "meta.json", f"{type(error).__name__}: {error}") from None
-
         self.tokens = self._map("", dtype, n_tokens)
         if n_tokens < 2:
             raise self._damaged(self.path, f"{n_tokens} tokens, but at least 2 are needed")
-        self.end = int(self.tokens[-1])  # every document ends with <|endoftext|>, every example with a token that stops: it pads too
+        # every document ends with <|endoftext|>, every example with a token that stops:
+        # it pads too
+        self.end = int(self.tokens[-1])
         if self.kind == "text":
             self.learnt = None
-            T, L = self.T, n_tokens
-            self.n = max(1, (L - T) // T)  # blocks in the grid
-            self.n_offsets = min(T, L - self.n * T)  # ≤ 0 where no block fits
+            self.n = max(1, (n_tokens - self.T) // self.T)              # blocks in the grid
+            self.n_offsets = min(self.T, n_tokens - self.n * self.T)    # ≤ 0 where no block fits
         else:
             self.learnt = self._map(".mask", np.dtype(np.uint8), n_tokens)
             self._find_examples(rows=2 if self.kind == "preference" else 1)
         if split == "train":
             self._require_enough()
 
-    def step(self, i: int) -> tuple[list[Batch], int]:
-        """This rank's `accum` micro-batches of optimiser step `i`, and the number of targets in its global batch.
+    # Batches
 
-        That number is the sum of the masks over all ranks and micro-batches (for preferences, the number of pairs), so
-        that a summed loss divided by it is an exact mean. Examples are padded to the longest row in the global
-        micro-batch: every rank's shapes are equal.
+    def step(self, i: int) -> tuple[list[Batch], int]:
+        """This rank's `accum` micro-batches of optimiser step `i`, and its number of
+        targets.
+
+        That number is the sum of the masks over all ranks and micro-batches (for
+        preferences, the number of pairs), so that a summed loss divided by it is an
+        exact mean. Examples are padded to the longest row in the global micro-batch:
+        every rank's shapes are equal.
         """
         self._require_enough()
         G = self.W * self.B  # rows of a global micro-batch
         if self.kind == "text":
-            batches, all_starts = [], self._starts(i)
-            for micro in range(self.accum):
-                starts = all_starts[micro * G : (micro + 1) * G, None]
-                batches.append(self._batch(starts, starts + self.T + 1))
-            return batches, self.accum * G * self.T
+            starts = self._starts(i).reshape(self.accum, G, 1)
+            return [self._batch(rows, rows + self.T + 1) for rows in starts], self.accum * G * self.T
         epoch, within = divmod(i, self.n // (self.accum * G))
         order = _permutation(self.n, self.seed, 1 + epoch)[within * self.accum * G :][: self.accum * G]
         batches = [self._batch(self.starts[ids], self.stops[ids]) for ids in order.reshape(self.accum, G)]
         return batches, len(order) if self.kind == "preference" else int(self.n_targets[order].sum())
 
     def windows(self, max_tokens: int | None = None) -> Iterator[Batch]:
-        """This rank's share of the whole split, in order, once: windows of T tokens, or the examples.
+        """This rank's share of the whole split, in order, once: windows of T tokens, or
+        the examples.
 
-        Every rank yields the same number of batches of the same shapes; where rows run out they are masked wholly.
-        `max_tokens` limits the number of targets over all ranks (but at least one row is given).
+        Every rank yields the same number of batches of the same shapes; where rows run
+        out they are masked wholly. `max_tokens` limits the number of targets over all
+        ranks (but at least one row is given).
         """
         if self.kind == "text":
             starts = np.arange(0, len(self.tokens) - 1, self.T)[:, None]
@@ -126,30 +131,15 @@ class Loader:
             missing = ((0, G - len(starts[at : at + G])), (0, 0))
             yield self._batch(np.pad(starts[at : at + G], missing), np.pad(stops[at : at + G], missing))
 
+    def _starts(self, i: int) -> np.ndarray:
+        """Where the rows of step i start in a text: (accum · W · B,)."""
+        rows = self.accum * self.W * self.B
+        return np.array([self._crop(*divmod(j, self.n)) for j in range(i * rows, (i + 1) * rows)])
+
     def _crop(self, epoch: int, j: int) -> int:
         """Where crop `j` of `epoch` starts: offset + T · block."""
         offset = _permutation(self.n_offsets, self.seed, 0)[epoch % self.n_offsets]
         return int(offset + self.T * _permutation(self.n, self.seed, 1 + epoch)[j])
-
-    def _starts(self, i: int) -> np.ndarray:
-        rows = self.accum * self.W * self.B
-        return np.array([self._crop(*divmod(int(j), self.n)) for j in i * rows + np.arange(rows)])
-
-    def carried(self, i: int) -> list:
-        return [None] * self.accum
-
-    def carry(self, micro: int, state) -> None:
-        pass
-
-    def state_dict(self):
-        return None
-
-    def load_state_dict(self, states, step: int, where: str) -> None:
-        if states:
-            raise ValueError(f"{where} carries the state of")
-
-    def _different_rows(self) -> int:
-        return self.n * self.n_offsets if self.kind == "text" else self.n
 
     def _batch(self, starts: np.ndarray, stops: np.ndarray) -> Batch:
         """This rank's rows of a global micro-batch of spans tokens[start:stop].
@@ -158,64 +148,116 @@ class Loader:
         """
         width = int((stops - starts).max())
         mine = slice(self.rank * self.B, (self.rank + 1) * self.B)
-        spans = list(zip(starts[mine].T.reshape(-1), stops[mine].T.reshape(-1)))  # all chosen, then all rejected
+        # all chosen, then all rejected
+        spans = list(zip(starts[mine].T.reshape(-1), stops[mine].T.reshape(-1)))
         row = np.full((len(spans), width), self.end, np.int64)
         mask = np.zeros((len(spans), width), np.float32)
         for r, (start, stop) in enumerate(spans):
             row[r, : stop - start] = self.tokens[start:stop]
             mask[r, : stop - start] = 1 if self.learnt is None else self.learnt[start:stop]
         if row.max() >= self.vocab_size:
-            raise ValueError(
-                f"token {row.max()} outside the vocabulary of {self.vocab_size} in {self.path}: "
-                "prepare again with python -m data.prepare SOURCE --overwrite"
-            )
+            raise ValueError(f"token {row.max()} outside the vocabulary of {self.vocab_size} in {self.path}: "
+                             "prepare again with python -m data.prepare SOURCE --overwrite")
         row, mask = torch.from_numpy(row), torch.from_numpy(mask)
         return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous(), mask[:, 1:].contiguous())
 
+    # States that go on from step to step. Here there are none: each row begins anew.
+    # lib/streams.py has the loader whose rows continue those of the step before.
+
+    def carried(self, i: int) -> list:
+        """The states that the micro-batches of step i go on from; None begins anew."""
+        return [None] * self.accum
+
+    def carry(self, micro: int, state) -> None:
+        """Note the state that follows micro-batch `micro`. This loader forgets it."""
+
+    def state_dict(self) -> list | None:
+        """What a checkpoint has to keep for `load_state_dict`; None: nothing."""
+        return None
+
+    def load_state_dict(self, states: list | None, step: int, where: str) -> None:
+        """Go on at `step` with the states of a checkpoint, which `where` names.
+
+        Raises ValueError where it carries the states of other rows than this loader's.
+        """
+        require_rows(states, [], where)
+
+    # The folder
+
     def _find_examples(self, rows: int) -> None:
-        """starts, stops: (n, rows) int64, the examples cut to T + 1 tokens, without those that then teach nothing."""
+        """Sets starts, stops: (n, rows) int64, the examples cut to T + 1 tokens.
+
+        Those that then teach nothing are left out.
+        """
         path = self.folder / f"{self.split}.idx.bin"
         index = np.fromfile(path, np.int64) if path.exists() else np.zeros(0, np.int64)
         whole = len(index) > 1 and (len(index) - 1) % rows == 0
         if not whole or index[0] != 0 or index[-1] != len(self.tokens) or np.diff(index).min() < 2:
             raise self._damaged(path, "missing, or doesn't fit the tokens")
         starts, stops = index[:-1], np.minimum(index[1:], index[:-1] + self.T + 1)
-        # Sums of the mask over [start + 1, stop): the first token of a row is no target. reduceat wants no end index.
+        # Sums of the mask over [start + 1, stop): the first token of a row is no
+        # target. reduceat wants no end index.
         bounds = np.stack([starts + 1, stops], axis=1).reshape(-1)
         inside = np.append(self.learnt, np.uint8(0))
         n_targets = np.add.reduceat(inside, bounds, dtype=np.int64)[::2].reshape(-1, rows)
-        kept = (n_targets > 0).all(axis=1)
-        if not kept.any():
-            raise ValueError(f"no example in {path} has a target within block_size {self.T}: use a larger block_size")
-        self.starts, self.stops = starts.reshape(-1, rows)[kept], stops.reshape(-1, rows)[kept]
-        self.n_targets = n_targets[kept].sum(axis=1)
+        useful = (n_targets > 0).all(axis=1)
+        if not useful.any():
+            raise ValueError(f"no example in {path} has a target within block_size {self.T}: "
+                             "use a larger block_size")
+        self.starts, self.stops = starts.reshape(-1, rows)[useful], stops.reshape(-1, rows)[useful]
+        self.n_targets = n_targets[useful].sum(axis=1)
         self.n = len(self.starts)
+
+    def _different_rows(self) -> int:
+        """How many rows there are of which no two are the same."""
+        return self.n * self.n_offsets if self.kind == "text" else self.n
 
     def _require_enough(self) -> None:
         """Rows of one step must differ: within a rank, and between ranks."""
-        need = self.W * self.B * self.accum
         if self.kind == "text" and len(self.tokens) < self.T + 1:
-            raise ValueError(
-                f"{self.path} has {len(self.tokens)} tokens, but one crop of block_size {self.T} needs {self.T + 1}: "
-                f"use a block_size of at most {len(self.tokens) - 1}, or more data"
-            )
-        have = self._different_rows()
-        if have < need:
-            raise ValueError(
-                f"{self.path} has {have} different rows, but one step takes {need} (batch_size {self.B} · world_size "
-                f"{self.W} · accum {self.accum}): use a smaller batch_size, or more data"
-            )
+            raise ValueError(f"{self.path} has {len(self.tokens)} tokens, but one crop of "
+                             f"block_size {self.T} needs {self.T + 1}: use a block_size of at most "
+                             f"{len(self.tokens) - 1}, or more data")
+        present, needed = self._different_rows(), self.W * self.B * self.accum
+        if present < needed:
+            raise ValueError(f"{self.path} has {present} different rows, but one step takes {needed} "
+                             f"(batch_size {self.B} · world_size {self.W} · accum {self.accum}): "
+                             "use a smaller batch_size, or more data")
 
     def _map(self, part: str, dtype: np.dtype, n_tokens: int) -> np.ndarray:
+        """A file of the split, one number per token, mapped into memory."""
         path = self.folder / f"{self.split}{part}.bin"
         size = path.stat().st_size if path.exists() else 0
         if size != n_tokens * dtype.itemsize or not size:
-            raise self._damaged(path, f"{size} bytes, but meta.json says {n_tokens} tokens of {dtype.itemsize} bytes")
+            raise self._damaged(path, f"{size} bytes, but meta.json says {n_tokens} tokens "
+                                      f"of {dtype.itemsize} bytes")
         return np.memmap(path, dtype, "r")
 
     def _damaged(self, path: Path, what: str) -> ValueError:
         remedy = f"run python -m data.prepare SOURCE --out {self.folder} --overwrite"
         return ValueError(f"{path} is missing or damaged ({what}): {remedy}")
+
+
+def require_rows(states: list | None, expected: list[int], where: str) -> None:
+    """Raises ValueError unless `states` have as many rows as the micro-batches,
+    `expected`.
+
+    Each state is (position, layers), layers nested tuples of tensors with a row for
+    each text of all processes.
+    """
+    present = [len(_first_tensor(layers)) for _, layers in states or []]
+    if present != expected:
+        raise ValueError(f"{where} carries the state of {sum(present)} texts in {len(present)} "
+                         f"micro-batches, these settings of {sum(expected)} in {len(expected)}: resume "
+                         "with the bptt_truncate, batch_size, accum and processes that it was started with")
+
+
+def _first_tensor(tree) -> torch.Tensor | None:
+    """In nested tuples."""
+    if isinstance(tree, torch.Tensor):
+        return tree
+    parts = tree if isinstance(tree, tuple | list) else ()
+    return next((t for t in map(_first_tensor, parts) if t is not None), None)
 
 
 @lru_cache(maxsize=4)

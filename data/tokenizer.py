@@ -1,13 +1,17 @@
-"""Tokenizers by name: one interface, `tiktoken.Encoding`, and where a folder says which one it was made with.
+"""Tokenizers by name: one interface, `tiktoken.Encoding`, and where a folder says which
+one it has.
 
-`bytes` needs no download: 256 tokens, id = byte value, and `<|endoftext|>` = 256. `gpt2`, `cl100k_base`, ... are
-tiktoken's, fetched once and cached. `bpe-...` is a model's own (`bpe.py`), kept as a `tokenizer.json` beside the weights
-and the data; the name is a fingerprint of all that decides ids. A data or model folder's `meta.json` holds the name under
-"tokenizer": equal names are equal tokens.
+`bytes` needs no download: 256 tokens, id = byte value, and `<|endoftext|>` = 256.
+`gpt2`, `cl100k_base`, ... are tiktoken's, fetched once and cached. `bpe-...` is a
+model's own (`bpe.py`), kept as a `tokenizer.json` beside the weights and the data; the
+name is a fingerprint of all that decides ids. A data or model folder's `meta.json`
+holds the name under "tokenizer": equal names are equal tokens.
 
-Text is always encoded with `encode_ordinary`: a user's text that happens to spell a special token is just text.
+Text is always encoded with `encode_ordinary`: a user's text that happens to spell a
+special token is just text.
 """
 
+import codecs
 import contextlib
 import json
 import shutil
@@ -15,26 +19,32 @@ from pathlib import Path
 
 import tiktoken
 
-from data.bpe import ByteLevelBPE, fingerprint, read_gguf_tokenizer, read_json, read_tokenizer_json  # noqa: F401
+from data.bpe import ByteLevelBPE, fingerprint
+from data.foreign import read_json, read_tokenizer_json
 
 END = "<|endoftext|>"
 
 
+# ------------------------------------------------------------------------------------------
+# By name
+
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The encoding called `name`, or that of the folder `name`: one of ours, or a Hugging Face model's.
+    """The encoding called `name`, or that of the folder `name`: one of ours, or a
+    Hugging Face model's.
 
     Raises ValueError for an unknown name, or when its files can't be downloaded.
     """
     if name == "bytes" or name in tiktoken.list_encoding_names() or not Path(name).is_dir():
         return _named(name)
-    ours = (Path(name) / "meta.json").exists() or not (Path(name) / "tokenizer.json").exists()
-    return load_tokenizer(name) if ours else ByteLevelBPE(read_tokenizer_json(name))
+    is_ours = (Path(name) / "meta.json").exists() or not (Path(name) / "tokenizer.json").exists()
+    return load_tokenizer(name) if is_ours else ByteLevelBPE(read_tokenizer_json(name))
 
 
 def _named(name: str) -> tiktoken.Encoding:
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        # The pattern cuts the text into single characters; with no merges among the ranks each becomes its UTF-8 bytes.
+        # The pattern cuts the text into single characters; with no merges among the
+        # ranks each becomes its UTF-8 bytes.
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256})
     if name not in tiktoken.list_encoding_names():
         choices = ", ".join(["bytes", *tiktoken.list_encoding_names()])
@@ -42,14 +52,16 @@ def _named(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # requests' errors, a hash mismatch, a full disk: the remedy is the same
-        raise ValueError(
-            f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder "
-            "that has its files, each named by the SHA-1 of its URL, or use --tokenizer bytes"
-        ) from error
+        raise ValueError(f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): "
+                         "set TIKTOKEN_CACHE_DIR to a folder that has its files, each named by the "
+                         "SHA-1 of its URL, or use --tokenizer bytes") from error
 
 
 def opening(enc: tiktoken.Encoding) -> list[int]:
-    """What stands before a document or a prompt: a token of its own, or the end of the document before."""
+    """What stands before a document or a prompt.
+
+    A token of its own, or the end of the document before.
+    """
     start = enc.spec["start"] if isinstance(enc, ByteLevelBPE) else None
     return [enc.eot_token if start is None else start]
 
@@ -59,29 +71,50 @@ def stops(enc: tiktoken.Encoding) -> tuple[int, ...]:
     return tuple(enc.spec["stop"]) if isinstance(enc, ByteLevelBPE) else (enc.eot_token,)
 
 
+# ------------------------------------------------------------------------------------------
+# In a folder
+
 def write_tokenizer(spec: dict, folder: str | Path) -> str:
-    """Write `spec` as `folder/tokenizer.json`, and its name, which is returned, into `folder/meta.json`."""
-    (Path(folder) / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `spec` as `folder/tokenizer.json`, and its name into `folder/meta.json`.
+
+    Returns the name.
+    """
+    text = json.dumps(spec, ensure_ascii=False) + "\n"
+    (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
     _name(fingerprint(spec), folder)
     return fingerprint(spec)
 
 
 def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path) -> None:
-    """Make `folder` one of `enc`'s: its name in `meta.json`, beside whatever else that file already says, and its files."""
-    write_tokenizer(enc.spec, folder) if isinstance(enc, ByteLevelBPE) else _name(enc.name, folder)
+    """Make `folder` one of `enc`'s.
+
+    Its name goes into `meta.json`, beside whatever else that file already says, with
+    its files.
+    """
+    if isinstance(enc, ByteLevelBPE):
+        write_tokenizer(enc.spec, folder)
+    else:
+        _name(enc.name, folder)
 
 
 def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
-    """The file of the tokenizer in `source`, if it needs one, into `folder`; `meta.json` is the caller's."""
+    """The file of the tokenizer in `source`, if it needs one, into `folder`.
+
+    `meta.json` is the caller's.
+    """
     with contextlib.suppress(FileNotFoundError):
         shutil.copyfile(Path(source) / "tokenizer.json", Path(folder) / "tokenizer.json")
 
 
 def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
-    """The tokenizer that a data or model folder was made with. Raises ValueError if its `meta.json` doesn't say."""
+    """The tokenizer that a data or model folder was made with.
+
+    Raises ValueError if its `meta.json` doesn't say.
+    """
     name = read_meta(folder).get("tokenizer")
     if not isinstance(name, str):
-        raise ValueError(f'{Path(folder) / "meta.json"} has no "tokenizer": add its name, for example "bytes"')
+        raise ValueError(f'{Path(folder) / "meta.json"} has no "tokenizer": add its name, '
+                         'for example "bytes"')
     if not name.startswith("bpe-"):
         return _named(name)
     path = Path(folder) / "tokenizer.json"
@@ -89,9 +122,11 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     try:
         enc = ByteLevelBPE(spec)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): copy it from where the folder comes from") from None
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): "
+                         "copy it from where the folder comes from") from None
     if enc.name != name:
-        raise ValueError(f"{path} holds the tokenizer {enc.name}, but meta.json beside it names {name}: copy it from where the folder comes from")
+        raise ValueError(f"{path} holds the tokenizer {enc.name}, but meta.json beside it names {name}: "
+                         "copy it from where the folder comes from")
     return enc
 
 
@@ -102,7 +137,10 @@ def _name(name: str, folder: str | Path) -> None:
 
 
 def read_meta(folder: str | Path) -> dict:
-    """`folder/meta.json` as a dict. Raises ValueError if it is missing or is not a JSON object."""
+    """`folder/meta.json` as a dict.
+
+    Raises ValueError if it is missing or is not a JSON object.
+    """
     path = Path(folder) / "meta.json"
     remedy = f"make the folder again (data: python -m data.prepare SOURCE --out {folder} --overwrite)"
     try:
@@ -116,12 +154,20 @@ def read_meta(folder: str | Path) -> dict:
     return meta
 
 
+# ------------------------------------------------------------------------------------------
+# At the terminal
+
 class TextStream:
-    def __init__(self, enc):
-        import codecs
+    """Tokens in, text out as it becomes whole.
+
+    A character's bytes may come in several tokens; what is no UTF-8 becomes U+FFFD.
+    """
+
+    def __init__(self, enc: tiktoken.Encoding):
         self.enc, self.decoder = enc, codecs.getincrementaldecoder("utf-8")("replace")
 
-    def __call__(self, token):
+    def __call__(self, token: int | None) -> str:
+        """The characters that `token` completes; None ends the text."""
         if token is None:
             return self.decoder.decode(b"", final=True)
         try:
@@ -131,6 +177,17 @@ class TextStream:
 
 
 def read_prompt(prompt: str) -> str:
+    """The prompt itself, or for FILE:path what that file holds.
+
+    Raises ValueError if it is missing or not UTF-8.
+    """
     if not prompt.startswith("FILE:"):
         return prompt
-    return Path(prompt[5:]).read_text(encoding="utf-8-sig")
+    path = prompt[5:]
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"prompt file {path} is not UTF-8 (byte {e.start}): convert it, "
+                         "for example with iconv") from None
+    except OSError as e:
+        raise ValueError(f"prompt file {path!r} can't be read ({e.strerror}): check the path") from None

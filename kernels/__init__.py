@@ -49,10 +49,15 @@ def chunk_length(form: str, r: Tensor, w: Tensor, min_w: float | None) -> int:
         return 0
     if form == "triton":
         return triton_chunk(r.dtype, N, min_w)
-    L = min(CHUNK, -(-T // 16) * 16)
+    L = chunk_of(T)
     while L >= 8 and not -min_w * L <= MAX_LOG:                            # "not <=": NaN ends in the loop
         L //= 2
     return L if L >= 8 else 0
+
+
+def chunk_of(T: int) -> int:
+    """Tokens per chunk of a text of T tokens, where the decays allow it."""
+    return min(CHUNK, -(-T // 16) * 16)
 
 
 def triton_chunk(dtype: torch.dtype, N: int, min_w: float | None) -> int:

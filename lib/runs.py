@@ -32,6 +32,7 @@ from data.loader import Loader
 from data.tokenizer import copy_tokenizer
 from lib.folders import check_vocabulary, load_model, save_model, write_json, write_whole
 from lib.processes import agree, global_sum, main_first
+from lib.states import tree_map
 from model import LM
 
 MODEL = ("config.json", "tokenizer.json", "meta.json", "model.safetensors")  # the second only where needed
@@ -105,7 +106,8 @@ class Run:
         with main_first(self.rank):
             if self.rank == 0:
                 claim(self.out, self.writes if self.cfg.overwrite else ())
-                take_over_former_names(self.out)
+                if self.writes is DISTILL:
+                    take_over_former_names(self.out)
 
     def stage(self, name: str) -> "Run":
         """The same run in a folder of its own inside this one."""
@@ -406,12 +408,11 @@ def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: 
     unfinished = folder.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        save_model(model, unfinished, meta)
-        copy_tokenizer(data, unfinished)
-        torch.save(trainer, unfinished / "trainer.pt")
-        if folder.exists():                                       # an interrupted run saved this very step
-            shutil.rmtree(folder)
-        os.replace(unfinished, folder)
+        if not folder.exists():                     # else it was resumed there, and is the same
+            save_model(model, unfinished, meta)
+            copy_tokenizer(data, unfinished)
+            torch.save(trainer, unfinished / "trainer.pt")
+            os.replace(unfinished, folder)
         publish(folder, out)
     except (OSError, RuntimeError, SafetensorError) as e:         # a full disk: three ways of saying so
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -458,7 +459,9 @@ def restore_trainer(
             f"{checkpoint} had another weight decay, rwkv_lr_multiplier or freeze: resume with the "
             "settings it was started with"
         )
-    loader.load_state_dict(trainer["states"], trainer["step"], str(checkpoint))
+    device = next(model.parameters()).device
+    states = [tree_map(lambda x: x.to(device), state) for state in trainer["states"] or []]
+    loader.load_state_dict(states, trainer["step"], str(checkpoint))
     optimizer.load_state_dict(trainer["optimizer"])
     torch.set_rng_state(trainer["rng"])
     return Progress(trainer["step"], trainer["tokens"], trainer["seconds"])

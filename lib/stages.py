@@ -4,22 +4,38 @@
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.loader import Loader
 from data.prepare import ensure_prepared
-from lib.folders import check_vocabulary, same_tokenizer
+from lib.folders import check_vocabulary, load_model, same_tokenizer
+from lib.processes import main_first
 from model import LM
 
 
-def prepare_data(cfg) -> None:
+def load_teacher(folder: str, device: torch.device) -> LM:
+    """A model that teaches and does not learn.
+
+    Raises ValueError where there is none.
+    """
+    if not Path(folder).exists():
+        raise ValueError(
+            f"no teacher at {folder}: train one with train.py, import one with tools.convert, or "
+            "let python -m tools.demo make it, and everything else"
+        )
+    return load_model(folder, device).eval().requires_grad_(False)
+
+
+def prepare_data(cfg, rank: int) -> None:
     """Make the embedded data sets where they are missing, with the teacher's tokenizer.
     """
-    ensure_prepared(cfg.data, cfg.teacher)
-    if "finish" in cfg.named:
-        ensure_prepared(cfg.finish_data, cfg.teacher)
+    with main_first(rank):
+        ensure_prepared(cfg.data, cfg.teacher)
+        if "finish" in cfg.named:
+            ensure_prepared(cfg.finish_data, cfg.teacher)
 
 
 def first_tokens(cfg, T: int, device: torch.device) -> Tensor | None:

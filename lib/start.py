@@ -3,10 +3,21 @@
 import math
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import LM, CausalSelfAttention, TimeMixer
+
+
+def copy_linear(m: nn.Linear, t: nn.Linear, N: int = 1, repeat: int = 1, scale: float = 1.0) -> None:
+    """Give m the weight and bias of t times `scale`.
+
+    Each head of N rows comes `repeat` times, one after another.
+    """
+    for p, q in zip(m.parameters(), t.parameters()):
+        heads = q.unflatten(0, (-1, N)).repeat_interleave(repeat, 0)
+        p.copy_(heads.flatten(0, 1) * scale)
 
 
 def spread_decay(m: TimeMixer, longest: int | Tensor) -> Tensor:

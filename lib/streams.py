@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader import Loader, _permutation
-from lib.states import tensors, tree_map
+from data.loader import Loader, _permutation, require_rows
+from lib.states import tree_map
 from model import State
 
 
@@ -81,15 +81,9 @@ class StreamLoader(Loader):
         return pack([state for state in self.states if state])
 
     def load_state_dict(self, states: list[tuple] | None, step: int, where: str) -> None:
-        rows = [tensors(layers)[0].shape[0] for _, layers in states or []]
-        expected = [self.W * self.B] * self.accum
-        if step and rows != expected:
-            raise ValueError(
-                f"{where} carries the state of {sum(rows)} texts in {len(rows)} micro-batches, these "
-                f"settings of {sum(expected)} in {len(expected)}: resume with the bptt_truncate, "
-                "batch_size, accum and processes that it was started with"
-            )
-        self.states = unpack(states, self.B, self.rank) if rows else [None] * self.accum
+        if step:
+            require_rows(states, [self.W * self.B] * self.accum, where)
+        self.states = unpack(states, self.B, self.rank) if states else [None] * self.accum
 
 
 def pack(states: list[State]) -> list[tuple]:

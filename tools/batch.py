@@ -1,6 +1,6 @@
 """Many prompts side by side, each continued as it would be alone.
 
-    python -m tools.batch --ckpt out/rwkv --prompts questions.txt        one prompt per line, of any lengths
+    python -m tools.batch --ckpt out/rwkv --prompts questions.txt      a prompt per line
 
 Nothing is padded, and every token is read once: all prompts are read as far as the
 shortest goes, which is done then, and the others read on.
@@ -36,8 +36,13 @@ class BatchConfig:
     session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
 
     def __post_init__(self):
-        if self.session.save_state or self.session.state_dtype != "float32":
+        if self.session.save_state:
             raise ValueError("--save_state writes the state of one text: use sample.py for it")
+        if self.session.state_dtype != "float32":
+            raise ValueError(
+                f"--state_dtype {self.session.state_dtype} is for the --save_state of sample.py and "
+                "tools/chat.py: omit it"
+            )
 
 
 @torch.inference_mode()
@@ -61,8 +66,7 @@ def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int,
     rows = [torch.tensor(list(prompt), dtype=torch.long, device=device) for prompt in prompts]
     end = (state.position if state else 0) + max(map(len, rows), default=0)
     if cfg.longest and end > cfg.longest:
-        raise ValueError(f"prompt and max_tokens need {end} positions, the model has learned {cfg.longest}: "
-                         "shorten one of them")
+        raise ValueError(f"a prompt ends at position {end}, the model has learned {cfg.longest}: shorten it")
     logits, states = process_rows(decoder.model, rows, state)
     batches, counts = join(cfg, states), torch.zeros_like(logits)
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
@@ -107,14 +111,19 @@ def choose_rows(logits: Tensor, how: Sampling, generators: Sequence[torch.Genera
     return torch.cat([choose(row, *options, generator) for row, generator in rows])
 
 
-def write_rows(cfg: BatchConfig, here: Session) -> None:
-    """Print every prompt with its continuation, when all are done. Ctrl-C ends them."""
-    if not cfg.prompts:
+def read_prompts(file: str) -> list[str]:
+    """The lines of a file. Only a line feed ends one."""
+    if not file:
         raise ValueError("--prompts is empty: name a file with one prompt on each line")
-    lines = read_prompt(f"FILE:{cfg.prompts}")
-    if not lines:
-        raise ValueError(f"prompts = {cfg.prompts!r} has no line: write one prompt on each")
-    texts, enc, decoder, stop = lines.removesuffix("\n").split("\n"), here.enc, here.decoder, stops(here.enc)
+    text = read_prompt(f"FILE:{file}")
+    if not text:
+        raise ValueError(f"prompts = {file!r} has no line: write one prompt on each")
+    return text.removesuffix("\n").split("\n")
+
+
+def write_rows(cfg: BatchConfig, texts: list[str], here: Session) -> None:
+    """Print every text with its continuation, when all are done. Ctrl-C ends them."""
+    enc, decoder, stop = here.enc, here.decoder, stops(here.enc)
     prompts = [first_tokens(text, here, cfg.session.ckpt) for text in texts]
     lengths = list(map(len, prompts))
     room(here, max(lengths), f" in line {lengths.index(max(lengths)) + 1}")
@@ -135,8 +144,9 @@ def write_rows(cfg: BatchConfig, here: Session) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(BatchConfig, argv)
+    texts = read_prompts(cfg.prompts)                      # before a large model is loaded
     with session(cfg.session) as here:
-        write_rows(cfg, here)
+        write_rows(cfg, texts, here)
 
 
 if __name__ == "__main__":

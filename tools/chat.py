@@ -31,15 +31,18 @@ class ChatConfig:
     session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
 
 
-def chat(cfg: ChatConfig, here: Session) -> None:
-    """Answer each line of stdin; leaves in `here` what was said. Ctrl-C ends it."""
+def chat(cfg: ChatConfig, first: str, here: Session) -> None:
+    """Answer `first`, if it isn't blank, and each line of stdin; Ctrl-C ends it.
+
+    Leaves in `here` what was said.
+    """
     if not getattr(here.enc, "chat", None):
         raise ValueError(f"{cfg.session.ckpt} has no chat template that frames each message: take an "
                          "instruct model, or sample.py to continue a text")
     generator = torch.Generator(here.decoder.device).manual_seed(cfg.seed)
     here.state = here.state and compress(here.state, cfg.session.state_dtype)      # while it waits
     try:
-        for message in messages(read_prompt(cfg.prompt)):
+        for message in messages(first):
             if not answer(message, cfg, here, generator):
                 break
     except KeyboardInterrupt:                              # as people leave a chat: what was said is kept
@@ -101,8 +104,9 @@ def messages(first: str) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(ChatConfig, argv)
+    first = read_prompt(cfg.prompt)                        # before a large model is loaded
     with session(cfg.session) as here:
-        chat(cfg, here)
+        chat(cfg, first, here)
 
 
 if __name__ == "__main__":

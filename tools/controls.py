@@ -16,7 +16,7 @@ from config import at_least, cli, run as run_script, settings
 from data.loader import Loader
 from distill import DistillConfig, distill
 from lib.folders import load_model
-from lib.processes import joined, setup
+from lib.processes import joined, main_first, setup
 from lib.report import as_markdown, write_report
 from lib.runs import RunConfig
 from lib.scores import measure
@@ -28,13 +28,17 @@ class ControlsConfig(DistillConfig):
     scratch_rate: float = at_least(0.0, 2e-3)      # learning rate of RWKV-7 from scratch: the teacher's
 
 
+def check_stages(cfg: DistillConfig) -> None:
+    """Raises ValueError for a distillation that the controls are no controls of."""
+    if cfg.named[:2] != ["align", "match"]:
+        raise ValueError(f"controls compare with the stages align,match, but stages = {cfg.stages!r}: add "
+                         "them")
+
+
 def run_controls(cfg: ControlsConfig) -> dict:
     """A row each, compared with the same teacher; every control sees as many tokens as
     the student.
     """
-    if cfg.named[:2] != ["align", "match"]:
-        raise ValueError(f"controls compare with the stages align,match, but stages = {cfg.stages!r}: add "
-                         "them")
     sequences = sum(loop.max_steps * loop.batch_size * loop.accum for loop in (cfg.align, cfg.match))
     alone = replace(cfg.match, max_steps=sequences // (cfg.match.batch_size * cfg.match.accum))
     changes = {
@@ -77,12 +81,15 @@ def in_folder(run: RunConfig, name: str) -> RunConfig:
 
 def add_controls(cfg: ControlsConfig) -> dict:
     """Run them, and put their rows into OUT's report."""
+    check_stages(cfg)
     out = Path(cfg.run.out)
-    if not (out / "report.json").exists():
-        raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
+    rank, _, _ = setup(cfg.run.device)
+    with main_first(rank):                 # who has just distilled writes the report, the others wait
+        if not (out / "report.json").exists():
+            raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
     controls = run_controls(cfg)
     report = json.loads((out / "report.json").read_text()) | {"controls": controls}
-    if setup(cfg.run.device)[0] == 0:
+    if rank == 0:
         curves = {"teacher": Path(cfg.teacher)} | {name: out / name for name in cfg.named}
         write_report(out, report, {name: folder / "metrics.jsonl" for name, folder in curves.items()})
         print(as_markdown(report))

@@ -20,7 +20,7 @@ from distill import DistillConfig, distill
 from lib.processes import joined, main_first, setup
 from lib.runs import Run
 from model import ModelConfig
-from tools.controls import ControlsConfig, add_controls
+from tools.controls import ControlsConfig, add_controls, check_stages
 from train import FitConfig, TrainConfig, train
 
 
@@ -34,6 +34,8 @@ class DemoConfig(DistillConfig):
 def demo(cfg: DemoConfig) -> dict:
     """Teacher from nothing, RNN from the teacher; returns the report."""
     rank, _, _ = setup(cfg.run.device)
+    if cfg.controls:
+        check_stages(cfg)
     Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher])  # refuses before anything trains
     if not Path(cfg.teacher).exists():
         with main_first(rank):

@@ -51,13 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     check_vocabulary(teacher, student or teacher, val)
     same_tokenizer(val, cfg.teacher, cfg.student or cfg.teacher)
     report = make_report(teacher, student, train, val, cfg.max_tokens)
-    if cfg.out:
-        write_report(Path(cfg.out), report)
     if student:
         print(as_markdown(report))
     else:
         print(f"{cfg.teacher}: {report['teacher']['val_loss']:.4f} nats per token on the held-out half of "
               f"{cfg.data}, {T} tokens at a time")
+    if cfg.out:
+        write_report(Path(cfg.out), report)
 
 
 if __name__ == "__main__":

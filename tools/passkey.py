@@ -1,6 +1,6 @@
 """Past the training length: loss by stretch of positions, and a number to remember.
 
-    python -m tools.passkey --teacher out/teacher --student out/rwkv --longest 8 --passkey 16
+    python -m tools.passkey --student out/rwkv --longest 8 --passkey 16
 
 `--longest 8` reads up to 8 times block_size and gives the loss by position. `--passkey
 16` tells 16 numbers at each of `--depths` places in texts of each length, doubling up
@@ -213,13 +213,13 @@ def main(argv: list[str] | None = None) -> None:
     cfg = cli(PasskeyConfig, argv)
     report = measure(cfg)
     text = as_markdown(report)
+    print(text)
     if cfg.out:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "passkey.json", report)
         write_whole(out / "passkey.md", lambda part: part.write_text(text, encoding="utf-8"))
         plot(report, out / "passkey.png")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,47 @@
-"""What a model costs, on paper: parameters, memory for training and memory for reading, before anything is built.
+"""What a model costs, on paper: parameters, memory for training, before anything is
+built.
 
-    python train.py config/rwkv7-3b.toml --plan 8        per GPU, with 8 of them
-    describe(cfg, T)                                     attention and RWKV-7 of a hybrid side by side, after T tokens
+    python -m tools.plan config/rwkv7-3b.toml --gpus 8        per GPU, with 8 of them
 
-The model is made on the meta device, which has shapes but no memory. A training step of DistributedDataParallel holds on every GPU
+Its settings are train.py's. The model is made on the meta device, which has shapes but
+no memory. A training step of DistributedDataParallel holds on every GPU, in bytes, for
+P parameters
 
-    weights 4 P    gradients 4 P, and DDP's buckets 4 P more where N > 1    AdamW's two moments 8 P      bytes, for P parameters
-    activations    what the backward pass needs of each token, of B sequences of T tokens: activation_floats
+    weights 4 P    AdamW's two moments 8 P
+    gradients 4 P, and DDP's buckets 4 P more where N > 1
+    activations    what the backward pass needs of each token: activation_floats
 
-so more GPUs read more tokens a step, but none of them holds less. All is in float32, which is what the CPU computes in and
-what the tests measure. On a GPU autocast halves the activations of the matrix products, and adds a bfloat16 copy of every
-matrix, 2 P: for large models with few tokens that is more.
-What it is not: a profiler; what one layer's backward pass needs for a moment is not in it.
+so more GPUs read more tokens a step, but none of them holds less. All is in float32,
+which is what the CPU computes in and what the tests measure. On a GPU autocast halves
+the activations of the matrix products, and adds a bfloat16 copy of every matrix, 2 P:
+for large models with few tokens that is more. What it is not: a profiler; what one
+layer's backward pass needs for a moment is not in it.
 """
 
-import torch
-
-from model import LM, ModelConfig, cache_bytes, remembered_bytes
-from wkv import longest_chunk
-
-
-def on_paper(cfg: ModelConfig) -> LM:
-    """The model with shapes and without memory."""
-    with torch.device("meta"):
-        return LM(cfg)
+from config import at_least, cli, run, settings
+from kernels import chunk_of
+from lib.folders import on_paper, open_model
+from lib.hybrid import describe, unit
+from model import ModelConfig
+from train import TrainConfig
 
 
-def unit(n: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    if n < 1000:
-        return f"{n:,.0f} bytes"
-    for name in ("kB", "MB", "GB", "TB"):
-        n /= 1000
-        if n < 1000:
-            break
-    return f"{n:,.2f} {name}"
+@settings
+class PlanConfig(TrainConfig):
+    gpus: int = at_least(1, 1)
 
 
-def describe(cfg: ModelConfig, T: int) -> str:
-    """A table for people: layers, parameters of the mixers and memory of T tokens, of attention and of RWKV-7.
-
-    Percentages are of the whole model's parameters, and of the memory of all mixers, in float32. The memory in the first line
-    also counts ChannelMix's last x, as State.nbytes() does.
-    Raises ValueError for T < 1.
-    """
-    if T < 1:
-        raise ValueError(f"describe at T = {T} tokens: it must be at least 1")
-    model = on_paper(cfg)
-    total, memory = model.n_params(), {kind: cfg.mixers.count(kind) * cache_bytes(cfg, kind, T) for kind in "ar"}
-    lines = [f"{cfg.n_layer} layers, {cfg.mixers}; {total:,} parameters; memory of {T:,} tokens: {unit(remembered_bytes(cfg, T))}"]
-    if cfg.ffn == "channelmix":
-        lines[0] += f", {unit(remembered_bytes(cfg, T) - sum(memory.values()))} of it in ChannelMix"
-    for kind, name in (("a", "attention"), ("r", "RWKV-7")):
-        layers = [block.att for block, letter in zip(model.blocks, cfg.mixers) if letter == kind]
-        n = sum(p.numel() for layer in layers for p in layer.parameters())
-        share = memory[kind] / sum(memory.values())
-        lines.append(f"  {name:10}{len(layers):3} layers  {n:14,} parameters {n / total:6.1%}  {unit(memory[kind]):>12} {share:6.1%}")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Activations: numbers per token that autograd keeps for the backward pass, on each line those of the tensors named beside it.
-# A product keeps both factors, a matrix product its input, a nonlinearity its input or its output.
+# ------------------------------------------------------------------------------------------
+# Activations: numbers per token that autograd keeps for the backward pass, on each line
+# those of the tensors named beside it. A product keeps both factors, a matrix product
+# its input, a nonlinearity its input or its output.
 
 def activation_floats(cfg: ModelConfig, T: int) -> float:
     """Of the whole model, reading sequences of T tokens."""
     attention, rwkv = (cfg.mixers.count(kind) for kind in "ar")
-    norm = cfg.n_embd + 2 if cfg.norm == "layernorm" else 2 * cfg.n_embd + 1   # x, its mean and deviation; rmsnorm: x, x / rms, rms
-    residual = 2 * (cfg.rwkv_size or cfg.n_embd) + cfg.rank("v")               # v, its sigmoid, x_v v1
+    # x, its mean and deviation; rmsnorm: x, x / rms, rms
+    norm = cfg.n_embd + 2 if cfg.norm == "layernorm" else 2 * cfg.n_embd + 1
+    residual = 2 * (cfg.rwkv_width) + cfg.rank("v")               # v, its sigmoid, x_v v1
     return (attention * attention_floats(cfg)
             + rwkv * time_mixer_floats(cfg, T)
             + max(0, rwkv - 1) * residual                                      # the first RWKV layer has none
@@ -89,10 +63,10 @@ def attention_floats(cfg: ModelConfig) -> int:
 
 def time_mixer_floats(cfg: ModelConfig, T: int) -> float:
     """Of TimeMixer, without the value residual."""
-    C, A, N = cfg.n_embd, cfg.rwkv_size or cfg.n_embd, cfg.rwkv_head_size
+    C, A, N = cfg.n_embd, cfg.rwkv_width, cfg.rwkv_head_size
     H = A // N
-    return (C                                            # x_{t-1} - x_t; without token shift x
-            + (5 + cfg.gate) * C * cfg.token_shift       # the mixes for r, k, v, w, a and gate
+    return (C * cfg.token_shift                          # x_{t-1} - x_t
+            + (5 + cfg.gate) * C                         # the mixes for r, k, v, w, a and gate
             + 4 * A * cfg.qk_norm                        # r and k before the norm, and divided by their rms
             + cfg.rank("w") + A                          # tanh(x_w w1), w's sigmoid
             + cfg.rank("a") + A                          # x_a a1, a
@@ -101,17 +75,18 @@ def time_mixer_floats(cfg: ModelConfig, T: int) -> float:
             + A                                          # kk
             + operator_floats(A, N, T)
             + (A + 2 * H) * cfg.group_norm               # y, its mean and deviation
-            + (4 * A + H) * cfg.bonus                    # r, k, r k, v; the sum
+            + (3 + cfg.bonus) * A + H                    # r, k, v, r k; the sum
             + (cfg.rank("g") + 2 * A) * cfg.gate         # sigmoid(x_g g1), gate, y
             + A)                                         # output's input
 
 
 def operator_floats(A: int, N: int, T: int) -> float:
-    """Of wkv7 in chunks of L tokens, by the names in WKV7Chunk; one number per chunk and head is A / (L N) per token.
+    """Of wkv7 in chunks of L tokens, by the names in WKV7Chunk; one number per chunk
+    and head is A / (L N) per token.
 
     Below 16 tokens wkv7 takes its loop, which keeps two to three times as much.
     """
-    L = longest_chunk(T)
+    L = chunk_of(T)
     return (4 * A                                        # decay, grow: 2L x N
             + 4 * A                                      # zr, bk: 2L x N
             + 4 * L * A / N                              # the four products: 2L x 2L
@@ -131,26 +106,54 @@ def ffn_floats(cfg: ModelConfig) -> int:
             + width)                                     # value's input
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # The plan
 
 def training_bytes(cfg: ModelConfig, B: int, T: int, n_gpus: int = 1) -> dict[str, float]:
-    """Bytes on each GPU at a step's peak, the end of a forward pass, by what they hold; B sequences of T tokens on each.
+    """Bytes on each GPU at a step's peak, the end of a forward pass, by what they hold;
+    B sequences of T tokens on each.
 
-    Gradients are counted in full: with accum > 1 or DDP they exist already when the last forward pass ends. On top comes the
-    logits' gradient, twice, as the backward pass of the loss makes it. Raises ValueError for n_gpus < 1.
+    Gradients are counted in full: with accum > 1 or DDP they exist already when the
+    last forward pass ends. On top comes the logits' gradient, twice, as the backward
+    pass of the loss makes it. Raises ValueError for n_gpus < 1.
     """
     if n_gpus < 1:
-        raise ValueError(f"plan = {n_gpus}: it is the number of GPUs, at least 1")
+        raise ValueError(f"gpus = {n_gpus}: it is the number of GPUs, at least 1")
     P = on_paper(cfg).n_params()
-    return {"weights": 4 * P, "gradients": 4 * P, **({"DDP's buckets": 4 * P} if n_gpus > 1 else {}), "optimizer": 8 * P,
-            "activations": 4 * B * T * activation_floats(cfg, T), "logits' gradient": 4 * B * T * 2 * cfg.vocab_size}
+    return {
+        "weights": 4 * P,
+        "gradients": 4 * P,
+        **({"DDP's buckets": 4 * P} if n_gpus > 1 else {}),
+        "optimizer": 8 * P,
+        "activations": 4 * B * T * activation_floats(cfg, T),
+        "logits' gradient": 4 * B * T * 2 * cfg.vocab_size,
+    }
 
 
 def plan(cfg: ModelConfig, B: int, accum: int, T: int, n_gpus: int) -> str:
-    """The whole plan for people: describe, memory per GPU, and what a step reads. T: tokens whose activations exist at once."""
+    """The whole plan for people: describe, memory per GPU, and what a step reads.
+
+    T: tokens whose activations exist at once.
+    """
     parts = training_bytes(cfg, B, T, n_gpus)
-    lines = [describe(cfg, cfg.block_size), f"training in float32, per GPU of {n_gpus}, {B} x {T:,} tokens at once:"]
+    lines = [
+        describe(cfg, cfg.block_size),
+        f"training in float32, per GPU of {n_gpus}, {B} x {T:,} tokens at once:",
+    ]
     lines += [f"  {name:18}{unit(n):>12}" for name, n in parts.items()]
-    lines += [f"  {'together':18}{unit(sum(parts.values())):>12}", f"a step reads {n_gpus * accum * B * cfg.block_size:,} tokens"]
+    lines += [
+        f"  {'together':18}{unit(sum(parts.values())):>12}",
+        f"a step reads {n_gpus * accum * B * cfg.block_size:,} tokens",
+    ]
     return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = cli(PlanConfig, argv)
+    shape = open_model(cfg.init)[0].cfg if cfg.init else cfg.shape
+    T = min(shape.block_size, cfg.fit.bptt_chunk or shape.block_size)
+    print(plan(shape, cfg.fit.batch_size, cfg.fit.accum, T, cfg.gpus))
+
+
+if __name__ == "__main__":
+    run(main)

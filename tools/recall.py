@@ -1,7 +1,7 @@
 """Associative recall: how many pairs attention, RWKV-7 and hybrids of both remember,
 flattering or not.
 
-    python -m tools.recall --out out/pairs                offline, some minutes on two CPU cores
+    python -m tools.recall --out out/pairs        offline, some minutes on two cores
     python -m tools.recall --pairs 4,8,16 --mixers "all last:1"
 
 Multi-query associative recall (arXiv 2312.04927): a tiny GPT learns to answer (k1 v1)
@@ -61,7 +61,7 @@ class RecallConfig:
             raise ValueError(f"{longest} pairs, asked once each, take {3 * longest} tokens, but "
                              f"model.block_size = {self.model.block_size}: ask for fewer, or raise it")
         for mixer in self.mixers.split():
-            mixer_letters(self.model, mixer)       # raises for a pattern that does not fit
+            replace(self.model, mixer=mixer_letters(self.model, mixer))    # raises for what does not fit
 
     @property
     def n_pairs(self) -> list[int]:

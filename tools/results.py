@@ -17,6 +17,10 @@ from lib.report import table_rows
 class ResultsConfig:
     folder: Positional[str] = "docs/results"       # with a report.json of each seed, as NAME.json
 
+    def __post_init__(self):
+        if not self.folder:                        # an unset "$FOLDER" in the shell
+            raise ValueError("the folder is empty: name one, or omit it")
+
 
 def collect(folder: Path) -> str:
     """A table over the reports of several seeds: per stage and control the median, and

@@ -1,0 +1,415 @@
+"""Strangers' tokenizers: a Hugging Face tokenizer.json, the tokenizer in a GGUF, Jinja
+templates.
+
+What is read becomes the `spec` of a `bpe.ByteLevelBPE`, once, when a model is imported.
+
+Hugging Face merges a *listed pair*, first listed first. tiktoken merges any pair whose
+bytes are a token, lowest id first. Two tokens l, r become neighbours in some text only
+if the bytes l + r alone pass through the state [l, r], for up to there nothing outside
+them had a say. So one pair per token matters, the last merge of that token's own bytes,
+and the two rules give the same ids in every text if (1) every token that tiktoken is
+given merges to itself, and (2) the ranks of these last merges rise with the ids.
+`_mergeable` tries every token: those that fail (1) no text ever gives, so they are left
+out; a tokenizer that fails (2) is refused.
+
+Other tokenizers are refused by name, and so is whatever would give other ids than the
+files' own readers: other splits, normalizers, orders of ids.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import regex
+
+from data.bpe import BYTE, ByteLevelBPE
+from data.chat import Turns, frame
+
+# What stood between documents in pretraining, where a model is tuned to end turns
+# otherwise.
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+# How text is split into pieces, as the families publish it. No merge crosses a piece's
+# border.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace("{1,3}", "")
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+GGUF_SPLITS = {  # by tokenizer.ggml.pre
+    # what llama.cpp does where the file doesn't say
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo"), [GPT2]),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), [r"\p{N}", GPT2]),
+    **dict.fromkeys(LLAMA3_NAMES, [LLAMA3]),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), [QWEN2]),
+}
+# by tokenizer.ggml.model, what is not supported
+GGUF_MODELS = {"llama": "SentencePiece", "t5": "SentencePiece", "bert": "WordPiece"}
+
+
+# ------------------------------------------------------------------------------------------
+# Hugging Face's tokenizer.json
+
+def read_tokenizer_json(path: str | Path) -> dict:
+    """The `spec` of a Hugging Face tokenizer.json, or of the folder that holds it.
+
+    Files beside it, where they are, tell the chat template and which tokens end a text.
+    Raises ValueError, in one line that names it, for what is malformed and for whatever
+    would give other ids than there.
+    """
+    path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    whole = read_json(path)
+    beside = {}
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        file = path.with_name(name)
+        beside[name] = read_json(file) if file.exists() else {}
+    try:
+        return _spec_of_json(path, whole, beside)
+    except (KeyError, IndexError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no tokenizer that can be read ({type(error).__name__}: {error}): "
+                         "fetch it again") from None
+
+
+def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
+    """Of the file's content, and that of the files beside it."""
+    where, model, config = str(path), whole["model"], beside["tokenizer_config.json"]
+    _require_byte_level(where, whole)
+    added = {token["content"]: token for token in whole.get("added_tokens") or []}
+    for name, token in added.items():
+        if not token["special"] and (token["lstrip"] or token["rstrip"] or token["single_word"]):
+            raise ValueError(f"{where}: the added token {name!r} looks at what stands around it, "
+                             "which is not supported")
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token")}
+    ids = {name: token["id"] for name, token in added.items()}
+    ends = [beside[name].get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    template = path.with_name("chat_template.jinja")
+    return _spec(
+        where,
+        vocab=model["vocab"],
+        merges=list(map(tuple, merges)),
+        ignore_merges=bool(model.get("ignore_merges")),
+        special={name: i for name, i in ids.items() if added[name]["special"]},
+        added={name: i for name, i in ids.items() if not added[name]["special"]},
+        split=_splits(whole["pre_tokenizer"], where),
+        normalizer=_normalizer(whole.get("normalizer"), where),
+        unknown=model["vocab"].get(model.get("unk_token")),
+        start=_opening(whole.get("post_processor"), ids),
+        stop=[i for end in (ids.get(names["eos_token"]), *ends) for i in _listed(end)],
+        template=template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template"),
+        names=names,
+    )
+
+
+def _require_byte_level(where: str, whole: dict) -> None:
+    """Raises ValueError for other tokenizers and for options that give other ids."""
+    model, pre_tokenizer = whole["model"], whole.get("pre_tokenizer")
+    kind, fallback = model.get("type", "BPE"), model.get("byte_fallback")
+    if kind != "BPE" or fallback or "ByteLevel" not in _types(pre_tokenizer):
+        if kind == "Unigram" or fallback or "▁" in str([pre_tokenizer, whole.get("normalizer")]):
+            kind = "SentencePiece"
+        elif kind == "BPE":
+            kind = "character-level BPE"
+        raise ValueError(f"{where} is a {kind} tokenizer: only byte-level BPE is supported "
+                         "(GPT-2, Llama 3, Qwen2, SmolLM2, ...)")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "fuse_unk"):
+        harmless = key == "fuse_unk" and model.get("unk_token") is None
+        if model.get(key) and not harmless:
+            raise ValueError(f"{where} has {key} = {model[key]!r}, which is not supported")
+
+
+def _content(token: dict | str | None) -> str | None:
+    """A tokenizer_config.json writes a token as a string, or a dict that holds it."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _types(part: dict | None) -> list[str]:
+    """The types of a pre_tokenizer and of all its parts."""
+    return [t for p in part.get("pretokenizers", []) for t in _types(p)] + [part["type"]] if part else []
+
+
+def _splits(part: dict, where: str) -> list[str]:
+    """The split patterns of a pre_tokenizer."""
+    kind = part["type"]
+    # what comes after ByteLevel sees no text
+    if kind == "Sequence" and "ByteLevel" not in [p["type"] for p in part["pretokenizers"][:-1]]:
+        return [pattern for p in part["pretokenizers"] for pattern in _splits(p, where)]
+    if kind == "ByteLevel" and not part.get("add_prefix_space"):
+        return [GPT2] if part.get("use_regex", True) else []
+    if kind == "Digits":
+        return [r"\p{N}" if part["individual_digits"] else r"\p{N}+"]
+    if kind == "Split" and part["behavior"] == "Isolated":
+        pattern = part["pattern"]
+        return [pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])]
+    raise ValueError(f"{where}: the pre_tokenizer {json.dumps(part)[:200]} is not supported")
+
+
+def _normalizer(part: dict | None, where: str) -> str | None:
+    if part is None or part["type"] == "NFC":
+        return part and "NFC"
+    if part["type"] == "Sequence" and len(part["normalizers"]) < 2:
+        return _normalizer(next(iter(part["normalizers"]), None), where)
+    raise ValueError(f"{where}: the normalizer {part['type']} is not supported, only NFC")
+
+
+def _opening(part: dict | None, ids: dict[str, int]) -> int | None:
+    """The special token that the post_processor puts before a text."""
+    parts = part.get("processors", [part]) if part else []
+    first = next((p["single"][0] for p in parts if p["type"] == "TemplateProcessing"), {})
+    return ids[first["SpecialToken"]["id"]] if "SpecialToken" in first else None
+
+
+def _listed(x: object) -> list:
+    """None, one value or several, as a list."""
+    if x is None:
+        return []
+    return x if isinstance(x, list) else [x]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises ValueError, with the remedy, for what is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror}): check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged (not a JSON object): fetch it again")
+    return values
+
+
+# ------------------------------------------------------------------------------------------
+# GGUF
+
+def read_gguf_tokenizer(fields: dict) -> dict:
+    """The `spec` of the tokenizer in a GGUF: `fields` of a gguf.GGUFReader.
+
+    Raises ValueError as `read_tokenizer_json` does.
+    """
+    def get(key: str):
+        return fields[f"tokenizer.{key}"].contents() if f"tokenizer.{key}" in fields else None
+
+    if get("ggml.model") != "gpt2":
+        kind = GGUF_MODELS.get(get("ggml.model"), repr(get("ggml.model")))
+        raise ValueError(f"the GGUF has a {kind} tokenizer: only byte-level BPE is supported "
+                         "(tokenizer.ggml.model = gpt2)")
+    pre = get("ggml.pre") or "default"
+    if pre not in GGUF_SPLITS:
+        raise ValueError(f"the GGUF's tokenizer.ggml.pre is {pre!r}, which is not supported: "
+                         f"known are {', '.join(GGUF_SPLITS)}")
+    tokens, types, merges = get("ggml.tokens"), get("ggml.token_type"), get("ggml.merges")
+    expected = ((tokens, str), (types, int), (merges, str))
+    whole = all(isinstance(x, list) and x and isinstance(x[0], kind) for x, kind in expected)
+    if not whole or len(types) != len(tokens):
+        raise ValueError("the GGUF's tokenizer is damaged (tokens, token_type and merges don't fit): "
+                         "fetch it again")
+
+    def of_type(kind: int) -> dict[str, int]:
+        return {token: i for i, (token, t) in enumerate(zip(tokens, types)) if t == kind}
+
+    normal, control, user_defined = of_type(1), of_type(3), of_type(4)
+    names = {}
+    for name in ("bos", "eos"):
+        i = get(f"ggml.{name}_token_id")
+        names[f"{name}_token"] = tokens[i] if i is not None and i < len(tokens) else None
+    llama3, starts = pre in LLAMA3_NAMES, get("ggml.add_bos_token")
+    if starts is None:
+        starts = llama3
+    return _spec(
+        "the GGUF",
+        vocab=normal,
+        merges=[tuple(merge.split(" ")) for merge in merges],
+        ignore_merges=llama3,
+        special=control,
+        added=user_defined,
+        split=GGUF_SPLITS[pre],
+        normalizer="NFC" if "qwen" in pre else None,
+        unknown=None,
+        start=control.get(names["bos_token"]) if starts else None,
+        stop=[i for key in ("eos", "eot", "eom") for i in _listed(get(f"ggml.{key}_token_id"))],
+        template=get("chat_template"),
+        names=names,
+    )
+
+
+# ------------------------------------------------------------------------------------------
+# What both say, as a ByteLevelBPE's spec
+
+def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special: dict, added: dict,
+          split: list, normalizer: str | None, unknown: int | None, start: int | None, stop: list,
+          template: str | list | None, names: dict) -> dict:
+    """The spec of a tokenizer that stands in the file `where`.
+
+    Raises ValueError for one that no ByteLevelBPE can be.
+    """
+    size = _count(where, vocab, special, added)
+    # a config.json may name an id that only its class's default tokenizer ends with
+    stop = [i for i in stop if i in special.values()]
+    end = next((special[name] for name in ENDS if name in special), stop[0] if stop else None)
+    if end is None:
+        raise ValueError(f"{where} has no token that ends a text: one of {', '.join(ENDS)}, "
+                         "or an eos_token, is needed")
+    tokens: list[str | None] = [None] * size
+    for token in _mergeable(where, vocab, merges, ignore_merges, {*special, *added}):
+        tokens[vocab[token]] = token
+    chat = read_template(template, names, special)
+    if chat:
+        stop.append(next(i for name, i in special.items() if chat["assistant"][1].endswith(name)))
+    spec = {"tokens": tokens, "split": split, "normalizer": normalizer, "unknown": unknown,
+            "special": special, "added": added,
+            "start": start, "end": end, "stop": sorted({end, *stop}), "chat": chat}
+    try:
+        if any(regex.match(pattern, "") for pattern in split):
+            raise ValueError("it matches nothing, too")
+        ByteLevelBPE(spec)
+    except (ValueError, regex.error) as error:
+        raise ValueError(f"{where}: a split pattern of {split} can't be used ({error})") from None
+    return spec
+
+
+def _count(where: str, vocab: dict, special: dict, added: dict) -> int:
+    """One more than the largest id.
+
+    Raises ValueError where ids are no ids, or come twice.
+    """
+    for name, i in (special | added).items():
+        if vocab.get(name, i) != i:
+            raise ValueError(f"{where}: the added token {name!r} has the id {i}, but {vocab[name]} "
+                             "in the vocabulary")
+    ids = list((vocab | special | added).values())
+    if not all(isinstance(i, int) and 0 <= i < 2**24 for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"{where} is damaged (the ids of its tokens are not different numbers in "
+                         "0 ... 2^24): fetch it again")
+    return 1 + max(ids)
+
+
+def _mergeable(where: str, vocab: dict[str, int], merges: list[tuple[str, str]], ignore_merges: bool,
+               added: set[str]) -> Iterator[str]:
+    """The tokens that text can give, by id; the module's docstring has the argument.
+
+    `ignore_merges`: a piece that is a token becomes it, merges or not. tiktoken always
+    does that, so then also tokens that merge to three parts or more are right; two
+    parts l, r it would merge inside longer pieces too.
+    """
+    # a pair that comes twice has its first rank
+    ranks = {pair: i for i, pair in reversed(list(enumerate(merges)))}
+    before, before_rank = "", -1
+    for token, _ in sorted(vocab.items(), key=lambda item: item[1]):
+        if not all(c in BYTE for c in token):
+            continue  # an added token's plain spelling
+        parts, rank = _merge(token, ranks)
+        if len(parts) > 1:
+            if ignore_merges and len(parts) > 2 and token not in added:
+                yield token
+            elif ignore_merges and len(parts) == 2:
+                raise ValueError(f"{where}: the token {token!r} stands for whole pieces only, "
+                                 "which is not supported")
+            continue
+        if len(token) > 1:
+            if rank < before_rank:
+                raise ValueError(f"{where}: the token {token!r} is merged before {before!r}, "
+                                 "but has a larger id, which is not supported")
+            before, before_rank = token, rank
+        yield token
+
+
+def _merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
+    """What a token's characters merge to, and the last merge's rank; -1 without any."""
+    parts, last = list(token), -1
+    while len(parts) > 1:
+        pair_ranks = [ranks.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+        if min(pair_ranks) == math.inf:
+            break
+        last = min(pair_ranks)
+        at = pair_ranks.index(last)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts, last
+
+
+# ------------------------------------------------------------------------------------------
+# Chat templates
+
+# rare text: a system message, a question, an answer, a question
+S, U, A, V = (f"\ue000{c}bC" for c in "suav")
+SYSTEM, ASK, ANSWER, AGAIN = ("system", S), ("user", U), ("assistant", A), ("user", V)
+
+
+def read_template(template: str | list | None, names: dict, special: dict[str, int]) -> dict | None:
+    """The frames (`chat.py`) of a Jinja `template`, or of the one called default.
+
+    Hugging Face and GGUF keep a template as a Jinja program. It is run once, in Jinja's
+    sandbox and on messages of a text that is rare; what stands between them is the
+    frames. None where there is no template, or more than frames in it. `names` are the
+    other variables it may use: bos_token, eos_token. `special` are the tokenizer's
+    tokens.
+    """
+    if isinstance(template, list):
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    if not isinstance(template, str):
+        return None
+    render = _Template(template, names)
+    try:
+        chat, before = _frames(render, special)
+        if frame(chat, [ASK, ANSWER, AGAIN]) != render([ASK, ANSWER, AGAIN], reply=True):
+            return None
+    except Exception:
+        # no such splits, no token that stops; its own refusal, or whatever else a
+        # stranger's program runs into
+        return None
+    try:
+        opening, before_question, _ = re.split(f"{S}|{U}", render([SYSTEM, ASK]))
+        with_system = chat | {"system": [opening, before_question.removesuffix(before)]}
+        talk = [SYSTEM, ASK, ANSWER, AGAIN]
+        if frame(with_system, talk) == render(talk, reply=True):
+            return with_system
+    except Exception:
+        pass
+    return chat
+
+
+def _frames(render, special: dict[str, int]) -> tuple[dict, str]:
+    """The frames of what `render` gives, and what stands before a question.
+
+    Those of a system message are still left open.
+    """
+    opening, _, before_again, reply = re.split(f"{U}|{A}|{V}", render([ASK, ANSWER, AGAIN], reply=True))
+    after_question = render([ASK]).partition(U)[2]
+    after_answer = render([ASK, ANSWER]).partition(A)[2]
+    trim = render([("user", f"\n {U} \n")]) == render([ASK])
+    stop = min((token for token in special if token in after_answer), key=after_answer.index)
+    before = before_again.removeprefix(after_answer)
+    end = after_answer.index(stop) + len(stop)
+    chat = {
+        "default": opening.removesuffix(before),
+        "system": None,
+        "user": [before, after_question],
+        "assistant": [reply.removeprefix(after_question), after_answer[:end], after_answer[end:]],
+        "trim": trim,
+    }
+    return chat, before
+
+
+class _Template:
+    """A Jinja program in a sandbox, called with the messages of a conversation."""
+
+    def __init__(self, template: str, names: dict):
+        import jinja2.ext  # comes with torch; only an import of a model needs it
+        import jinja2.sandbox
+
+        def refuse(message: str):
+            raise jinja2.TemplateError(message)
+
+        self.template = template
+        self.env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+        self.names = {name: token or "" for name, token in names.items()}
+        self.names |= {"raise_exception": refuse, "tools": None, "documents": None}
+
+    def __call__(self, turns: Turns, reply: bool = False) -> str:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        program = self.env.from_string(self.template)
+        return program.render(messages=messages, add_generation_prompt=reply, **self.names)

@@ -1,0 +1,119 @@
+"""Strangers' tokenizers: read so that the ids are theirs, or refused."""
+
+import json
+import random
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers
+
+from common import one_line
+from common_bpe import CHATML, LLAMA, PAGE, PRE, SPECIAL, gguf_fields, ids, imported, save, scraps, train
+from data.bpe import ByteLevelBPE, fingerprint
+from data.foreign import read_gguf_tokenizer, read_tokenizer_json
+from data.tokenizer import get_tokenizer
+
+
+def test_any_list_of_merges_gives_the_same_ids_or_is_refused(tmp_path):
+    """Merges drawn at random.
+
+    The same token twice, tokens that nothing gives, orders that tiktoken can't have.
+    """
+    read = refused = 0
+    for seed in range(400):
+        rng, vocab, merges = random.Random(seed), {"a": 0, "b": 1, "c": 2}, []
+        for _ in range(rng.randrange(1, 14)):
+            pair = rng.choice([*vocab]), rng.choice([*vocab])
+            if len("".join(pair)) <= 6 and pair not in merges:
+                merges.append(pair)
+                vocab.setdefault("".join(pair), len(vocab))
+        if rng.random() < 0.3:
+            vocab.setdefault("".join(rng.choices("abc", k=rng.randrange(2, 5))), len(vocab))
+        original = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rng.random() < 0.3))
+        original.pre_tokenizer = PRE["GPT-2"]
+        original.add_special_tokens(["</s>"])
+        try:
+            enc = imported(original, tmp_path)
+        except ValueError as e:
+            refused += "is merged before" in one_line(e) or "stands for whole pieces" in one_line(e)
+            continue
+        read += 1
+        for text in scraps("abc", 60, 14, seed):
+            assert enc.encode_ordinary(text) == ids(original, text), (seed, text)
+    assert read > 300 and refused > 20 and read + refused == 400
+
+
+def test_a_token_that_is_a_whole_piece_needs_no_merges_where_the_file_says_so(tmp_path):
+    original = train("Llama 3")
+    file = json.loads(original.to_str())
+    file["model"]["vocab"]["xyzzy"] = len(file["model"]["vocab"])
+    for i, ignore in enumerate((True, False)):
+        file["model"]["ignore_merges"] = ignore
+        original = Tokenizer.from_str(json.dumps(file))
+        enc = imported(original, tmp_path / str(i))
+        assert enc.encode_ordinary("xyzzy xyzzy") == ids(original, "xyzzy xyzzy")
+        assert (enc.encode_ordinary("xyzzy") == [file["model"]["vocab"]["xyzzy"]]) == ignore
+
+
+def test_merges_may_be_pairs_or_strings(tmp_path):
+    file = json.loads(train().to_str())
+    pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in file["model"]["merges"]]
+    read = []
+    for merges in (pairs, [" ".join(pair) for pair in pairs]):
+        file["model"]["merges"] = merges
+        (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+        read.append(read_tokenizer_json(tmp_path))
+    assert read[0] == read[1] and len([token for token in read[0]["tokens"] if token]) == 1500 - len(SPECIAL)
+
+
+# ------------------------------------------------------------------------------------------
+# GGUF
+
+@pytest.mark.parametrize("pre, name", [
+    ("SmolLM2", "smollm"),
+    ("GPT-2", "gpt-2"),
+    ("Qwen2", "qwen2"),
+    ("Llama 3", "llama-bpe"),
+])
+def test_a_gguf_says_what_the_tokenizer_json_says(tmp_path, pre, name):
+    original = train(pre, added=("<think>",), normalizer=normalizers.NFC() if name == "qwen2" else None)
+    fields = gguf_fields(original, **{"ggml.pre": name, "ggml.add_bos_token": False})
+    expected = read_tokenizer_json(save(original, tmp_path, chat_template=CHATML))
+    spec = read_gguf_tokenizer(fields)
+    assert spec == expected and fingerprint(spec) == fingerprint(expected)
+    fields = gguf_fields(original, **{"ggml.bos_token_id": 1, "ggml.pre": name})
+    assert read_gguf_tokenizer(fields)["start"] == (1 if name == "llama-bpe" else None)
+
+
+def test_a_real_gguf_is_read(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    original = train("SmolLM2")
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}
+    fields = gguf_fields(original)
+    for key, field in fields.items():
+        value = field.contents()
+        add[type(value)](key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert read_gguf_tokenizer(gguf.GGUFReader(tmp_path / "m.gguf").fields) == read_gguf_tokenizer(fields)
+
+
+def test_a_gguf_that_does_not_say_how_it_splits_is_split_as_llama_cpp_would():
+    enc = ByteLevelBPE(read_gguf_tokenizer(gguf_fields(train(), **{"ggml.pre": None})))
+    assert enc.decode(enc.encode_ordinary(PAGE)) == PAGE
+    parts = map(enc.encode_ordinary, ("123", "456", "7"))
+    assert enc.encode_ordinary("1234567") == [i for part in parts for i in part]
+
+
+# ------------------------------------------------------------------------------------------
+# Chat templates
+
+def test_a_named_template_and_one_in_a_file_of_its_own_are_found(tmp_path):
+    original = train()
+    templates = [{"name": "x", "template": LLAMA}, {"name": "default", "template": CHATML}]
+    listed = imported(original, tmp_path / "a", chat_template=templates)
+    save(original, tmp_path / "b", chat_template=LLAMA)
+    (tmp_path / "b" / "chat_template.jinja").write_text(CHATML)
+    alone = imported(original, tmp_path / "c", chat_template=CHATML)
+    assert listed.chat == get_tokenizer(str(tmp_path / "b")).chat == alone.chat

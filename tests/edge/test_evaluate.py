@@ -1,0 +1,69 @@
+"""tools.evaluate and tools.passkey where a number, a folder or the data is wrong."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common import one_line, tiny_model
+from lib.folders import check_vocabulary, save_model
+from tools import evaluate, passkey
+from tools.evaluate import EvaluateConfig
+from tools.passkey import PasskeyConfig
+
+
+def refused(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as e:
+        call()
+    one_line(e.value)
+
+
+@pytest.mark.parametrize("config", [EvaluateConfig, PasskeyConfig])
+def test_bad_settings_end_in_one_clear_line(config):
+    for change, words in (({"block_size": 0}, "at least 1"), ({"max_tokens": -5}, "at least 1"),
+                          ({"batch_size": 0}, "at least 1"), ({"out": ""}, "out is empty"),
+                          ({"student": ""}, "student is empty"),
+                          ({"out": __file__}, "is a file: name a folder")):
+        refused(lambda: config(**change), words)
+
+
+def test_bad_settings_of_the_passkey_end_in_one_clear_line():
+    for change, words in (({"longest": 0}, "at least 1"), ({"passkey": 0}, "at least 1"),
+                          ({"passkey": 90001}, "below 90001"), ({"depths": 1}, "at least 2"),
+                          ({"depths": 101}, "below 101"), ({"longest": None, "passkey": None}, "both off")):
+        refused(lambda: PasskeyConfig(**change), words)
+
+
+def test_bad_input_ends_in_one_clear_line(tiny, tmp_path):
+    save_model(tiny_model(), tmp_path / "model", {"tokenizer": "bytes"})
+    common = ["--student", "None", "--max_tokens", "100"]
+    here = ["--teacher", str(tmp_path / "model")]
+    missing = ["--teacher", str(tmp_path / "none"), "--data", tiny.text]
+    for main in (evaluate.main, passkey.main):
+        refused(lambda: main(common + missing), "no model at")
+        refused(lambda: main([*common, *here, "--data", str(tmp_path / "x")]), "does not exist")
+    long = ["--passkey", "2", "--block_size", "128", "--longest", "999"]
+    for flags, words in ((["--data", tiny.sft, "--longest", "2"], "supervised examples"),
+                         (["--data", tiny.sft, "--longest", "None", "--passkey", "2"], "supervised examples"),
+                         (["--data", tiny.text, "--longest", "None", "--passkey", "2"], "no room"),
+                         (["--data", tiny.text, *long], "lower --longest")):
+        refused(lambda: passkey.main([*common, *here, *flags]), words)
+
+
+def test_models_and_data_of_other_tokenizers_are_refused(tiny, tmp_path):
+    save_model(tiny_model(), tmp_path / "bytes", {"tokenizer": "bytes"})
+    save_model(tiny_model(), tmp_path / "other", {"tokenizer": "gpt2"})
+    for main in (evaluate.main, passkey.main):
+        for teacher, student in (("other", "bytes"), ("bytes", "other")):
+            flags = ["--teacher", str(tmp_path / teacher), "--student", str(tmp_path / student),
+                     "--data", tiny.text]
+            refused(lambda: main(flags), "other reads gpt2 tokens, .* holds bytes: prepare the data again")
+
+
+def test_data_teacher_and_student_must_share_their_tokens():
+    small, large = tiny_model(vocab_size=100), tiny_model(vocab_size=257)
+    loader = SimpleNamespace(vocab_size=257, folder=Path("data/x"))
+    check_vocabulary(large, large, loader)
+    refused(lambda: check_vocabulary(large, small, loader), "data/x has 257 tokens, the student 100")
+    refused(lambda: check_vocabulary(small, large, loader),
+            "the teacher has 100 tokens, fewer than the student's 257")

@@ -1,0 +1,127 @@
+"""Tokenizers and templates that are not supported, or are damaged."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common import one_line
+from common_bpe import CHATML, gguf_fields, train
+from data.foreign import read_gguf_tokenizer, read_template, read_tokenizer_json
+from data.prepare import main
+
+
+def test_ids_in_another_order_than_the_merges_are_refused(tmp_path):
+    file = json.loads(train().to_str())
+    vocab = file["model"]["vocab"]
+    a, b = [token for token in vocab if len(token) == 2][:2]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=f"'{a}' is merged before '{b}', but has a larger id"):
+        read_tokenizer_json(tmp_path)
+
+
+def edited(tmp_path: Path, **changes) -> Path:
+    """A tokenizer.json with other keys; those of the model begin with model_."""
+    file = json.loads(train().to_str())
+    for key, value in changes.items():
+        part, key = (file["model"], key[6:]) if key.startswith("model_") else (file, key)
+        part[key] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    return tmp_path
+
+
+def sequence(*parts: dict) -> dict:
+    return {"type": "Sequence", "pretokenizers": [*parts]}
+
+
+def split_of(pattern: dict, behavior: str) -> dict:
+    return {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": False}
+
+
+BYTE_LEVEL = {"type": "ByteLevel"}
+DIGITS = {"type": "Digits", "individual_digits": True}
+LSTRIP = {"id": 0, "content": "x", "special": False, "lstrip": True, "rstrip": False, "single_word": False}
+
+
+def regex_split(pattern: str) -> dict:
+    return sequence(split_of({"Regex": pattern}, "Isolated"), BYTE_LEVEL | {"use_regex": False})
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"model_type": "Unigram"}, "SentencePiece"),
+    ({"model_type": "WordPiece"}, "WordPiece"),
+    ({"model_byte_fallback": True}, "SentencePiece"),
+    ({"model_end_of_word_suffix": "</w>"}, "end_of_word_suffix"),
+    ({"model_dropout": 0.1}, "dropout"),
+    ({"model_vocab": {"a": 0, "b": 0}}, "not different"),
+    ({"model_vocab": {"a": 10**12}}, "not different"),
+    ({"model_vocab": None}, "no tokenizer"),
+    ({"model_merges": [1]}, "no tokenizer"),
+    ({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}, "SentencePiece"),
+    ({"pre_tokenizer": None}, "character-level"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
+    ({"pre_tokenizer": sequence({"type": "Punctuation"}, BYTE_LEVEL)}, "Punctuation"),
+    ({"pre_tokenizer": sequence(BYTE_LEVEL, DIGITS)}, "Digits"),
+    ({"pre_tokenizer": sequence(split_of({"String": " "}, "MergedWithNext"), BYTE_LEVEL)}, "MergedWithNext"),
+    ({"pre_tokenizer": regex_split("(")}, "pattern"),
+    ({"pre_tokenizer": regex_split("a*")}, "pattern"),
+    ({"pre_tokenizer": regex_split(r"\p{Nonsense}")}, "pattern"),
+    ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+    ({"added_tokens": []}, "ends a text"),
+    ({"added_tokens": [{}]}, "no tokenizer"),
+    ({"added_tokens": [LSTRIP]}, "stands around it"),
+])
+def test_other_tokenizers_are_refused_by_name(tmp_path, changes, word):
+    with pytest.raises(ValueError, match=word) as e:
+        read_tokenizer_json(edited(tmp_path, **changes))
+    assert "tokenizer.json" in one_line(e.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"{}", b"\xff", b'{"model": 3}',
+                                     b'{"model": {"type": "BPE"}}', b"[" * 100_000])
+def test_a_malformed_file_is_one_clear_line(tmp_path, content, capsys):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.json") as e:
+        read_tokenizer_json(tmp_path)
+    one_line(e.value)
+    assert main(["pydoc", "--tokenizer", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert one_line(capsys.readouterr().err).startswith("data.prepare: ")
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"ggml.model": "llama"}, "SentencePiece"),
+    ({"ggml.model": "bert"}, "WordPiece"),
+    ({"ggml.model": None}, "None"),
+    ({"ggml.pre": "tekken"}, "'tekken'"),
+    ({"ggml.tokens": []}, "damaged"),
+    ({"ggml.token_type": [1]}, "damaged"),
+    ({"ggml.merges": None}, "damaged"),
+    ({"ggml.tokens": "x"}, "damaged"),
+])
+def test_other_ggufs_are_refused_by_name(changes, word):
+    with pytest.raises(ValueError, match=word) as e:
+        read_gguf_tokenizer(gguf_fields(train(), **changes))
+    one_line(e.value)
+
+
+@pytest.mark.parametrize("template", [
+    None,
+    "",
+    "{",
+    7,
+    [],
+    [{"name": "tool_use", "template": CHATML}],
+    "{{ messages[0]['content'] }}",
+    "{{ raise_exception('no') }}",
+    "{{ 1 / 0 }}",
+    CHATML.replace("<|im_end|>", "."),
+    CHATML.replace("m['content']", "m['content'][::-1]"),
+    CHATML.replace("m['role'] + '\n'", "loop.index | string + '\n'"),
+    "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+])
+def test_a_template_that_is_more_than_frames_is_none(template):
+    names = {"bos_token": None, "eos_token": None}
+    assert read_template(template, names, {"<|im_start|>": 1, "<|im_end|>": 2}) is None

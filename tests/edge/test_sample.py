@@ -1,0 +1,120 @@
+"""sample.py where something is wrong: options, prompts, folders, a reader, Ctrl-C."""
+
+import pytest
+import torch
+
+import sample
+from common import one_line, start, tiny_model
+from common_models import constant_model, rwkv_folder  # noqa: F401
+from common_sample import tokens
+from lib.folders import load_model, save_model
+from lib.state_file import load_state
+from lib.states import process, tensors
+from sample import generate, main
+
+NAN, INF = float("nan"), float("inf")
+
+
+# ------------------------------------------------------------------------------------------
+# The library
+
+def test_bad_options_of_the_library_are_one_line():
+    model, prompt = tiny_model().eval(), tokens(1, 3)
+    for options in ({"n": 0}, {"temperature": -0.1}, {"temperature": NAN}, {"temperature": INF}, {"top_k": 0},
+                    {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": NAN}, {"presence": NAN}, {"frequency": INF}):
+        with pytest.raises(ValueError) as e:
+            next(generate(model, prompt, **{"n": 5} | options))
+        name = "max_tokens" if "n" in options else list(options)[0]
+        assert name in one_line(e.value)
+    for bad, rule in ((torch.zeros(1, 0, dtype=torch.long), "texts of 0 tokens.*at least one"),
+                      (torch.tensor([[1, 257]]), "token 257 is outside the vocabulary"),
+                      (torch.tensor([[-1]]), "token -1 is outside the vocabulary")):
+        with pytest.raises(ValueError, match=rule) as e:
+            next(generate(model, bad, 5))
+        one_line(e.value)
+    with pytest.raises(ValueError, match="not finite"):
+        next(generate(constant_model([NAN, 1.0]), torch.tensor([[0]]), 5))
+
+
+def test_text_beyond_learned_positions_is_refused_before_it_is_read():
+    model, prompt = tiny_model(positions="learned").eval(), tokens(1, 3)
+    *_, (last, state) = generate(model, prompt, 14)  # the last token drawn is not read: 3 + 13 positions
+    for full in ({"tokens": prompt, "n": 15}, {"tokens": last[:, None], "n": 1, "state": state}):
+        with pytest.raises(ValueError, match="learned 16: shorten") as e:
+            next(generate(model, **full))
+        one_line(e.value)
+
+
+# ------------------------------------------------------------------------------------------
+# The script
+
+def test_bad_input_is_one_line(rwkv_folder, tmp_path):  # noqa: F811
+    save_model(tiny_model(), tmp_path / "no-meta", {})
+    save_model(tiny_model(vocab_size=100), tmp_path / "small", {"tokenizer": "bytes"})
+    save_model(tiny_model(), tmp_path / "odd", {"tokenizer": "nonsense"})
+    save_model(tiny_model(), tmp_path / "gone", {})
+    (tmp_path / "gone" / "meta.json").unlink()
+    folders = {"none": "no model at", "small": "vocabulary", "no-meta": "tokenizer", "odd": "nonsense",
+               "gone": "meta.json"}
+    numbers = {"--max_tokens": ("0", "-3"), "--temperature": ("-1", "nan"), "--top_p": ("0", "1.01"),
+               "--top_k": ("0",), "--num_samples": ("0",), "--seed": ("-1", str(2**64)), "--device": ("tpu",)}
+    cases = [(["--ckpt", str(tmp_path / name)], word) for name, word in folders.items()]
+    cases += [([flag, value], flag[2:]) for flag, values in numbers.items() for value in values]
+    for args, word in cases:
+        with pytest.raises(ValueError) as e:
+            main(["--ckpt", str(rwkv_folder), *args])
+        assert word in one_line(e.value), args
+
+
+def test_a_prompt_file_that_cannot_be_read_is_one_line(rwkv_folder, tmp_path):  # noqa: F811
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    prompts = {f"FILE:{tmp_path / 'latin.txt'}": "not UTF-8", "FILE:nowhere.txt": "can't be read"}
+    for prompt, word in prompts.items():
+        with pytest.raises(ValueError, match=word) as e:
+            main(["--ckpt", str(rwkv_folder), "--prompt", prompt])
+        one_line(e.value)
+
+
+def test_a_prompt_file_is_read_before_the_model():
+    """Which may take minutes to load."""
+    with pytest.raises((ValueError, OSError), match="nowhere.txt"):
+        main(["--ckpt", "no-such-model", "--prompt", "FILE:nowhere.txt"])
+
+
+def test_a_reader_who_has_seen_enough_ends_it_quietly(rwkv_folder):  # noqa: F811
+    run = start("sample.py", "--ckpt", rwkv_folder, "--prompt", "a", "--max_tokens", "100000", "--no-stop")
+    assert run.stdout.buffer.raw.read(1) == b"a"
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 0
+
+
+@pytest.mark.parametrize("when", (0, 3))
+def test_a_text_that_is_interrupted_keeps_what_was_read_for_what_was_printed(rwkv_folder, when,  # noqa: F811
+                                                                             tmp_path, capsys, monkeypatch):
+    """Before its first token there is nothing to keep, and nothing is written."""
+    texts = []
+
+    def interrupted(decoder, text, *args, **options):
+        texts.append(text[0].tolist())
+        for i, (token, state) in enumerate(generate(decoder, text, *args, **options)):
+            if i == when:
+                raise KeyboardInterrupt
+            texts[-1].append(token.item())
+            yield token, state
+
+    monkeypatch.setattr(sample, "generate", interrupted)
+    file = tmp_path / "s.state"
+    args = ["--ckpt", str(rwkv_folder), "--prompt", "ab", "--no-stop", "--save_state", str(file)]
+    if when == 0:
+        with pytest.raises(KeyboardInterrupt):
+            main(args)
+        assert not file.exists()
+        return
+    main(args)
+    model = load_model(rwkv_folder).eval()
+    state, unread = load_state(file, model)
+    _, whole = process(model, torch.tensor([texts[0][:-1]]))
+    assert unread == texts[0][-1:] and state.position == whole.position == 3 + when - 1
+    for a, b in zip(tensors(state), tensors(whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert "memory of 5 tokens" in capsys.readouterr().err

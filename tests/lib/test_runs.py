@@ -1,0 +1,244 @@
+"""A run's folder: whole checkpoints, resumed ones, damaged ones; what its gauges say
+and when.
+"""
+
+import json
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lib.runs
+from common import T, assert_same_run, metrics, newest, one_line, tiny_model
+from common_train import META, QUIET, Killed, open_run, run_fit
+from lib.folders import save_model
+from lib.runs import (
+    TRAIN,
+    Interrupt,
+    Progress,
+    RunConfig,
+    check_free,
+    read_metrics,
+    read_row,
+    take_over_former_names,
+)
+from train import FitConfig, cross_entropy_loss
+
+
+def steps(n: int, **changes) -> FitConfig:
+    return FitConfig(**{"max_steps": n, "batch_size": 2} | QUIET | changes)
+
+
+def whole_checkpoints(out) -> list[str]:
+    return sorted(p.name for p in (out / "checkpoints").glob("step_???????"))
+
+
+# ------------------------------------------------------------------------------------------
+# Checkpoints, and going on from them
+
+
+def test_keep_last_keeps_the_newest_k_whole_checkpoints(tmp_path, tiny):
+    out = tmp_path / "run"
+    stale = out / "checkpoints" / "step_0000099.tmp"  # a killed run left it: no checkpoint
+    stale.mkdir(parents=True)
+    run_fit(out, tiny.text, steps(9), keep_last=2, save_every=2)
+    assert whole_checkpoints(out) == ["step_0000008", "step_0000009"]
+    for name in ("config.json", "meta.json", "model.safetensors"):  # OUT itself is the newest model
+        assert (out / name).read_bytes() == (out / "checkpoints" / "step_0000009" / name).read_bytes()
+    one = tmp_path / "one"
+    (one / "checkpoints" / "step_0000099.tmp").mkdir(parents=True)
+    run_fit(one, tiny.text, steps(3), keep_last=1, save_every=2)
+    assert whole_checkpoints(one) == ["step_0000003"]
+
+
+def test_a_finished_run_resumed_stays_as_it_is_and_with_more_steps_goes_on(tmp_path, tiny):
+    out, other = tmp_path / "run", tiny_model(mixer="r", seed=9)
+    first = run_fit(out, tiny.text, steps(4, schedule="constant"))
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in newest(out).iterdir()}
+    model = (out / "model.safetensors").read_bytes()
+    again = run_fit(out, tiny.text, steps(4, schedule="constant"), other)
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in newest(out).iterdir()} == before
+    assert (out / "model.safetensors").read_bytes() == model
+    assert (again["step"], again["tokens"]) == (first["step"], first["tokens"])
+    run_fit(out, tiny.text, steps(6, schedule="constant"), other)
+    run_fit(tmp_path / "whole", tiny.text, steps(6, schedule="constant"))
+    assert_same_run(out, tmp_path / "whole")
+
+
+def test_a_run_that_dies_between_its_last_checkpoint_and_publishing_it_publishes_when_resumed(
+    tmp_path, tiny, monkeypatch
+):
+    out = tmp_path / "run"
+
+    def dies(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(lib.runs, "publish", dies)
+        run_fit(out, tiny.text, steps(2))
+    assert newest(out).name == "step_0000002" and not (out / "model.safetensors").exists()
+    assert run_fit(out, tiny.text, steps(2))["step"] == 2
+    assert (out / "model.safetensors").read_bytes() == (newest(out) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory, tiny):
+    out = tmp_path_factory.mktemp("trained") / "once"
+    run_fit(out, tiny.text, steps(4), save_every=2)
+    return out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "config.json"])
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "empty", "missing"])
+def test_a_damaged_checkpoint_is_named_on_resume(tmp_path, tiny, trained_once, name, damage):
+    out = tmp_path / "run"
+    shutil.copytree(trained_once, out)
+    victim = newest(out) / name
+    content = victim.read_bytes()
+    if damage == "missing":
+        victim.unlink()
+    else:
+        damaged = {"truncated": content[: len(content) // 2], "overwritten": b"\xff\x00" * 500, "empty": b""}
+        victim.write_bytes(damaged[damage])
+    with pytest.raises(ValueError) as error:
+        run_fit(out, tiny.text, steps(6), tiny_model(mixer="r"))
+    assert str(newest(out)) in one_line(error.value)
+    assert newest(out).name == "step_0000004"
+    assert (newest(out).parent / "step_0000002" / "trainer.pt").exists()
+
+
+def test_resuming_with_a_model_of_another_shape_is_refused(tmp_path, tiny):
+    out = tmp_path / "run"
+    run_fit(out, tiny.text, steps(2))
+    before = (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
+    for shape, name in (
+        ({"mixer": "r", "n_layer": 3}, "n_layer"),
+        ({"mixer": "a"}, "mixer"),
+        ({"mixer": "r", "n_embd": 64}, "n_embd"),
+    ):
+        with pytest.raises(ValueError, match=name) as error:
+            run_fit(out, tiny.text, steps(4), tiny_model(**shape))
+        one_line(error.value)
+    assert ((out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()) == before
+
+
+def test_resuming_with_other_parameter_groups_is_refused(tmp_path, tiny):
+    """The saved moments belong to the saved groups, and so do their rates.
+
+    New ones would be ignored, or go to wrong parameters.
+    """
+    out = tmp_path / "run"
+    run_fit(out, tiny.text, steps(2))
+    for other in ({"weight_decay": 0.2}, {"weight_decay": 0.0}, {"rwkv_lr_multiplier": 2.0}):
+        with pytest.raises(ValueError, match="weight decay|weight_decay") as error:
+            run_fit(out, tiny.text, steps(4, **other))
+        one_line(error.value)
+
+
+def test_a_model_without_checkpoints_is_not_resumed_over(tmp_path):
+    """A converted or copied model.
+
+    --resume would begin at step 0 with random weights, and then replace it.
+    """
+    save_model(tiny_model(), tmp_path / "model", META)
+    with pytest.raises(ValueError, match="nothing to resume") as error:
+        check_free(tmp_path / "model", True, False, TRAIN, "start.json", ())
+    one_line(error.value)
+    # where there is nothing at all, a run may begin with --resume
+    check_free(tmp_path / "new", True, False, TRAIN, "start.json", ())
+
+
+def test_stages_go_on_under_todays_names_and_nobody_elses_folder_is_renamed(tmp_path):
+    """Only a distillation's `distil` was a stage, and never where a `match` stands
+    already.
+    """
+    row = {key: 1.0 for key in ("tokens", "minutes", "val_loss", "gap", "kl", "top1", "top5")}
+    (tmp_path / "distil").mkdir()
+    (tmp_path / "distil" / "stage.json").write_text(json.dumps(row | {"name": "distil"}))
+    open_run(tmp_path, tiny_model())  # of train.py
+    assert (tmp_path / "distil").exists()
+    assert read_row(tmp_path / "distil" / "stage.json")["name"] == "match"
+    take_over_former_names(tmp_path)
+    assert (tmp_path / "match" / "stage.json").exists() and not (tmp_path / "distil").exists()
+    (tmp_path / "distil").mkdir()
+    take_over_former_names(tmp_path)
+    assert (tmp_path / "distil").exists() and (tmp_path / "match" / "stage.json").exists()
+
+
+# ------------------------------------------------------------------------------------------
+# Gauges
+
+
+def test_progress_is_that_of_the_nearest_limit():
+    cfg = FitConfig(max_steps=10, max_tokens=100, max_minutes=2.0)
+    assert Progress(5, 10, 0.0).fraction(cfg) == 0.5
+    assert Progress(5, 80, 0.0).fraction(cfg) == 0.8
+    assert Progress(5, 80, 108.0).fraction(cfg) == 0.9
+    assert Progress(50, 0, 0.0).fraction(cfg) == Progress().fraction(FitConfig(max_steps=0)) == 1.0
+
+
+def test_what_fit_returns_and_logs_is_of_the_last_step_even_between_log_steps(tmp_path, tiny):
+    result = run_fit(tmp_path / "a", tiny.text, steps(7), validate=lambda: {"val_loss": 5.0}, log_every=3)
+    assert [row["step"] for row in metrics(tmp_path / "a")] == [3, 6, 7]
+    assert (result["step"], result["tokens"], result["val_loss"]) == (7, 7 * 2 * T, 5.0)
+    result = run_fit(tmp_path / "b", tiny.text, steps(2), log_every=100)
+    assert result["step"] == 2 and len(metrics(tmp_path / "b")) == 1
+
+
+def test_half_a_line_at_the_end_of_the_metrics_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n{}\ngarbage}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+    assert read_metrics(tmp_path / "none") == []
+
+
+def test_an_interrupt_is_put_off_to_the_end_of_the_step_but_a_second_one_is_not():
+    guard = Interrupt()
+    before = signal.getsignal(signal.SIGINT)
+    with guard:
+        signal.raise_signal(signal.SIGINT)
+        assert guard.seen
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"keep_last": 0}, {"log_every": 0}, {"save_every": 0}, {"seed": -1}, {"save_minutes": float("nan")}],
+    ids=str,
+)
+def test_a_run_outside_its_ranges_is_refused(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} = .*at least") as error:
+        RunConfig(**bad)
+    one_line(error.value)
+
+
+def test_save_minutes_saves_when_they_have_passed(tmp_path, tiny, monkeypatch):
+    """A step takes a minute; a checkpoint is due when more than two and a half have
+    passed.
+    """
+    now, saved, real = [1e9], [], lib.runs.save_checkpoint
+
+    def save(out, model, meta, trainer, *rest):
+        saved.append(trainer["step"])
+        real(out, model, meta, trainer, *rest)
+
+    def loss_fn(*args):
+        now[0] += 60
+        return cross_entropy_loss(*args)
+
+    monkeypatch.setattr(lib.runs, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(lib.runs, "save_checkpoint", save)
+    run_fit(tmp_path / "run", tiny.text, steps(8), loss_fn=loss_fn, save_minutes=2.5)
+    assert saved == [3, 6, 8]
+
+
+def test_random_numbers_go_on_where_the_checkpoint_left_them(tmp_path, tiny):
+    run_fit(tmp_path / "run", tiny.text, steps(1))
+    state = torch.load(newest(tmp_path / "run") / "trainer.pt", weights_only=True)["rng"]
+    other = tiny_model(5, mixer="r")
+    assert not torch.equal(torch.get_rng_state(), state)
+    run_fit(tmp_path / "run", tiny.text, steps(1), other)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,98 @@
+"""Recall of pairs: the task is what it says; known models have known scores."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import tools.recall
+from common import one_line
+from common_models import Oracle
+from data.loader import Loader
+from model import ModelConfig
+from tools.recall import (KEYS, VALUES, RecallConfig, as_markdown, pairs_accuracy, pairs_sequence,
+                          write_pairs)
+
+
+def key_of(pair: int) -> int:
+    return (pair - KEYS) // VALUES
+
+
+def remember(row):
+    """The pair with the last token's key, if it is a question and the pair was told."""
+    told = [p for p in row if KEYS <= p < 256 and row[-1] < KEYS and key_of(p) == row[-1]]
+    return told[0] if told else 0
+
+
+def forget(row):
+    """The same without the first two pairs."""
+    return remember(row[:1] + row[3:])
+
+
+def guess(row):
+    """The first value, whatever was told."""
+    return KEYS + VALUES * row[-1] if row[-1] < KEYS else 0
+
+
+@pytest.mark.parametrize("n", [1, 5, KEYS])
+def test_every_key_of_a_sequence_is_told_once_and_asked_once_and_its_answer_is_what_was_told(n):
+    tokens, mask = pairs_sequence(n, np.random.default_rng(n))
+    told, asked, answers = tokens[1 : n + 1], tokens[n + 1 :: 2], tokens[n + 2 :: 2]
+    assert len(tokens) == len(mask) == 3 * n + 1 and tokens[0] == 256 and max(tokens[1:]) < 256
+    assert sorted(asked) == sorted(map(key_of, told)) and len(set(asked)) == n and max(asked) < KEYS
+    assert sorted(answers) == sorted(told) and list(map(key_of, answers)) == asked
+    assert [i for i, m in enumerate(mask) if m] == list(range(n + 2, 3 * n + 1, 2))
+
+
+def test_a_model_that_remembers_has_all_right_and_one_that_guesses_a_seventh():
+    assert pairs_accuracy(Oracle(remember), 8, 100) == 1
+    assert abs(pairs_accuracy(Oracle(guess), 8, 100) - 1 / VALUES) < 0.05
+    assert pairs_accuracy(Oracle(forget), 8, 100) == 1 - 2 / 8
+
+
+def test_the_written_folder_is_one_that_every_loader_reads(tmp_path):
+    cfg = RecallConfig(pairs="2,5", examples=50, asked=10)
+    write_pairs(tmp_path, cfg)
+    for half, n in (("train", 50), ("val", 64)):
+        loader = Loader(tmp_path, half, 5, cfg.model.block_size)
+        assert loader.kind == "supervised" and loader.n == n
+        right, targets = 0, 0
+        for batch in loader.windows():
+            rows = batch.x.tolist()
+            answers = torch.tensor([[remember(row[: i + 1]) for i in range(len(row))] for row in rows])
+            right, targets = right + ((answers == batch.y) * batch.mask).sum(), targets + batch.mask.sum()
+        assert right == targets > 0
+    train, val = (Loader(tmp_path, half, 5, 96).tokens.tolist() for half in ("train", "val"))
+    assert train != val
+
+
+def test_the_script_trains_distils_asks_and_writes_its_report(tmp_path, capsys):
+    flags = ["--out", tmp_path, "--pairs", "2,4", "--examples", 40, "--asked", 8, "--mixers", "all first:1",
+             "--model.n_embd", 32, "--model.n_head", 2]
+    for stage in ("teacher_fit", "align", "match"):
+        flags += [f"--{stage}.max_steps=2", f"--{stage}.batch_size=4"]
+    tools.recall.main([str(x) for x in flags])
+    report = json.loads((tmp_path / "recall.json").read_text())
+    models = report["models"]
+    assert list(models) == ["teacher", "all", "first:1"]
+    assert [m["mixers"] for m in models.values()] == ["aa", "rr", "ra"]
+    assert report["pairs"] == [2, 4]
+    assert all(len(m["accuracy"]) == len(m["bytes"]) == 2 for m in models.values())
+    assert models["all"]["bytes"][0] == models["all"]["bytes"][1] < models["teacher"]["bytes"][1]
+    text = as_markdown(report)
+    assert (tmp_path / "recall.md").read_text(encoding="utf-8") == text and text in capsys.readouterr().out
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input_ends_in_one_clear_line():
+    """Before the first step of training: also a width that no student could have."""
+    for change, words in (({"pairs": "0"}, "from 1 to 32"), ({"pairs": "33"}, "from 1 to 32"),
+                          ({"pairs": "x"}, "from 1"),
+                          ({"model": ModelConfig(n_layer=2, block_size=16)}, "block_size"),
+                          ({"model": ModelConfig(n_layer=2, n_embd=96, rwkv_head_size=64)}, "rwkv_head_size"),
+                          ({"mixers": "most"}, "first:K"), ({"examples": 0}, "at least 1"),
+                          ({"asked": 0}, "at least 1"), ({"seed": -1}, "at least 0")):
+        with pytest.raises(ValueError, match=words) as e:
+            RecallConfig(**change)
+        one_line(e.value)

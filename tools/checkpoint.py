@@ -1,0 +1,181 @@
+"""A checkpoint of the world on its way into a model folder, one tensor at a time.
+
+A format (`from_huggingface.py`, `from_gguf.py`, `rwkv_pth.py`) is a function that reads
+the shape of a model and returns a `Checkpoint`: where each of our parameters stands,
+how to read it, and how its numbers are arranged there. The loop that reads, arranges
+and writes them one by one is here, and so are the rules by which all formats refuse:
+every tensor of a checkpoint has its place, every parameter its tensor, and a setting
+that model.py does not know is named.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib.folders import on_paper, stored_shapes
+from model import ModelConfig
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # torch's: safetensors' name
+
+NAMES = """
+model       llama                     gpt2          gguf
+emb         model.embed_tokens        wte           token_embd
+pos         -                         wpe           -
+ln_out      model.norm                ln_f          output_norm
+head        lm_head                   lm_head       output
+blocks      model.layers              h             blk
+ln1         input_layernorm           ln_1          attn_norm
+att.q_proj  self_attn.q_proj          attn.c_attn   attn_q
+att.k_proj  self_attn.k_proj          attn.c_attn   attn_k
+att.v_proj  self_attn.v_proj          attn.c_attn   attn_v
+att.q_norm  self_attn.q_norm          -             attn_q_norm
+att.k_norm  self_attn.k_norm          -             attn_k_norm
+att.o_proj  self_attn.o_proj          attn.c_proj   attn_output
+ln2         post_attention_layernorm  ln_2          ffn_norm
+ffn.gate    mlp.gate_proj             -             ffn_gate
+ffn.key     mlp.up_proj               mlp.c_fc      ffn_up
+ffn.value   mlp.down_proj             mlp.c_proj    ffn_down
+"""
+ROWS = [line.split() for line in NAMES.strip().splitlines()]
+TABLE = {kind: {row[0]: row[i] for row in ROWS} for i, kind in enumerate(ROWS[0])}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What stands in a checkpoint; its weights are not read yet.
+
+    Of the functions, `source` gives the name of the tensor that a parameter of ours
+    stands in, `read` that tensor, and `arrange` makes the parameter out of it.
+    """
+
+    cfg: ModelConfig
+    names: set[str]                                # of all its tensors
+    source: Callable[[str], str]                   # parameter's name -> tensor's name
+    read: Callable[[str], Tensor]                  # tensor's name -> tensor
+    arrange: Callable[[str, Tensor], Tensor]       # parameter's name, tensor -> parameter
+    ignored: str = "(?!)"                          # pattern of tensors that are known and not needed;
+                                                   # this one fits nothing
+    tokenizer: Callable[[], dict] | None = None    # reads its tokenizer, where it has one
+
+
+def rename(name: str, table: dict[str, str]) -> str:
+    """The name of a parameter in another format, by one column of NAMES.
+
+    blocks.3.att.q_proj.weight -> model.layers.3.self_attn.q_proj.weight
+    """
+    block, module, end = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(\w+)", name).groups()
+    return (block or "").replace("blocks", table["blocks"]) + f"{table[module]}.{end}"
+
+
+def unchanged(name: str, t: Tensor) -> Tensor:
+    """The arrangement of formats that have each parameter as we do."""
+    return t
+
+
+# ------------------------------------------------------------------------------------------
+# Settings of a stranger's file
+
+def take(values: dict, key: str, kind: type, default: object = ...):
+    """values[key], or the default where it is missing or null.
+
+    Raises ValueError where it is of another type, or missing without a default.
+    """
+    value = values.get(key)
+    if value is None and default is not ...:
+        return default
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        shown = "missing" if value is None else repr(value)[:60]
+        raise ValueError(f"{key} is {shown}, expected {kind.__name__}")
+    if kind is int and value > 2**24:
+        raise ValueError(f"{key} = {value}: no size is so large; the file is damaged")
+    return value
+
+
+def refuse(values: dict, harmless: tuple, meaning: str, *keys: str) -> None:
+    """Raises ValueError, naming the meaning, for a setting that is not harmless."""
+    for key in keys:
+        if values.get(key) is not None and values[key] not in harmless:
+            raise ValueError(f"{key} = {values[key]!r}"[:80] + f": {meaning} is not supported")
+
+
+# ------------------------------------------------------------------------------------------
+# Tensors
+
+def fit_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Name and shape of all our parameters.
+
+    Raises ValueError unless each parameter has its tensor, and each tensor a parameter.
+    """
+    if checkpoint.cfg.n_layer > len(checkpoint.names):
+        raise ValueError(f"{checkpoint.cfg.n_layer} layers, but {len(checkpoint.names)} tensors: damaged")
+    shapes = stored_shapes(on_paper(checkpoint.cfg))
+    needed = {checkpoint.source(name) for name in shapes}
+    surplus = {name for name in checkpoint.names - needed if not re.fullmatch(checkpoint.ignored, name)}
+    name_some(needed - checkpoint.names, "are missing")
+    name_some(surplus, "have no place in such a model")
+    return shapes
+
+
+def name_some(names: set[str], what: str) -> None:
+    """Raises ValueError for these tensors, if there are any, naming the first four."""
+    if names:
+        more = " ..." * (len(names) > 4)
+        raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}{more}")
+
+
+def parameter(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Our parameter `name`, read now.
+
+    Raises ValueError for a tensor that cannot be taken apart or put in order as it
+    should be.
+    """
+    source = checkpoint.source(name)
+    t = checkpoint.read(source)
+    try:
+        return checkpoint.arrange(name, t)
+    except (RuntimeError, IndexError):
+        raise ValueError(f"{source} is {tuple(t.shape)}, which is no shape for {name}") from None
+
+
+def write_safetensors(file: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
+                      read: Callable[[str], Tensor]) -> None:
+    """A .safetensors file of which one tensor at a time is in memory.
+
+    In it stand the length of the header, the header as JSON, and all bytes in its
+    order.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            f.write(as_dtype(name, read(name), shape, dtype).flatten().view(torch.uint8).numpy())
+
+
+def as_dtype(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor in another type.
+
+    Raises ValueError for another shape, for what is no number, and for what becomes
+    none.
+    """
+    if t.shape != shape or t.dtype not in (torch.float64, *DTYPES):
+        raise ValueError(f"{name} is {tuple(t.shape)} of {t.dtype}, expected {shape} of "
+                         "floating-point numbers")
+    t = t.to(dtype).contiguous()
+    if not t.isfinite().all():
+        raise ValueError(f"{name} has infinite values as {dtype}: choose another --dtype, "
+                         "or the checkpoint is damaged")
+    return t

@@ -1,0 +1,156 @@
+"""GGUF files of llama.cpp: a llama, qwen2 or qwen3, quantised or not.
+
+Quantised weights become what they stand for. llama's rows of q and k are in the order
+that interleaved rope wants.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.foreign import read_gguf_tokenizer
+from model import ModelConfig, rope_frequencies
+from tools.checkpoint import TABLE, Checkpoint, refuse, rename, take, unchanged
+
+
+def from_gguf(file: Path) -> Checkpoint:
+    """The checkpoint in a file.
+
+    Raises ValueError for what is not supported or damaged.
+    """
+    reader, values = open_gguf(file)
+    tensors = {t.name: t for t in reader.tensors}
+    arch = take(values, "general.architecture", str)
+    if arch not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"architecture {arch!r} is not supported: llama, qwen2 and qwen3 are")
+    values = {key.removeprefix(arch + "."): value for key, value in values.items()}
+    refuse(values, (0, 1), "a mixture of experts", "expert_count")
+    refuse(values, (0,), "a sliding window", "attention.sliding_window")
+    refuse(values, (0.0,), "soft-capping of logits", "attn_logit_softcapping", "final_logit_softcapping")
+    cfg = gguf_config(values, tensors)
+
+    def uninterleave(name: str, t: Tensor) -> Tensor:
+        """llama.cpp turns neighbouring channels (2i, 2i + 1), we turn (i, i + N/2).
+
+        So the rows of q and k are put back into halves.
+        """
+        if not re.search(r"att\.[qk]_proj", name):
+            return t
+        return t.unflatten(0, (-1, cfg.att_head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    def tokenizer() -> dict:
+        return read_gguf_tokenizer(reader.fields)
+
+    has_tokenizer = "tokenizer.ggml.model" in reader.fields
+    return Checkpoint(cfg, set(tensors), lambda name: rename(name, TABLE["gguf"]),
+                      lambda name: read_gguf_tensor(file, tensors[name]),
+                      uninterleave if arch == "llama" else unchanged,
+                      ignored="rope_freqs.weight", tokenizer=tokenizer if has_tokenizer else None)
+
+
+def open_gguf(file: Path) -> tuple:
+    """A gguf.GGUFReader of the file, whose weights stay on disk, and its settings by
+    their keys.
+
+    Raises ValueError where the file is damaged, or the package is missing.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("GGUF files are read by the package gguf: pip install gguf") from None
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, *args, **kwargs):
+            # past the end there are empty arrays, of which it may read 2^64
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("the file ends too early")
+            return super()._get(offset, dtype, count, *args, **kwargs)
+
+    try:
+        reader = Reader(file)
+        settings = [key for key in reader.fields if not key.startswith("tokenizer.")]
+        values = {key: reader.fields[key].contents() for key in settings}
+        if reader.byte_order != "I":
+            raise ValueError("written for machines of the other byte order")
+    except Exception as e:  # gguf and numpy raise many kinds here; each means the same to the user
+        raise ValueError(f"damaged, or not a GGUF file ({type(e).__name__}: {e})") from None
+    return reader, values
+
+
+def read_gguf_tensor(file: Path, place) -> Tensor:
+    """The numbers of a gguf.ReaderTensor, in float32 or as they are stored.
+
+    `place.data` is mapped into memory and would stay there, so they are read from the
+    file.
+    """
+    import gguf
+
+    data = np.fromfile(file, place.data.dtype, place.data.size, offset=place.data_offset)
+    try:
+        return torch.from_numpy(gguf.dequantize(data.reshape(place.data.shape), place.tensor_type))
+    except NotImplementedError:
+        raise ValueError(f"{place.name} is of type {place.tensor_type.name}, "
+                         "which the package gguf does not decode") from None
+
+
+# ------------------------------------------------------------------------------------------
+# Shapes
+
+def gguf_config(values: dict, tensors: dict) -> ModelConfig:
+    """What a file says of the model's shape, and what only its tensors say."""
+    n_embd, n_head = take(values, "embedding_length", int), take(values, "attention.head_count", int)
+    N = take(values, "attention.key_length", int, n_embd // max(1, n_head))
+    refuse(values, (N,), f"with heads of {N} another size of values, or rotation of a part,",
+           "attention.value_length", "rope.dimension_count")
+    embedding = tensors.get("token_embd.weight")
+    return ModelConfig(
+        vocab_size=len(embedding.data) if embedding else 1,
+        block_size=take(values, "context_length", int),
+        n_layer=take(values, "block_count", int),
+        n_embd=n_embd,
+        n_head=n_head,
+        n_kv_head=take(values, "attention.head_count_kv", int, n_head),
+        head_size=N,
+        **gguf_rope(values, tensors, N),
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        o_bias="blk.0.attn_output.bias" in tensors,
+        bias="blk.0.ffn_up.bias" in tensors,
+        ffn="swiglu",
+        ffn_size=take(values, "feed_forward_length", int),
+        norm="rmsnorm",
+        ln0=False,
+        tied="output.weight" not in tensors,
+        norm_eps=take(values, "attention.layer_norm_rms_epsilon", float),
+    )
+
+
+def gguf_rope(values: dict, tensors: dict, N: int) -> dict:
+    """The rotary settings, for heads of N.
+
+    llama3's scaling stands in a file as one factor for each frequency; they are its
+    published settings, or refused.
+    """
+    kind = take(values, "rope.scaling.type", str, "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"rope scaling {kind!r} is not supported: none, linear and llama3 are")
+    rope = {"rope_theta": take(values, "rope.freq_base", float, 10000.0)}
+    if kind == "linear":
+        rope |= {"rope_scaling": "linear", "rope_factor": take(values, "rope.scaling.factor", float)}
+    if "rope_freqs.weight" not in tensors:
+        return rope
+    factors = torch.tensor(tensors["rope_freqs.weight"].data).flatten().float()
+    if kind != "none" or len(factors) != max(1, N // 2):
+        raise ValueError(f"rope_freqs.weight has {len(factors)} factors for heads of {N}, beside the "
+                         f"rope scaling {kind!r}: not supported")
+    rope |= {"rope_scaling": "llama3", "rope_factor": factors.max().item(),
+             "rope_low": 1.0, "rope_high": 4.0, "rope_original": 8192}
+    scaled = rope_frequencies(ModelConfig(**rope), N, "cpu")
+    plain = rope_frequencies(ModelConfig(**rope | {"rope_scaling": "default"}), N, "cpu")
+    if not torch.allclose(plain / scaled, factors, rtol=1e-4):
+        raise ValueError("rope_freqs.weight is not llama3's (low 1, high 4, original length 8192): "
+                         "other factors are not supported")
+    return rope
