@@ -19,10 +19,10 @@ from sample import main
 from tools import batch, chat
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=("RWKV-7", "GPT", "hybrid"))
+def folder(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    save_model(tiny_model(mixer="r", ffn="channelmix"), path, {"tokenizer": "bytes"})
+    save_model(tiny_model(std=0.5, **ALL[request.param]), path, {"tokenizer": "bytes"})
     return path
 
 
@@ -210,22 +210,36 @@ def test_prompts_go_on_from_a_state(folder, tmp_path, capsys):
 # What a user can get wrong
 
 
-def test_bad_states_of_the_script_are_one_line(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_bad_states_of_the_scripts_are_one_line(folder, talker, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "p.txt").write_text("a\nb\n")
     p, s = str(tmp_path / "p.txt"), str(tmp_path / "s.state")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    for args, word in (
-        (["--load_state", p], "damaged or no state"),
-        (["--load_state", "none"], "no state at"),
-        (["--state_dtype", "int4"], "state.dtype"),
-        (["--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
-        (["--save_state", s, "--num_samples", "2"], "num_samples"),
-        (["--load_state", ""], "load_state is empty"),
-        (["--save_state", ""], "save_state is empty"),
-        (["--state_dtype", "int8"], "state_dtype"),
-        (["--max_tokens", "0"], "max_tokens"),
-        (["--max_tokens", "0", "--save_state", s], "nothing to read"),
-    ):
+    choices = "float32.*float16.*bfloat16"
+    cases = [
+        (main, ["--load_state", p], "damaged or no state"),
+        (main, ["--load_state", "none"], "no state at"),
+        (main, ["--state_dtype", "int4"], "int4.*--state.dtype.*" + choices),
+        (main, ["--dtype", "int8"], "int8.*--dtype.*" + choices),
+        (main, ["--save_state", s, "--num_samples", "2"], "num_samples"),
+        (batch.main, ["--save_state", s, "--prompts", p], "state of one text"),
+        (batch.main, ["--state_dtype", "int8", "--prompts", p], "int8 is for the --save_state of"),
+        (batch.main, ["--prompts", p, "--prompt", "a"], "prompt"),
+        (main, ["--prompts", p], "prompts"),
+        (batch.main, ["--prompts", str(tmp_path / "empty.txt")], "has no line"),
+        (batch.main, ["--prompts", "none.txt"], "can't be read"),
+        (batch.main, ["--prompts", ""], "prompts is empty"),
+        (batch.main, ["--prompts", p, "--load_state", "none"], "no state at"),
+        (main, ["--load_state", ""], "load_state is empty"),
+        (main, ["--save_state", ""], "save_state is empty"),
+        (main, ["--save_state", str(tmp_path)], "is a folder: name a file"),
+        (main, ["--state_dtype", "int8"], "for --save_state and tools.chat"),
+        (main, ["--max_tokens", "0"], "max_tokens"),
+        (main, ["--max_tokens", "0", "--save_state", s], "nothing to read"),
+        (chat.main, ["--ckpt", str(talker), "--save_state", s], "nothing was said"),
+        (chat.main, ["--ckpt", str(folder), "--load_state", p], "damaged or no state"),
+    ]
+    for script, args, word in cases:
         with pytest.raises(ValueError, match=word) as e:
             script(["--ckpt", str(folder), *args])
         one_line(e.value)
