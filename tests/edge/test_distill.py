@@ -25,22 +25,11 @@ from common import (
     state_dict,
     tiny_model,
 )
-from common_train import (
-    META,
-    Killed,
-    check_gather,
-    dies_at_call,
-    job,
-    loop,
-    rerun,
-    teacher,  # noqa: F401
-    two_processes,
-    wait_for,
-    weights,
-)
+from common_distill import META, check_gather, job, loop, rerun, teacher, weights  # noqa: F401   (fixtures)
+from common_train import Killed, dies_at_call, two_processes, wait_for
 from config import cli
 from data.loader import Loader
-from distill import DistillConfig, StudentConfig, divergence, make_student, match_loss, open_stage
+from distill import DistillConfig, StudentConfig, make_student, open_stage
 from lib import stages
 from lib.folders import load_model, save_model
 from lib.runs import checkpoints
@@ -353,54 +342,6 @@ def test_stage_1_of_a_hybrid_moves_the_replaced_layers_and_nothing_else(pattern,
             assert torch.equal(p, teacher.state_dict()[name])
     # the error is the mean over the replaced layers alone, each on the teacher's inputs
     assert len([block for block in model.blocks if hasattr(block.att, "pair")]) == len(replaced)
-
-
-# ------------------------------------------------------------------------------------------
-# Losses
-
-
-def test_adaptive_kl_equals_the_papers_definition_token_by_token():
-    """arXiv 2404.02657: the head is the least set of the teacher's likeliest tokens
-    with half its mass.
-    """
-    torch.manual_seed(0)
-    t, s = 3 * torch.randn(40, 12), 3 * torch.randn(40, 12)
-    sizes = set()
-    for i in range(40):
-        p, q = t[i].double().softmax(-1).tolist(), s[i].double().softmax(-1).tolist()
-        head, mass = set(), 0.0
-        for j in sorted(range(12), key=lambda j: -p[j]):
-            if mass < 0.5:
-                head.add(j)
-                mass += p[j]
-        gap_head = sum(abs(p[j] - q[j]) for j in head)
-        gap_tail = sum(abs(p[j] - q[j]) for j in range(12) if j not in head)
-        forward = sum(a * math.log(a / b) for a, b in zip(p, q))
-        reverse = sum(b * math.log(b / a) for a, b in zip(p, q))
-        expected = (gap_head * forward + gap_tail * reverse) / (gap_head + gap_tail)
-        assert divergence(t[i], s[i], "adaptive").item() == pytest.approx(expected, rel=1e-4)
-        sizes.add(len(head))
-    assert len(sizes) > 1
-    assert divergence(t, t, "adaptive").abs().max() < 1e-6
-
-
-def test_kl_chunks_bound_the_largest_tensor_of_logits():
-    """With chunks of 8 tokens, nothing that the backward pass keeps is as large as 9
-    tokens' logits.
-    """
-    teacher, student = tiny_model(vocab_size=4096), tiny_model(mixer="r", vocab_size=4096)
-    batch, sizes = random_batch(4, T), []
-
-    def note(x):
-        sizes.append(0 if isinstance(x, torch.nn.Parameter) else x.numel())
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        match_loss(student, batch, teacher=teacher, kl_chunk=8)
-        assert max(sizes) < 9 * 4096
-        sizes.clear()
-        match_loss(student, batch, teacher=teacher, kl_chunk=None)
-        assert max(sizes) >= 4 * T * 4096  # the measure sees them where they are
 
 
 # ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 
 import lib.preference
 from common import T, padded, random_batch, shake, tiny_model
-from common_train import assert_sum_of_rows
+from common_distill import assert_sum_of_rows
 from data.loader import Batch, Loader
 from distill import StudentConfig, make_student
 from lib.preference import dpo_loss, sequence_logp

@@ -9,7 +9,7 @@ import pytest
 
 import tools.controls
 from common import one_line
-from common_train import job, loop, teacher  # noqa: F401   (fixtures)
+from common_distill import job, loop, teacher  # noqa: F401   (fixtures)
 from distill import DistillConfig, StudentConfig, distill
 from lib.folders import load_model
 from tools.controls import ControlsConfig, add_controls, run_controls

@@ -12,7 +12,7 @@ import distill
 import tools.demo
 import tools.evaluate
 from common import metrics, one_line
-from common_train import weights
+from common_distill import weights
 from lib.folders import load_model
 
 SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "block_size": 32}

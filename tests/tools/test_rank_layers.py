@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import T, one_line, random_batch, tiny_model
-from common_train import META, loop, rerun
+from common_distill import META, loop, rerun
 from data.loader import Loader
 from distill import StudentConfig, align_loss, make_student, wrap
 from lib.folders import save_model
