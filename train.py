@@ -33,7 +33,7 @@ from config import at_least, cli, run as run_script, settings
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from lib.bptt import backward_in_pieces
-from lib.folders import load_model, same_tokenizer
+from lib.folders import check_vocabulary, load_model, same_tokenizer
 from lib.hybrid import describe, mixer_letters
 from lib.processes import data_parallel, joined, main_first, setup
 from lib.runs import Meter, Progress, Run, RunConfig
@@ -236,6 +236,7 @@ def train(cfg: TrainConfig) -> dict:
     if train_half.kind == "preference":
         raise ValueError(f"{cfg.data} holds preferences, not text: give them to distill.py, --finish_data")
     if start:
+        check_vocabulary(start, start, train_half)
         same_tokenizer(train_half, cfg.init)
     torch.manual_seed(cfg.run.seed)
     model = (start or LM(replace(shape, vocab_size=train_half.vocab_size))).to(device)
@@ -246,7 +247,6 @@ def train(cfg: TrainConfig) -> dict:
         return {"val_loss": mean_loss(model, val_half, max_tokens, cfg.fit.bptt_chunk)}
 
     result = fit(model, cross_entropy_loss, train_half, cfg.fit, run, validate)
-    model.eval()
     result |= validate(None)
     line = "held-out loss {val_loss:.4f} nats per token after {tokens:,} tokens and {minutes:.1f} minutes"
     run.say(f"{cfg.run.out}: {line.format(**result)}")

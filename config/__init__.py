@@ -122,19 +122,33 @@ def load_preset(path: str) -> dict:
 def apply(default, values: dict, where: str = ""):
     """The dataclass `default` with `values` in it.
 
-    Raises ValueError for a key that it does not have, or a value of another type.
+    What has no prefix as a flag needs no table either: out = "..." for run.out. Raises
+    ValueError for a key that it does not have, or a value of another type.
     """
-    hints = get_type_hints(type(default))
+    hints, homes = get_type_hints(type(default)), flat_settings(default)
     changed = {}
     for key, value in values.items():
+        if key in homes:
+            home = homes[key]
+            changed[home] = apply(changed.get(home, getattr(default, home)), {key: value}, where)
+            continue
         if key not in hints:
             raise ValueError(f"unknown setting {where}{key}: {nearest(key, hints)}")
-        current = getattr(default, key)
+        current = changed.get(key, getattr(default, key))
         if is_dataclass(current) and isinstance(value, dict):
             changed[key] = apply(current, value, f"{where}{key}.")
         else:
             changed[key] = as_type(value, hints[key], f"{where}{key}")
     return replace(default, **changed)
+
+
+def flat_settings(default) -> dict[str, str]:
+    """Each setting that flags have without its prefix, and the field that holds it."""
+    homes = {}
+    for name, hint in get_type_hints(type(default), include_extras=True).items():
+        if tyro.conf.OmitArgPrefixes in getattr(hint, "__metadata__", ()):
+            homes |= {f.name: name for f in fields(getattr(default, name))}
+    return {key: home for key, home in homes.items() if not hasattr(default, key)}
 
 
 def nearest(key: str, names) -> str:

@@ -88,7 +88,6 @@ class Loader:
         if split == "train":
             self._require_enough()
 
-    # --------------------------------------------------------------------------------------
     # Batches
 
     def step(self, i: int) -> tuple[list[Batch], int]:
@@ -162,7 +161,6 @@ class Loader:
         row, mask = torch.from_numpy(row), torch.from_numpy(mask)
         return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous(), mask[:, 1:].contiguous())
 
-    # --------------------------------------------------------------------------------------
     # States that go on from step to step. Here there are none: each row begins anew.
     # lib/streams.py has the loader whose rows continue those of the step before.
 
@@ -184,7 +182,6 @@ class Loader:
         """
         require_rows(states, [], where)
 
-    # --------------------------------------------------------------------------------------
     # The folder
 
     def _find_examples(self, rows: int) -> None:

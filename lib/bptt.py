@@ -5,10 +5,11 @@ A model that remembers takes a piece of the text x_i and its state S_i to a loss
 next state, (l_i, S_{i+1}) = f(x_i, S_i). Ordinary backpropagation of l_1 + ... + l_n
 keeps the activations of all n pieces. Here only the states at the borders are kept:
 
-    there       S_2 = f(x_1, S_1), S_3 = f(x_2, S_2), ...     without gradients: only the states remain
-    and back    for i = n ... 1: run f(x_i, S_i) once more, now with gradients, and go back from
-                    l_i + <S_{i+1}, dS_{i+1}>                 to the parameters, which add it up,
-                                                              and to S_i, which is dS_i
+    there       S_2 = f(x_1, S_1), S_3 = f(x_2, S_2), ...
+                without gradients: only the states remain
+    and back    for i = n ... 1: run f(x_i, S_i) once more, now with gradients, and
+                go back from  l_i + <S_{i+1}, dS_{i+1}>  to the parameters, which
+                add it up, and to S_i, which is dS_i
 
 dS_{i+1} = d(l_{i+1} + ... + l_n) / dS_{i+1} is a constant here, so that the sum's
 gradient is the chain rule, and nothing is approximated. With n = 1 this is ordinary

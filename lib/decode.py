@@ -91,7 +91,7 @@ class Decoder:
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         x, v_first, after = self.emb[tokens], None, []                # x (B, C)
         if self.cfg.positions == "learned":
-            x = x + self.model.pos(self.model.position_ids(state.position, 1))
+            x = x + self.model.pos(self.model.position_ids(state.position, state.position + 1))
         x = self.ln0(x) if self.ln0 else x
         position = state.position + 1
         for p, ((last, S, _), ffn) in zip(self.layers, state.layers):

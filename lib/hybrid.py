@@ -1,13 +1,15 @@
 """Which layers are attention, and what each kind of layer remembers.
 
-    a, r, ra, rrra ...    by letter, repeated over the layers (r = RWKV-7, a = attention)
-    all                   every layer is RWKV-7; the names below say which, the others are attention
+    a, r, ra, rrra ...    by letter, repeated over the layers (r: RWKV-7, a: attention)
+    all                   every layer is RWKV-7; the names below say which are, the
+                          others are attention
     every:K, alternate    0, K, 2K, ...; alternate is every:2
     first:K, last:K       the first K, the last K
     0,2,5                 these; layers count from 0
-    auto:T                as many layers stay attention as fit: after T tokens the model may hold no
-                          more than it would with attention in every layer after block_size tokens.
-                          They are spread evenly, the last in the last layer
+    auto:T                as many layers stay attention as fit: after T tokens the model
+                          may hold no more than it would with attention in every layer
+                          after block_size tokens. They are spread evenly, the last in
+                          the last layer
 """
 
 import torch

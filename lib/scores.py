@@ -33,6 +33,7 @@ def loss_by_position(model: LM, loader: Loader, max_tokens: int | None = None, c
     Every process takes its share. Windows are read `chunk` tokens at a time, of each no
     more than the first `reach`; None = all.
     """
+    model.eval()
     device = next(model.parameters()).device
     sums = torch.zeros(2, loader.T, dtype=torch.float64, device=device)
     for batch in loader.windows(max_tokens):

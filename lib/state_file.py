@@ -4,8 +4,8 @@
     book, unread = load_state("book.state", model, "bytes")
 
 int8 holds every row x of a tensor (its last dimension) as q s, with q = round(x / s) in
--127 ... 127 and s = max |x| / 127, one scale in bfloat16 for each row: 1 + 2/N bytes for a number
-instead of 4, and an error of at most s/2 (s/2 + 0.4 % for the largest).
+-127 ... 127 and s = max |x| / 127, one scale in bfloat16 for each row: 1 + 2/N bytes
+for a number instead of 4, and an error of at most s/2 (s/2 + 0.4 % for the largest).
 """
 
 import hashlib

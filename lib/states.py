@@ -2,8 +2,8 @@
 copy it.
 
     logits, book = process(model, tokens)              any length, a piece at a time
-    a = generate(decoder, question, 100, state=book)   no call changes a state,
-    b = generate(decoder, another, 100, state=book)    so both of these continue the same book
+    a = generate(decoder, question, 100, state=book)   no call changes a state, so
+    b = generate(decoder, another, 100, state=book)    both continue the same book
 
 Functions on model.State, for attention's growing cache as for RWKV-7's constant one.
 Dimension 0 of each of its tensors is the text in the batch.

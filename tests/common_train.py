@@ -1,7 +1,8 @@
 """What the tests of training and distillation share.
 
-Short runs, tiny jobs, ways to interrupt them, and models that pass for others. Processes
-that are spawned import this file by its name, so their functions stand here too.
+Short runs, tiny jobs, ways to interrupt them, and models that pass for others.
+Processes that are spawned import this file by its name, so their functions stand here
+too.
 """
 
 import json
@@ -25,7 +26,7 @@ from model import LM, CausalSelfAttention
 from train import FitConfig, TrainConfig, cross_entropy_loss, fit, train
 
 META = {"tokenizer": "bytes"}
-QUIET = {"eval_every": None, "warmup_steps": 0}              # for a FitConfig
+QUIET = {"eval_every": None, "warmup_steps": 0}  # for a FitConfig
 RUN_FIELDS = {f.name for f in fields(RunConfig)}
 
 
@@ -36,18 +37,38 @@ class Killed(Exception):
 # ------------------------------------------------------------------------------------------
 # Runs of fit
 
+
 def open_run(out: Path | str, model: LM, **options) -> Run:
-    """The run in `out`, which goes on where there is one. Every step is logged, only the last saved."""
-    quiet = {"out": str(out), "resume": Path(out).exists(), "device": "cpu", "save_every": None, "log_every": 1}
+    """The run in `out`, which goes on where there is one.
+
+    Every step is logged, only the last saved.
+    """
+    quiet = {
+        "out": str(out),
+        "resume": Path(out).exists(),
+        "device": "cpu",
+        "save_every": None,
+        "log_every": 1,
+    }
     cfg = RunConfig(**quiet | options)
     run = Run(cfg, 0)
     run.begin(model, META, cfg)
     return run
 
 
-def run_fit(out: Path, data: str, cfg: FitConfig, model: LM | None = None, loss_fn: Callable = cross_entropy_loss,
-            validate: Callable | None = None, length: int = T, **options) -> dict:
-    """fit on a data folder, of a small RWKV-7 if no model is given; options are RunConfig's."""
+def run_fit(
+    out: Path,
+    data: str,
+    cfg: FitConfig,
+    model: LM | None = None,
+    loss_fn: Callable = cross_entropy_loss,
+    validate: Callable | None = None,
+    length: int = T,
+    **options,
+) -> dict:
+    """fit on a data folder, of a small RWKV-7 if no model is given; options are
+    RunConfig's.
+    """
     model = model or tiny_model(mixer="r", std=0.05)
     loader = open_loader(data, "train", cfg, length, 0, 0, 1)
     return fit(model, loss_fn, loader, cfg, open_run(out, model, **options), validate)
@@ -58,7 +79,7 @@ def dies_at_call(n: int, loss_fn: Callable = cross_entropy_loss) -> Callable:
     calls = []
 
     def dying(*args, **kwargs):
-        calls.append(torch.is_grad_enabled())              # without gradients it is the held-out loss
+        calls.append(torch.is_grad_enabled())  # without gradients it is the held-out loss
         if sum(calls) == n:
             raise Killed
         return loss_fn(*args, **kwargs)
@@ -67,7 +88,10 @@ def dies_at_call(n: int, loss_fn: Callable = cross_entropy_loss) -> Callable:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 600) -> None:
-    """Until the condition holds; the process must be running. `seconds` only end a test that hangs."""
+    """Until the condition holds; the process must be running.
+
+    `seconds` only end a test that hangs.
+    """
     end = time.time() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -77,6 +101,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 
 # ------------------------------------------------------------------------------------------
 # Distillations
+
 
 def loop(max_steps: int, batch_size: int = 2, **changes) -> FitConfig:
     """A stage's loop."""
@@ -98,12 +123,21 @@ def job(tiny, teacher, tmp_path) -> Callable[..., DistillConfig]:
 
     What RunConfig has goes there, all else to DistillConfig.
     """
+
     def make(name: str, **changes) -> DistillConfig:
         options = {key: value for key, value in changes.items() if key in RUN_FIELDS}
         stages = {key: value for key, value in changes.items() if key not in RUN_FIELDS}
         run = RunConfig(**{"out": str(tmp_path / name), "device": "cpu", "log_every": 1} | options)
-        common = {"teacher": teacher, "data": tiny.text, "finish_data": tiny.sft, "eval_tokens": 300,
-                  "align": loop(3), "match": loop(3), "finish": loop(3), "run": run}
+        common = {
+            "teacher": teacher,
+            "data": tiny.text,
+            "finish_data": tiny.sft,
+            "eval_tokens": 300,
+            "align": loop(3),
+            "match": loop(3),
+            "finish": loop(3),
+            "run": run,
+        }
         return DistillConfig(**common | stages)
 
     return make
@@ -119,7 +153,9 @@ def weights(folder: Path | str) -> dict[str, torch.Tensor]:
 
 
 class Pretender(CausalSelfAttention):
-    """Passes for attention, and computes what a student's mixer computes, v_first included."""
+    """Passes for attention, and computes what a student's mixer computes, v_first
+    included.
+    """
 
     def __init__(self, cfg, mixer, shared):
         super().__init__(cfg)
@@ -156,6 +192,7 @@ def assert_sum_of_rows(loss: Callable, batch, rows: list, model: LM) -> None:
 # ------------------------------------------------------------------------------------------
 # Two processes
 
+
 def two_processes(store: Path, jobs: list, check: Callable[[int], None] | None = None):
     """Start both; `.join()` until it says True. Each does `check`, then the jobs."""
     return torch.multiprocessing.spawn(two_ranks, (str(store), jobs, check), nprocs=2, join=False)
@@ -175,13 +212,15 @@ def two_ranks(rank: int, store: str, jobs: list, check: Callable[[int], None] | 
 
 
 def check_gather(rank: int) -> None:
-    """The gather by hand: x of both ranks on both; my gradient is the sum of both ranks' wishes."""
+    """The gather by hand: x of both ranks on both; my gradient is the sum of both
+    ranks' wishes.
+    """
     x = torch.full((1, 2, 3), 1.0 + rank, requires_grad=True)
     gathered = AllGather.apply(x, None)
     assert gathered[:, 0, 0, 0].tolist() == [1.0, 2.0] and gathered.shape == (2, 1, 2, 3)
     wish = torch.tensor([10.0, 1.0])[:, None, None, None] * (3.0 if rank else 1.0)
     (gathered * wish).sum().backward()
-    assert x.grad.unique().tolist() == [[40.0], [4.0]][rank]          # (1 + 3) * 10, (1 + 3) * 1
+    assert x.grad.unique().tolist() == [[40.0], [4.0]][rank]  # (1 + 3) * 10, (1 + 3) * 1
     holder = VFirstHolder()
     holder.write(x)
     assert holder.state.shape == (2, 1, 2, 3) and torch.equal(holder.read(), x)

@@ -1,4 +1,4 @@
-"""The loop: what a step computes, what moves how fast, when it stops, and that stopping loses nothing."""
+"""The loop: what a step computes, when it stops, and that stopping loses nothing."""
 
 from types import SimpleNamespace
 
@@ -65,7 +65,7 @@ def test_accumulation_over_two_batches_is_one_doubled_batch(tmp_path, tiny, kind
 
 
 def test_two_torchrun_processes_train_as_one_with_the_doubled_batch(tmp_path, tiny):
-    """With eps = 1 AdamW is close to plain descent, so parameters compare as gradients do.
+    """With eps = 1 AdamW is almost plain descent: parameters compare as gradients do.
 
     accum doubles the batch once more.
     """
@@ -140,7 +140,7 @@ def test_schedules_by_hand(schedule, values):
 
 
 def test_rates_and_decay_of_every_step_by_hand(tmp_path, tiny, monkeypatch):
-    """Linear from 1 to 0 over 4 steps is 1, 3/4, 1/2, 1/4, the first half of it for warming up.
+    """Linear from 1 to 0 over 4 steps is 1, 3/4, 1/2, 1/4; half of step 1 warms up.
 
     Decay from 0.4 to 0 alike.
     """
@@ -191,7 +191,7 @@ def test_terminate_at_loss_waits_for_the_mean_of_a_log_interval(tmp_path, tiny):
 
 
 def test_max_minutes_stops_by_the_clock_and_evaluation_does_not_count(tmp_path, tiny, monkeypatch):
-    """Every step takes 30 s and every evaluation an hour: 2 minutes are over after 4 steps."""
+    """A step takes 30 s and an evaluation an hour: 2 minutes are over after 4 steps."""
     now = [1e9]
     monkeypatch.setattr(lib.runs, "time", SimpleNamespace(time=lambda: now[0]))
 
@@ -234,7 +234,8 @@ def test_a_run_that_dies_and_resumes_equals_one_that_never_stopped_bit_for_bit(t
 
     def go_on(out, seed=0, loss_fn=cross_entropy_loss):
         model, val_half = tiny_model(seed, mixer="ra"), Loader(tiny.text, "val", 4, T)
-        run_fit(out, tiny.text, cfg, model, loss_fn, lambda: {"val_loss": mean_loss(model, val_half, 300)}, **often)
+        validate = lambda: {"val_loss": mean_loss(model, val_half, 300)}  # noqa: E731
+        run_fit(out, tiny.text, cfg, model, loss_fn, validate, **often)
 
     go_on(tmp_path / "whole")
     for step in (6, 3):          # of two passes each; the second counts from the checkpoint at step 4

@@ -1,6 +1,6 @@
 """Many prompts side by side, each continued as it would be alone.
 
-    python -m tools.batch --ckpt out/rwkv --prompts questions.txt        one prompt per line, of any lengths
+    python -m tools.batch --ckpt out/rwkv --prompts questions.txt      a prompt per line
 
 Nothing is padded, and every token is read once: all prompts are read as far as the
 shortest goes, which is done then, and the others read on.

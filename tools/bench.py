@@ -2,9 +2,9 @@
 run.
 
     python -m tools.bench                       all three, some minutes on two CPU cores
-    python -m tools.bench --only operator       wkv7's fast form beside its loop and causal attention
-    python -m tools.bench --only train          a training step of a GPT and of an RWKV-7
-    python -m tools.bench --only decode         generation beside the PyPI package `rwkv`, same weights
+    python -m tools.bench --only operator       wkv7 beside its loop and attention
+    python -m tools.bench --only train          a training step, GPT and RWKV-7
+    python -m tools.bench --only decode         beside the package `rwkv`, same weights
     python -m tools.bench --json out/bench.json
 
 Medians of alternating repetitions, so that a busy machine slows both sides of a ratio.
@@ -236,20 +236,25 @@ def bench_decode(cfg: BenchConfig, device: str) -> list[dict]:
             "GB_per_s": bandwidth,
             "difference": difference,
         }
-        print(
-            f"{f'{name}: {shape.n_layer} layers, C {shape.n_embd}':25}{'tokens/s':>10}{'GB/s':>8}{'difference':>12}"
-        )
+        title = f"{name}: {shape.n_layer} layers, C {shape.n_embd}"
+        print(f"{title:25}{'tokens/s':>10}{'GB/s':>8}{'difference':>12}")
         for side, v in speed.items():
             print(f"  {side:23}{v:10,.0f}{cell(bandwidth, side, 8, 1)}{difference[side]:12.1e}")
         if "rwkv" in sides:
             theirs = max(speed["rwkv"], speed["rwkv, 1 thread"])
-            row["ratio"] = {"float32": max(speed["ours"], speed["ours, 1 thread"]) / theirs, "bfloat16": speed["ours, bfloat16"] / theirs}
-            print("  ours is {float32:.2f} times as fast as rwkv (goal 2), {bfloat16:.2f} times with matrices in bfloat16".format(**row["ratio"]), flush=True)
-        rows.append(row | {"state_bytes": remembered_bytes(shape, 1), "kv_bytes": {T: shape.n_layer * cache_bytes(shape, "a", T) for T in (1024, 8192, 65536)}})
+            ours = max(speed["ours"], speed["ours, 1 thread"])
+            row["ratio"] = {"float32": ours / theirs, "bfloat16": speed["ours, bfloat16"] / theirs}
+            line = "  ours is {float32:.2f} times as fast as rwkv (goal 2), {bfloat16:.2f} times "
+            print((line + "with matrices in bfloat16").format(**row["ratio"]), flush=True)
+        row["state_bytes"] = remembered_bytes(shape, 1)
+        row["kv_bytes"] = {T: shape.n_layer * cache_bytes(shape, "a", T) for T in (1024, 8192, 65536)}
+        rows.append(row)
 
-    print(f"\nmemory of one text in bytes, float32\n{'':22}{'RWKV-7':>12}" + "".join(f"{f'attention, {T}':>19}" for T in rows[0]["kv_bytes"]))
+    print(f"\nmemory of one text in bytes, float32\n{'':22}{'RWKV-7':>12}", end="")
+    print("".join(f"{f'attention, {T}':>19}" for T in rows[0]["kv_bytes"]))
     for row in rows:
-        print(f"{row['model']:8}L {row['n_layer']:<4}C {row['n_embd']:<6}{row['state_bytes']:12,}" + "".join(f"{b:19,}" for b in row["kv_bytes"].values()))
+        caches = "".join(f"{b:19,}" for b in row["kv_bytes"].values())
+        print(f"{row['model']:8}L {row['n_layer']:<4}C {row['n_embd']:<6}{row['state_bytes']:12,}{caches}")
     return rows
 
 

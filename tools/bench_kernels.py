@@ -1,8 +1,8 @@
 """The operator's Triton kernels on a GPU, beside the loop, the chunks, attention, and
 fla's.
 
-    python -m tools.bench_kernels --repeat 20 --json out/kernels.json      on a GPU; also a plot
-    TRITON_INTERPRET=1 python -m tools.bench_kernels                       shows that it runs, not how fast
+    python -m tools.bench_kernels --repeat 20 --json out/kernels.json    on a GPU
+    TRITON_INTERPRET=1 python -m tools.bench_kernels          that it runs, not how fast
 
 fla is the package fla-core, where it is installed. Every side is timed, weighed against
 what must be moved at least, and compared with float64.
@@ -204,12 +204,14 @@ def kernel_goals(row: dict) -> dict[str, tuple[float, float]]:
 
 def print_kernels(row: dict) -> None:
     place = f"B {row['B']:<4}T {row['T']:<7}H {row['H']}"
-    print(
-        f"\n{place:28}{'forward ms':>12}{'GB/s':>7}{'of copy':>9}{'+ backward ms':>16}{'GB/s':>7}{'of copy':>9}{'kept':>7}{'peak MB':>9}"
-    )
+    rates = f"{'GB/s':>7}{'of copy':>9}"
+    print(f"\n{place:28}{'forward ms':>12}{rates}{'+ backward ms':>16}{rates}{'kept':>7}{'peak MB':>9}")
     for name, side in row["sides"].items():
-        print(f"{name:28}" + "".join(cell(side, f"{way}_ms", width, 3) + cell(side, f"{way}_GB_per_s", 7) + cell(side, f"{way}_of_copy", 9, 2)
-                                     for way, width in (("forward", 12), ("both", 16))) + cell(side, "kept", 7, 2) + cell(side, "peak_MB", 9))
+        line = f"{name:28}"
+        for way, width in (("forward", 12), ("both", 16)):
+            line += cell(side, f"{way}_ms", width, 3) + cell(side, f"{way}_GB_per_s", 7)
+            line += cell(side, f"{way}_of_copy", 9, 2)
+        print(line + cell(side, "kept", 7, 2) + cell(side, "peak_MB", 9))
     print(f"{'relative errors':28}" + "".join(f"{name:>9}" for name in OUTPUTS))
     for name, errors in ((name, side["errors"]) for name, side in row["sides"].items() if "errors" in side):
         print(f"{name:28}" + "".join(f"{errors[output]:9.1e}" for output in OUTPUTS))
@@ -232,7 +234,8 @@ def plot_kernels(rows: dict[str, dict], path: Path) -> None:
             ax.set(title=title, xlabel="B, T, H", ylabel="ms", yscale="log")
 
 
-def kernel_row(B: int, T: int, H: int, chunk_rwkv7: Callable | None, cfg: KernelsConfig, device: str, copy: float) -> dict:
+def kernel_row(B: int, T: int, H: int, chunk_rwkv7: Callable | None, cfg: KernelsConfig, device: str,
+               copy: float) -> dict:
     """All that is measured at one shape; of fla its default and, by the time of both
     passes, its best setting.
     """
@@ -244,7 +247,8 @@ def kernel_row(B: int, T: int, H: int, chunk_rwkv7: Callable | None, cfg: Kernel
     if chunk_rwkv7:
         settings = {name: fla_side(chunk_rwkv7, sides["triton"], **options) for name, options in FLA.items()}
         settings = {name: side for name, side in settings.items() if attempt(name, side.both)}
-        row["fla_ms"] = {name: 1e3 * s for name, s in in_turns({name: side.both for name, side in settings.items()}, 3, clock).items()}
+        seconds = in_turns({name: side.both for name, side in settings.items()}, 3, clock)
+        row["fla_ms"] = {name: 1e3 * s for name, s in seconds.items()}
         row["best"] = min(settings, key=row["fla_ms"].get, default=None)
         sides |= {name: side for name, side in settings.items() if name in ("fla", row["best"])}
     row["sides"] = measure(sides, cfg, clock, copy)
@@ -257,14 +261,20 @@ def bench_kernels(cfg: KernelsConfig, device: str, results: dict) -> None:
     """Two rounds over the shapes, the second with fla, which compiles for long: what
     the first has written is not lost.
     """
-    shapes, clock, size = (KERNEL_SHAPES, gpu_clock, 2**29) if device == "cuda" else (TINY_SHAPES, stopwatch, 2**20)
+    shapes, clock, size = KERNEL_SHAPES, gpu_clock, 2**29
+    if device == "cpu":
+        shapes, clock, size = TINY_SHAPES, stopwatch, 2**20
     source, target = torch.rand(2, size, device=device)
     # 4 bytes read and 4 written
     copy = 8 * size / in_turns({"copy": lambda: target.copy_(source)}, cfg.repeat, clock)["copy"]
-    results |= {"copy_GB_per_s": copy / 1e9, "least_bytes": least_bytes(64), "fla_settings": FLA, "kernels": {}}
-    print("\nwkv7, N = 64, bfloat16: per token and head at least {forward:,} bytes forward, {both:,} with backward;".format(**least_bytes(64)),
-          f"a copy in memory moves {copy / 1e9:,.0f} GB/s" + "\nTriton's interpreter: this shows that everything runs, not how fast" * (device == "cpu"))
-    chunk_rwkv7 = attempt("fla (pip install fla-core==0.6.0)", lambda: import_module("fla.ops.rwkv7").chunk_rwkv7)
+    least = least_bytes(64)
+    results |= {"copy_GB_per_s": copy / 1e9, "least_bytes": least, "fla_settings": FLA, "kernels": {}}
+    print(f"\nwkv7, N = 64, bfloat16: per token and head at least {least['forward']:,} bytes forward, "
+          f"{least['both']:,} with backward; a copy in memory moves {copy / 1e9:,.0f} GB/s")
+    if device == "cpu":
+        print("Triton's interpreter: this shows that everything runs, not how fast")
+    fla = "fla (pip install fla-core==0.6.0)"
+    chunk_rwkv7 = attempt(fla, lambda: import_module("fla.ops.rwkv7").chunk_rwkv7)
     for theirs in (None, chunk_rwkv7) if chunk_rwkv7 else (None,):
         for B, T, H in shapes:
             if row := attempt(f"B {B} T {T} H {H}", lambda: kernel_row(B, T, H, theirs, cfg, device, copy)):

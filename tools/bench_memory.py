@@ -1,6 +1,6 @@
 """Peak memory and speed of training against the length of the sequence.
 
-    python -m tools.bench_memory --json out/memory.json        some minutes on two CPU cores
+    python -m tools.bench_memory --json out/memory.json    some minutes on two cores
 
 A GPT, RWKV-7, RWKV-7 with checkpointed blocks, and RWKV-7 in pieces (lib/bptt.py), each
 at each length in a process of its own, whose peak is nobody else's.

@@ -1,6 +1,6 @@
 """Past the training length: loss by stretch of positions, and a number to remember.
 
-    python -m tools.passkey --teacher out/teacher --student out/rwkv --longest 8 --passkey 16
+    python -m tools.passkey --student out/rwkv --longest 8 --passkey 16
 
 `--longest 8` reads up to 8 times block_size and gives the loss by position. `--passkey
 16` tells 16 numbers at each of `--depths` places in texts of each length, doubling up

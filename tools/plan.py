@@ -7,7 +7,8 @@ Its settings are train.py's. The model is made on the meta device, which has sha
 no memory. A training step of DistributedDataParallel holds on every GPU, in bytes, for
 P parameters
 
-    weights 4 P    gradients 4 P, and DDP's buckets 4 P more where N > 1    AdamW's two moments 8 P
+    weights 4 P    AdamW's two moments 8 P
+    gradients 4 P, and DDP's buckets 4 P more where N > 1
     activations    what the backward pass needs of each token: activation_floats
 
 so more GPUs read more tokens a step, but none of them holds less. All is in float32,

@@ -1,6 +1,6 @@
 """Which layers to leave as attention: what replacing each one costs.
 
-    python -m tools.rank_layers --teacher out/teacher --keep 1 --align.max_steps 100 --out out/rwkv
+    python -m tools.rank_layers --keep 1 --align.max_steps 100 --out out/rwkv
 
 Stage 1 for all layers at once, then the KL with each of them replaced alone, and a
 proposal: OUT/ranking/ranking.json. Its settings are distill.py's; the student's --mixer

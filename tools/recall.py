@@ -1,7 +1,7 @@
 """Associative recall: how many pairs attention, RWKV-7 and hybrids of both remember,
 flattering or not.
 
-    python -m tools.recall --out out/pairs                offline, some minutes on two CPU cores
+    python -m tools.recall --out out/pairs        offline, some minutes on two cores
     python -m tools.recall --pairs 4,8,16 --mixers "all last:1"
 
 Multi-query associative recall (arXiv 2312.04927): a tiny GPT learns to answer (k1 v1)

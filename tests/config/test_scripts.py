@@ -167,13 +167,15 @@ def preset(folder: Path, text: str) -> str:
 
 
 def test_scripts_refuse_nonsense_with_its_remedy_and_a_failing_status(tmp_path):
-    """From the shell: an unknown key, no teacher, no data, a rate below zero, odd heads."""
+    """From the shell: an unknown key, no teacher, no data, a rate below zero, odd
+    heads.
+    """
     empty = tmp_path / "empty"
     empty.mkdir()
     folders = ["--teacher", tmp_path / "teacher", "--out", tmp_path / "out"]
     cases = [
         (["train.py", preset(tmp_path, "max_stepz = 3\n[fit]\n")], "unknown setting max_stepz"),
-        (["distill.py", "--data", empty, *folders], f"no model at {tmp_path / 'teacher'}"),
+        (["distill.py", "--data", empty, *folders], f"no teacher at {tmp_path / 'teacher'}"),
         (["-m", "tools.demo", "--data", empty, *folders], f"{empty}"),
         (["train.py", "--learning_rate=-1"], "learning_rate = -1.0: it must be a number of at least 0"),
         (

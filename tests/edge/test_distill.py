@@ -1,4 +1,6 @@
-"""Distillation with odd teachers and bad luck: killed, damaged, resumed, on two processes, refused in one line."""
+"""Distillation with odd teachers and bad luck: killed, damaged, resumed, on two
+processes, refused in one line.
+"""
 
 import json
 import math
@@ -11,13 +13,35 @@ import torch
 
 import distill
 import lib.runs
-from common import (T, assert_same_run, metrics, moments, newest, one_line, random_batch, start, state_dict,
-                    tiny_model)
-from common_train import (META, Killed, check_gather, dies_at_call, job, loop, rerun, teacher,  # noqa: F401
-                          two_processes, wait_for, weights)
+from common import (
+    T,
+    assert_same_run,
+    metrics,
+    moments,
+    newest,
+    one_line,
+    random_batch,
+    start,
+    state_dict,
+    tiny_model,
+)
+from common_train import (
+    META,
+    Killed,
+    check_gather,
+    dies_at_call,
+    job,
+    loop,
+    rerun,
+    teacher,  # noqa: F401
+    two_processes,
+    wait_for,
+    weights,
+)
 from config import cli
 from data.loader import Loader
 from distill import DistillConfig, StudentConfig, divergence, make_student, match_loss, open_stage
+from lib import stages
 from lib.folders import load_model, save_model
 from lib.runs import checkpoints
 from lib.scores import cross_entropy
@@ -34,10 +58,13 @@ def report_of(out: Path) -> dict:
 # ------------------------------------------------------------------------------------------
 # Killed and resumed
 
-@pytest.mark.parametrize("stage, loss", [("align", "align_loss"), ("match", "match_loss"),
-                                         ("finish", "dpo_loss")])
+
+@pytest.mark.parametrize(
+    "stage, loss", [("align", "align_loss"), ("match", "match_loss"), ("finish", "dpo_loss")]
+)
 def test_a_stage_that_dies_and_resumes_equals_one_that_never_stopped_bit_for_bit(
-        job, tiny, tmp_path, monkeypatch, stage, loss):
+    job, tiny, tmp_path, monkeypatch, stage, loss
+):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     steps = {"align": loop(5), "match": loop(5), "finish": loop(5), "finish_data": tiny.dpo, "save_every": 2}
     distill.distill(job("whole", **steps))
@@ -60,16 +87,39 @@ def test_a_stage_that_dies_and_resumes_equals_one_that_never_stopped_bit_for_bit
 
 
 def test_a_run_killed_by_sigkill_resumes_to_what_it_would_have_been(job, tiny, teacher, tmp_path):
-    """The process could go on for ever; both others end in the middle after its last checkpoint."""
-    flags = ["--teacher", teacher, "--data", tiny.text, "--device", "cpu", "--eval_tokens", "200", "--stages",
-             "align,match", "--align.schedule", "constant", "--save_every", "10", "--match.max_steps", "2",
-             "--align.batch_size", "2", "--match.batch_size", "2", "--log_every", "5"]
+    """The process could go on for ever; both others end in the middle after its last
+    checkpoint.
+    """
+    flags = [
+        "--teacher",
+        teacher,
+        "--data",
+        tiny.text,
+        "--device",
+        "cpu",
+        "--eval_tokens",
+        "200",
+        "--stages",
+        "align,match",
+        "--align.schedule",
+        "constant",
+        "--save_every",
+        "10",
+        "--match.max_steps",
+        "2",
+        "--align.batch_size",
+        "2",
+        "--match.batch_size",
+        "2",
+        "--log_every",
+        "5",
+    ]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     process = start("distill.py", *flags, "--align.max_steps", "1000000", "--out", broken)
     wait_for(lambda: any(int(p.name[5:]) >= 30 for p in checkpoints(broken / "align")), process)
     process.kill()
     err = process.communicate()[1]
-    assert process.returncode == -signal.SIGKILL, err                          # it was still running
+    assert process.returncode == -signal.SIGKILL, err  # it was still running
     end = ["--align.max_steps", str(int(newest(broken / "align").name[5:]) + 15)]
     distill.main([*flags, *end, "--out", str(broken), "--resume"])
     distill.main([*flags, *end, "--out", str(whole)])
@@ -78,7 +128,9 @@ def test_a_run_killed_by_sigkill_resumes_to_what_it_would_have_been(job, tiny, t
 
 
 def test_finish_alone_goes_on_from_the_stages_that_are_done(job, tmp_path):
-    """Not from the raw student: the finish of a distilled folder must start where distillation ended."""
+    """Not from the raw student: the finish of a distilled folder must start where
+    distillation ended.
+    """
     distill.distill(job("out", stages="align,match"))
     distill.distill(job("out", stages="finish", resume=True, finish=loop(1, learning_rate=1e-8)))
     matched, finished = weights(tmp_path / "out" / "match"), weights(tmp_path / "out" / "finish")
@@ -119,18 +171,30 @@ def test_a_run_of_before_is_neither_overwritten_unasked_nor_left_behind_when_ask
 # ------------------------------------------------------------------------------------------
 # Two processes
 
-def test_two_processes_are_one_with_the_doubled_batch_in_all_stages(job, tiny, tmp_path):
-    """Eight rows a step: on one process at once, on one in two halves, on two in two halves each.
 
-    SFT has unequal numbers of targets per process and half. exp_avg after one step is a tenth of
-    the gradient, that through v_first included; eps = 1 makes AdamW so close to plain descent
-    that rounding is not blown up on the way to later stages.
+def test_two_processes_are_one_with_the_doubled_batch_in_all_stages(job, tiny, tmp_path):
+    """Eight rows a step: on one process at once, on one in two halves, on two in two
+    halves each.
+
+    SFT has unequal numbers of targets per process and half. exp_avg after one step is a
+    tenth of the gradient, that through v_first included; eps = 1 makes AdamW so close
+    to plain descent that rounding is not blown up on the way to later stages.
     """
+
     def cfg(name: str, B: int, accum: int) -> DistillConfig:
         one = loop(1, B, accum=accum, clip=None, eps=1.0, learning_rate=0.1)
         data, stages = (tiny.sft, "align,match,finish") if "sft" in name else (tiny.dpo, "match,finish")
-        return job(name, align=one, match=one, finish=one, finish_data=data, stages=stages, kl_kind="adaptive",
-                   ce_weight=0.5, eval_tokens=None)
+        return job(
+            name,
+            align=one,
+            match=one,
+            finish=one,
+            finish_data=data,
+            stages=stages,
+            kl_kind="adaptive",
+            ce_weight=0.5,
+            eval_tokens=None,
+        )
 
     jobs = [cfg("two-sft", 2, 2), cfg("two-dpo", 2, 2)]
     context = two_processes(tmp_path / "store", jobs, check_gather)
@@ -151,7 +215,7 @@ def test_two_processes_are_one_with_the_doubled_batch_in_all_stages(job, tiny, t
             for a, b in zip(rows(other), rows(one), strict=True):
                 assert a == pytest.approx(b, rel=1e-4)
     one = json.loads((tmp_path / "one-sft" / "report.json").read_text())
-    for rank in (0, 1):                                    # every rank has the same, whole measurement
+    for rank in (0, 1):  # every rank has the same, whole measurement
         two = json.loads((tmp_path / "two-sft" / f"rank{rank}.json").read_text())
         for key in ("gap", "kl", "top1", "recovered"):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
@@ -162,31 +226,75 @@ def test_two_processes_are_one_with_the_doubled_batch_in_all_stages(job, tiny, t
 # ------------------------------------------------------------------------------------------
 # Odd teachers and students
 
-QWEN2 = {"block_size": 512, "n_kv_head": 1, "qkv_bias": True, "o_bias": False, "ffn": "swiglu",
-         "norm": "rmsnorm", "ln0": False, "tied": True}
-QWEN3 = {"head_size": 24, "n_kv_head": 1, "qk_norm": True, "rope_scaling": "llama3", "rope_factor": 8.0,
-         "ffn": "swiglu", "norm": "rmsnorm"}
+QWEN2 = {
+    "block_size": 512,
+    "n_kv_head": 1,
+    "qkv_bias": True,
+    "o_bias": False,
+    "ffn": "swiglu",
+    "norm": "rmsnorm",
+    "ln0": False,
+    "tied": True,
+}
+QWEN3 = {
+    "head_size": 24,
+    "n_kv_head": 1,
+    "qk_norm": True,
+    "rope_scaling": "llama3",
+    "rope_factor": 8.0,
+    "ffn": "swiglu",
+    "norm": "rmsnorm",
+}
 
 
-@pytest.mark.parametrize("model, student", [
-    ({"n_layer": 1}, {}),
-    ({}, {"mixer": "ar"}),
-    ({}, {"mixer": "ra", "gate": False, "group_norm": False, "rwkv_rope": True}),
-    ({"tied": True, "positions": "learned", "ffn": "gelu"},
-     {"untie_head": True, "token_shift": False, "bonus": False}),
-    ({"block_size": 1, "n_kv_head": 1, "ffn": "swiglu", "norm": "rmsnorm"},
-     {"transfer": False, "decay": "official"}),
-    (QWEN2, {"decay": "lookback", "calibrate": True, "rwkv_rope": True}),
-    (QWEN3, {"mixer": "ar", "decay": "lookback", "calibrate": True}),
-], ids=["one layer", "attention first", "bare mixers", "own head", "one token", "as qwen2, long context", "as qwen3"])
+@pytest.mark.parametrize(
+    "model, student",
+    [
+        ({"n_layer": 1}, {}),
+        ({}, {"mixer": "ar"}),
+        ({}, {"mixer": "ra", "gate": False, "group_norm": False, "rwkv_rope": True}),
+        (
+            {"tied": True, "positions": "learned", "ffn": "gelu"},
+            {"untie_head": True, "token_shift": False, "bonus": False},
+        ),
+        (
+            {"block_size": 1, "n_kv_head": 1, "ffn": "swiglu", "norm": "rmsnorm"},
+            {"transfer": False, "decay": "official"},
+        ),
+        (QWEN2, {"decay": "lookback", "calibrate": True, "rwkv_rope": True}),
+        (QWEN3, {"mixer": "ar", "decay": "lookback", "calibrate": True}),
+    ],
+    ids=[
+        "one layer",
+        "attention first",
+        "bare mixers",
+        "own head",
+        "one token",
+        "as qwen2, long context",
+        "as qwen3",
+    ],
+)
 def test_odd_teachers_and_students_go_through_all_stages(job, tmp_path, model, student):
     lm, one = tiny_model(**model), loop(2, 1)
     save_model(lm, tmp_path / "odd", META)
-    sizes = {"block_size": T if lm.cfg.block_size > T else None,
-             "finish_block_size": 16 if lm.cfg.positions != "learned" else None}
-    report = distill.distill(job("out", teacher=str(tmp_path / "odd"), student=StudentConfig(**student), align=one,
-                                 match=one, finish=one, eval_tokens=60, kl_kind="reverse", align_kind="l2norm",
-                                 **sizes))
+    sizes = {
+        "block_size": T if lm.cfg.block_size > T else None,
+        "finish_block_size": 16 if lm.cfg.positions != "learned" else None,
+    }
+    report = distill.distill(
+        job(
+            "out",
+            teacher=str(tmp_path / "odd"),
+            student=StudentConfig(**student),
+            align=one,
+            match=one,
+            finish=one,
+            eval_tokens=60,
+            kl_kind="reverse",
+            align_kind="l2norm",
+            **sizes,
+        )
+    )
     assert [row["name"] for row in report["stages"]] == ["start", "align", "match", "finish"]
     assert math.isfinite(report["kl"])
     saved = load_model(tmp_path / "out").cfg
@@ -197,10 +305,16 @@ def test_odd_teachers_and_students_go_through_all_stages(job, tmp_path, model, s
 def test_a_larger_teacher_with_more_tokens_teaches_stage_2(job, tmp_path):
     large = tiny_model(4, n_embd=64, n_layer=1, n_head=1, vocab_size=300)
     save_model(large, tmp_path / "large", META)
-    cfg = job("out", stages="match", logit_teacher=str(tmp_path / "large"), match=loop(1), kl_weight=2.0,
-              ce_weight=0.5)
+    cfg = job(
+        "out",
+        stages="match",
+        logit_teacher=str(tmp_path / "large"),
+        match=loop(1),
+        kl_weight=2.0,
+        ce_weight=0.5,
+    )
     distill.distill(cfg)
-    row = metrics(tmp_path / "out" / "match")[0]           # with the held-out KL in it too, under another name
+    row = metrics(tmp_path / "out" / "match")[0]  # with the held-out KL in it too, under another name
     assert row["loss"] == pytest.approx(2 * row["kl"] + 0.5 * row["ce"], rel=1e-4)
     (batch,), n = Loader(cfg.data, "train", 2, T, 1).step(0)
     expected = cross_entropy(large(batch.x)[0][..., :257], batch).item() / n
@@ -208,14 +322,18 @@ def test_a_larger_teacher_with_more_tokens_teaches_stage_2(job, tmp_path):
 
 
 def test_the_teacher_of_stage_2_is_in_memory_once_where_it_is_the_same(job, monkeypatch):
-    folders, real = [], distill.load_model
-    monkeypatch.setattr(distill, "load_model", lambda folder, device: folders.append(folder) or real(folder, device))
+    folders, real = [], stages.load_model
+    monkeypatch.setattr(
+        stages, "load_model", lambda folder, device: folders.append(folder) or real(folder, device)
+    )
     cfg = job("out", stages="match")
     distill.distill(cfg)
     assert folders == [cfg.teacher]
 
 
-@pytest.mark.parametrize("pattern, letters", [("first:1", "raa"), ("1", "ara"), ("0,2", "rar"), ("last:2", "arr")])
+@pytest.mark.parametrize(
+    "pattern, letters", [("first:1", "raa"), ("1", "ara"), ("0,2", "rar"), ("last:2", "arr")]
+)
 def test_stage_1_of_a_hybrid_moves_the_replaced_layers_and_nothing_else(pattern, letters):
     teacher = tiny_model(n_layer=3).requires_grad_(False)
     student, batch = make_student(teacher, StudentConfig(mixer=pattern)), random_batch()
@@ -240,8 +358,11 @@ def test_stage_1_of_a_hybrid_moves_the_replaced_layers_and_nothing_else(pattern,
 # ------------------------------------------------------------------------------------------
 # Losses
 
+
 def test_adaptive_kl_equals_the_papers_definition_token_by_token():
-    """arXiv 2404.02657: the head is the least set of the teacher's likeliest tokens with half its mass."""
+    """arXiv 2404.02657: the head is the least set of the teacher's likeliest tokens
+    with half its mass.
+    """
     torch.manual_seed(0)
     t, s = 3 * torch.randn(40, 12), 3 * torch.randn(40, 12)
     sizes = set()
@@ -264,7 +385,9 @@ def test_adaptive_kl_equals_the_papers_definition_token_by_token():
 
 
 def test_kl_chunks_bound_the_largest_tensor_of_logits():
-    """With chunks of 8 tokens, nothing that the backward pass keeps is as large as 9 tokens' logits."""
+    """With chunks of 8 tokens, nothing that the backward pass keeps is as large as 9
+    tokens' logits.
+    """
     teacher, student = tiny_model(vocab_size=4096), tiny_model(mixer="r", vocab_size=4096)
     batch, sizes = random_batch(4, T), []
 
@@ -277,15 +400,20 @@ def test_kl_chunks_bound_the_largest_tensor_of_logits():
         assert max(sizes) < 9 * 4096
         sizes.clear()
         match_loss(student, batch, teacher=teacher, kl_chunk=None)
-        assert max(sizes) >= 4 * T * 4096                  # the measure sees them where they are
+        assert max(sizes) >= 4 * T * 4096  # the measure sees them where they are
 
 
 # ------------------------------------------------------------------------------------------
 # Bad input
 
+
 def test_students_that_their_teacher_does_not_allow_are_refused():
-    for shape, changes, says in (({"mixer": "r"}, {}, "attention"), ({"ffn": "gelu"}, {"ffn": "swiglu"}, "--ffn"),
-                                 ({}, {"decay": "fast"}, "spread"), ({}, {"mixer": "rrr"}, "n_layer")):
+    for shape, changes, says in (
+        ({"mixer": "r"}, {}, "attention"),
+        ({"ffn": "gelu"}, {"ffn": "swiglu"}, "--ffn"),
+        ({}, {"decay": "fast"}, "spread"),
+        ({}, {"mixer": "rrr"}, "n_layer"),
+    ):
         teacher = tiny_model(**shape)
         with pytest.raises(ValueError, match=says) as error:
             make_student(teacher, StudentConfig(**changes))
@@ -305,10 +433,12 @@ def test_a_damaged_stage_file_is_named_and_overwriting_keeps_the_teacher(job, tm
         distill.distill(job("out", **one, resume=True))
     cfg = job("out", **one, overwrite=True)
     teacher = Path(cfg.teacher)
-    for bad, says in ((rerun(cfg, out=str(teacher)), "read by this run"),
-                      (replace(cfg, student=StudentConfig(mixer="a")), "replaces no layer"),
-                      (replace(cfg, student=StudentConfig(mixer=f"auto:{T}")), "or use auto:T with T above"),
-                      (replace(cfg, student=StudentConfig(mixer="rrrrr")), "n_layer")):
+    for bad, says in (
+        (rerun(cfg, out=str(teacher)), "read by this run"),
+        (replace(cfg, student=StudentConfig(mixer="a")), "replaces no layer"),
+        (replace(cfg, student=StudentConfig(mixer=f"auto:{T}")), "or use auto:T with T above"),
+        (replace(cfg, student=StudentConfig(mixer="rrrrr")), "n_layer"),
+    ):
         with pytest.raises(ValueError, match=says):
             distill.distill(bad)
         assert (teacher / "model.safetensors").exists()
@@ -318,7 +448,7 @@ def test_a_damaged_stage_file_is_named_and_overwriting_keeps_the_teacher(job, tm
 def test_wandb_without_its_package_is_refused_before_the_old_run_goes(job, tmp_path, monkeypatch):
     distill.distill(job("out", stages="align"))
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    monkeypatch.setattr(lib.runs, "find_spec", lambda name: None)              # as where it is not installed
+    monkeypatch.setattr(lib.runs, "find_spec", lambda name: None)  # as where it is not installed
     with pytest.raises(ValueError, match="pip install wandb, or omit --wandb") as error:
         distill.distill(job("out", stages="align", overwrite=True, wandb="project"))
     one_line(error.value)
@@ -329,8 +459,12 @@ def test_models_and_data_of_other_tokens_are_refused(job, tmp_path):
     small, gpt2 = str(tmp_path / "small"), str(tmp_path / "gpt2")
     save_model(tiny_model(vocab_size=100), small, META)
     save_model(tiny_model(vocab_size=300), gpt2, {"tokenizer": "gpt2"})
-    cases = [({"teacher": small}, "257 tokens, the student 100"), ({"logit_teacher": small}, "100 tokens, fewer than"),
-             ({"teacher": gpt2}, "gpt2"), ({"logit_teacher": gpt2}, "gpt2")]
+    cases = [
+        ({"teacher": small}, "257 tokens, the student 100"),
+        ({"logit_teacher": small}, "100 tokens, fewer than"),
+        ({"teacher": gpt2}, "gpt2"),
+        ({"logit_teacher": gpt2}, "gpt2"),
+    ]
     for i, (change, says) in enumerate(cases):
         with pytest.raises(ValueError, match=says) as error:
             distill.distill(job(f"out{i}", **change))
@@ -358,12 +492,20 @@ def test_resuming_with_another_student_is_refused_in_one_line(job):
     one_line(error.value)
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--stages", "match,align"], "name some of align, ?match, ?finish, in this order"),
-    (["--stages", "align,distil"], "name some of align, ?match, ?finish"),
-    (["--kl_weight", "0"], "both 0"), (["--dpo_smoothing", "0.5"], "below 0.5"), (["--kl_kind", "both"], "forward"),
-    (["--eval_tokens", "0"], "at least 1"), (["--match.beta1", "1.5"], "beta1 = 1.5.*below 1.0"),
-    (["--align.save_every", "5"], "save_every")], ids=lambda x: x[0][2:] if isinstance(x, list) else "")
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--stages", "match,align"], "name some of align, ?match, ?finish, in this order"),
+        (["--stages", "align,distil"], "name some of align, ?match, ?finish"),
+        (["--kl_weight", "0"], "both 0"),
+        (["--dpo_smoothing", "0.5"], "below 0.5"),
+        (["--kl_kind", "both"], "forward"),
+        (["--eval_tokens", "0"], "at least 1"),
+        (["--match.beta1", "1.5"], "beta1 = 1.5.*below 1.0"),
+        (["--align.save_every", "5"], "save_every"),
+    ],
+    ids=lambda x: x[0][2:] if isinstance(x, list) else "",
+)
 def test_settings_that_cannot_be_are_refused_in_one_line(flags, says, tmp_path):
     with pytest.raises(ValueError, match=says) as error:
         distill.main([*flags, "--out", str(tmp_path / "out")])
@@ -378,5 +520,7 @@ def test_options_of_the_run_are_said_once(capsys):
     words = capsys.readouterr().out.replace("-", "_").split()
     flags = {word.strip(",") for word in words if word.startswith("__")}
     assert {"__save_every", "__out", "__resume", "__align.max_steps", "__match.bptt_chunk"} <= flags
-    assert not any(flag.endswith(name) for name in (".save_every", ".out", ".log_every", ".wandb") for flag in flags)
+    assert not any(
+        flag.endswith(name) for name in (".save_every", ".out", ".log_every", ".wandb") for flag in flags
+    )
     assert len({flag for flag in flags if "no_" not in flag}) <= 110

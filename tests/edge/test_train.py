@@ -1,4 +1,7 @@
-"""Training with bad input and bad luck: one clear line, nothing lost. Odd sizes train too."""
+"""Training with bad input and bad luck: one clear line, nothing lost.
+
+Odd sizes train too.
+"""
 
 import errno
 import math
@@ -12,7 +15,7 @@ import torch
 import lib.folders
 import lib.runs
 import train
-from common import (T, TINY, assert_same_run, metrics, newest, one_line, random_batch, start, tiny_model)
+from common import T, TINY, assert_same_run, metrics, newest, one_line, random_batch, start, tiny_model
 from common_train import META, QUIET, run_fit, wait_for
 from config import cli
 from data.loader import Loader
@@ -20,16 +23,37 @@ from lib.folders import load_model, save_model
 from lib.runs import TRAIN, RunConfig, check_free
 from train import FitConfig, TrainConfig, cross_entropy_loss, forward_backward
 
-
 # ------------------------------------------------------------------------------------------
 # Stopped from outside
 
+
 def test_ctrl_c_saves_says_how_to_resume_exits_130_and_the_resumed_run_equals_one_never_stopped(
-        tmp_path, tiny):
-    """The process could go on for ever; both others end 3 steps after it was stopped."""
-    common = ["--data", tiny.text, *TINY, "--mixer", "r", "--batch_size", "2", "--log_every", "1", "--no-resume",
-              "--schedule", "constant", "--save_every", "None", "--eval_every", "None", "--device", "cpu",
-              "--eval_tokens", "100"]
+    tmp_path, tiny
+):
+    """The process could go on for ever; both others end 3 steps after it was stopped.
+    """
+    common = [
+        "--data",
+        tiny.text,
+        *TINY,
+        "--mixer",
+        "r",
+        "--batch_size",
+        "2",
+        "--log_every",
+        "1",
+        "--no-resume",
+        "--schedule",
+        "constant",
+        "--save_every",
+        "None",
+        "--eval_every",
+        "None",
+        "--device",
+        "cpu",
+        "--eval_tokens",
+        "100",
+    ]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     process = start("train.py", *common, "--max_steps", "1000000", "--out", broken)
     log = broken / "metrics.jsonl"
@@ -40,9 +64,9 @@ def test_ctrl_c_saves_says_how_to_resume_exits_130_and_the_resumed_run_equals_on
     message = next(line for line in err.splitlines() if "--resume" in line)
     stopped = int(newest(broken).name[-7:])
     assert stopped > 3 and f"step {stopped}" in message and str(broken) in message
-    command = message[message.index("python train.py"):].split()
+    command = message[message.index("python train.py") :].split()
     end = str(stopped + 3)
-    train.main([end if word == "1000000" else word for word in command[2:]])   # what it says works
+    train.main([end if word == "1000000" else word for word in command[2:]])  # what it says works
     train.main([*common, "--max_steps", end, "--out", str(whole)])
     assert_same_run(broken, whole)
 
@@ -80,7 +104,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(tmp_path, tiny, 
     message = one_line(error.value)
     assert "could not save step 6" in message and "--resume" in message and "step_0000004" in message
     assert files() == before
-    run_fit(out, tiny.text, more, tiny_model(mixer="r"))   # with space again it goes on as if nothing had been
+    run_fit(out, tiny.text, more, tiny_model(mixer="r"))  # with space again it goes on as if nothing had been
     run_fit(tmp_path / "whole", tiny.text, more)
     assert_same_run(out, tmp_path / "whole")
 
@@ -95,8 +119,14 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_good_checkp
         return {"loss": losses["loss"] * (bad if len(calls) == 8 else 1)}, state
 
     with pytest.raises(ValueError) as error:
-        run_fit(out, tiny.text, FitConfig(max_steps=20, batch_size=2, **QUIET), loss_fn=loss_fn, save_every=3,
-                log_every=5)
+        run_fit(
+            out,
+            tiny.text,
+            FitConfig(max_steps=20, batch_size=2, **QUIET),
+            loss_fn=loss_fn,
+            save_every=3,
+            log_every=5,
+        )
     message = one_line(error.value)
     assert "step 8" in message and "learning_rate" in message and "step_0000006" in message
     assert newest(out).name == "step_0000006"
@@ -108,10 +138,22 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_good_checkp
 # ------------------------------------------------------------------------------------------
 # Whose folder it is
 
+
 def test_the_folder_of_another_run_is_neither_overwritten_nor_resumed_unasked(tmp_path, tiny):
     out = tmp_path / "run"
-    flags = ["--data", tiny.text, *TINY, "--max_steps", "2", "--batch_size", "2", "--device", "cpu",
-             "--out", str(out)]
+    flags = [
+        "--data",
+        tiny.text,
+        *TINY,
+        "--max_steps",
+        "2",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     train.main(flags)
     (out / "notes.txt").write_text("mine")
     before = (out / "model.safetensors").read_bytes()
@@ -130,29 +172,42 @@ def test_overwriting_never_deletes_what_the_run_starts_from_or_would_have_kept_b
     flags = ["--data", tiny.text, "--device", "cpu", "--out", str(out), "--overwrite"]
     train.main([*flags, *TINY, "--max_steps", "1", "--batch_size", "2"])
     before = (out / "model.safetensors").read_bytes()
-    for bad, says in ((["--init", str(out)], "read by this run"),
-                      (["--init", str(tmp_path / "none")], "no model"),
-                      ([*TINY, "--batch_size", "1000000"], "different rows"),
-                      (["--device", "cuda:9"], "no CUDA|choose auto"),
-                      ([*TINY, "--mixer", "first:9"], "n_layer = 2"),
-                      ([*TINY, "--mixer", "a", "--bptt_truncate"], "--mixer r alone"),
-                      (["--data", str(tmp_path)], "meta.json")):
+    for bad, says in (
+        (["--init", str(out)], "read by this run"),
+        (["--init", str(tmp_path / "none")], "no model"),
+        ([*TINY, "--batch_size", "1000000"], "different rows"),
+        (["--device", "cuda:9"], "no CUDA|choose auto"),
+        ([*TINY, "--mixer", "first:9"], "n_layer = 2"),
+        ([*TINY, "--mixer", "a", "--bptt_truncate"], "--mixer r alone"),
+        (["--data", str(tmp_path)], "meta.json"),
+    ):
         with pytest.raises(ValueError, match=says) as error:
             train.main([*flags, *bad])
         one_line(error.value)
         assert (out / "model.safetensors").read_bytes() == before
-    (out / "start.json").write_text("{}")                                      # the mark of distill.py
+    (out / "start.json").write_text("{}")  # the mark of distill.py
     with pytest.raises(ValueError, match="another script"):
         train.main([*flags, *TINY])
 
 
 def test_wandb_without_its_package_is_refused_before_anything_is_replaced(tmp_path, tiny, monkeypatch):
     out = tmp_path / "run"
-    flags = ["--data", tiny.text, *TINY, "--max_steps", "1", "--batch_size", "2", "--device", "cpu", "--out",
-             str(out)]
+    flags = [
+        "--data",
+        tiny.text,
+        *TINY,
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     train.main(flags)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    monkeypatch.setattr(lib.runs, "find_spec", lambda name: None)              # as where it is not installed
+    monkeypatch.setattr(lib.runs, "find_spec", lambda name: None)  # as where it is not installed
     for more in (["--overwrite"], ["--resume"]):
         with pytest.raises(ValueError, match="pip install wandb, or omit --wandb") as error:
             train.main([*flags, "--wandb", "project", *more])
@@ -165,8 +220,18 @@ def test_wandb_without_its_package_is_refused_before_anything_is_replaced(tmp_pa
 
 def test_a_models_own_shape_counts_where_training_starts_from_it(tmp_path, tiny):
     save_model(tiny_model(block_size=8), tmp_path / "model", META)
-    flags = ["--data", tiny.text, "--device", "cpu", "--init", str(tmp_path / "model"), "--max_steps", "1",
-             "--batch_size", "2"]
+    flags = [
+        "--data",
+        tiny.text,
+        "--device",
+        "cpu",
+        "--init",
+        str(tmp_path / "model"),
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "2",
+    ]
     assert train.train(cli(TrainConfig, [*flags, "--out", str(tmp_path / "a")]))["tokens"] == 2 * 8
     for other in (["--n_layer", "7"], ["--mixer", "r"]):
         with pytest.raises(ValueError, match="as it is"):
@@ -176,12 +241,34 @@ def test_a_models_own_shape_counts_where_training_starts_from_it(tmp_path, tiny)
 # ------------------------------------------------------------------------------------------
 # Bad settings and data
 
-@pytest.mark.parametrize("flag, value", [("beta1", "1.5"), ("beta1", "1"), ("beta2", "-0.1"), ("eps", "nan"),
-                                         ("learning_rate", "inf"), ("batch_size", "0"), ("schedule", "step")])
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("beta1", "1.5"),
+        ("beta1", "1"),
+        ("beta2", "-0.1"),
+        ("eps", "nan"),
+        ("learning_rate", "inf"),
+        ("batch_size", "0"),
+        ("schedule", "step"),
+    ],
+)
 def test_a_setting_outside_its_range_is_refused_before_anything_trains(tmp_path, tiny, flag, value):
     with pytest.raises(ValueError, match=flag) as error:
-        train.main(["--data", tiny.text, *TINY, "--device", "cpu", "--out", str(tmp_path / "out"), f"--{flag}",
-                    value])
+        train.main(
+            [
+                "--data",
+                tiny.text,
+                *TINY,
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "out"),
+                f"--{flag}",
+                value,
+            ]
+        )
     assert value.rstrip("0.") in one_line(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -198,7 +285,9 @@ def test_bad_data_and_tokens_are_refused_before_anything_is_written(tmp_path, ti
     small = tiny_model(vocab_size=100)
     save_model(small, tmp_path / "small", META)
     with pytest.raises(ValueError, match="257 tokens.*100"):
-        train.main(["--data", tiny.text, "--out", str(out), "--init", str(tmp_path / "small"), "--device", "cpu"])
+        train.main(
+            ["--data", tiny.text, "--out", str(out), "--init", str(tmp_path / "small"), "--device", "cpu"]
+        )
     with pytest.raises(ValueError, match="257 tokens.*100"):
         run_fit(tmp_path / "run", tiny.text, FitConfig(max_steps=2, batch_size=2, **QUIET), small)
     assert not out.exists() and not (tmp_path / "run" / "checkpoints").exists()
@@ -207,20 +296,37 @@ def test_bad_data_and_tokens_are_refused_before_anything_is_written(tmp_path, ti
 # ------------------------------------------------------------------------------------------
 # Odd sizes, and what stays in memory
 
+
 def test_odd_sizes_train(tmp_path, tiny):
-    """One layer, one token, one row; learned positions with a tied head; a hybrid of three layers.
+    """One layer, one token, one row; learned positions with a tied head; a hybrid of
+    three layers.
 
     RMSNorm and SwiGLU.
     """
-    odd = [{"--n_layer": 1, "--block_size": 1, "--batch_size": 1, "--mixer": "r"},
-           {"--positions": "learned", "--mixer": "ar", "--n_layer": 3},
-           {"--norm": "rmsnorm", "--ffn": "swiglu", "--n_kv_head": 1, "--mixer": "a", "--batch_size": 3},
-           {"--ffn": "channelmix", "--mixer": "r", "--rwkv_head_size": 16}]
+    odd = [
+        {"--n_layer": 1, "--block_size": 1, "--batch_size": 1, "--mixer": "r"},
+        {"--positions": "learned", "--mixer": "ar", "--n_layer": 3},
+        {"--norm": "rmsnorm", "--ffn": "swiglu", "--n_kv_head": 1, "--mixer": "a", "--batch_size": 3},
+        {"--ffn": "channelmix", "--mixer": "r", "--rwkv_head_size": 16},
+    ]
     for i, flags in enumerate(odd):
         args = dict(zip(TINY[::2], TINY[1::2])) | {"--batch_size": 2, "--rwkv_head_size": 32} | flags
         argv = [str(x) for pair in args.items() for x in pair] + (["--tied"] if i % 2 else [])
-        train.main([*argv, "--data", tiny.text, "--out", str(tmp_path / str(i)), "--max_steps", "2", "--device",
-                    "cpu", "--eval_tokens", "50"])
+        train.main(
+            [
+                *argv,
+                "--data",
+                tiny.text,
+                "--out",
+                str(tmp_path / str(i)),
+                "--max_steps",
+                "2",
+                "--device",
+                "cpu",
+                "--eval_tokens",
+                "50",
+            ]
+        )
         assert metrics(tmp_path / str(i))[-1]["step"] == 2
         assert load_model(tmp_path / str(i)).cfg.tied == bool(i % 2)
 
@@ -243,7 +349,9 @@ class Carrier(Loader):
 
 
 def test_a_state_that_is_not_carried_is_gone_before_the_next_micro_batch(monkeypatch, tiny):
-    """Attention's is a cache: kept for every micro-batch it would cost memory that grows with accum."""
+    """Attention's is a cache: kept for every micro-batch it would cost memory that
+    grows with accum.
+    """
     states: list[weakref.ref] = []
 
     def backward(module, batch, state, *args, **kwargs):

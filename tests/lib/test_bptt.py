@@ -1,7 +1,8 @@
-"""Sequences in pieces: the gradients are those of the whole, the memory is that of a piece.
+"""Sequences in pieces: the gradients are those of the whole, the memory is that of a
+piece.
 
-The oracle is ordinary backpropagation, parameter by parameter: ||a - b|| / ||b|| <= 1e-5 in
-float32.
+The oracle is ordinary backpropagation, parameter by parameter: ||a - b|| / ||b|| <=
+1e-5 in float32.
 """
 
 import weakref
@@ -24,10 +25,14 @@ from lib.states import tensors, tree_map
 from model import LM
 from train import FitConfig, Step, TrainConfig, cross_entropy_loss, train
 
-MODELS = {"rwkv": {"mixer": "r", "ffn": "channelmix"}, "attention": {"mixer": "a", "n_kv_head": 1},
-          "learned": {"mixer": "a", "positions": "learned"}, "hybrid": {"mixer": "ar", "n_layer": 3},
-          "rwkv first": {"mixer": "rra", "n_layer": 3, "ffn": "channelmix"},
-          "rotated": {"mixer": "r", "rwkv_rope": True, "gate": False, "tied": True}}
+MODELS = {
+    "rwkv": {"mixer": "r", "ffn": "channelmix"},
+    "attention": {"mixer": "a", "n_kv_head": 1},
+    "learned": {"mixer": "a", "positions": "learned"},
+    "hybrid": {"mixer": "ar", "n_layer": 3},
+    "rwkv first": {"mixer": "rra", "n_layer": 3, "ffn": "channelmix"},
+    "rotated": {"mixer": "r", "rwkv_rope": True, "gate": False, "tied": True},
+}
 
 
 def gradients(model: LM) -> dict[str, torch.Tensor]:
@@ -38,7 +43,9 @@ def gradients(model: LM) -> dict[str, torch.Tensor]:
 
 
 def both_ways(model: LM, batch: Batch, loss_fn, n: int | None, state=None):
-    """Gradients and terms by ordinary backpropagation and in pieces of n tokens; the state after them."""
+    """Gradients and terms by ordinary backpropagation and in pieces of n tokens; the
+    state after them.
+    """
     with lib.bptt.mixed_precision(batch.x):
         whole, _ = loss_fn(model, batch, state)
     whole["loss"].backward()
@@ -50,7 +57,10 @@ def both_ways(model: LM, batch: Batch, loss_fn, n: int | None, state=None):
 def assert_equal_gradients(grads: dict, expected: dict, rel: float = 1e-5) -> None:
     assert grads.keys() == expected.keys() and any(g.abs().max() > 1e-3 for g in expected.values())
     for name, g in expected.items():
-        assert (grads[name] - g).norm() <= rel * g.norm(), (name, ((grads[name] - g).norm() / g.norm()).item())
+        assert (grads[name] - g).norm() <= rel * g.norm(), (
+            name,
+            ((grads[name] - g).norm() / g.norm()).item(),
+        )
 
 
 def assert_equal_terms(terms: dict, whole: dict, absolute: float | None = None) -> None:
@@ -60,6 +70,7 @@ def assert_equal_terms(terms: dict, whole: dict, absolute: float | None = None) 
 
 # ------------------------------------------------------------------------------------------
 # Exact
+
 
 @pytest.mark.parametrize("n", [1, 7, 20, 40, 100])
 @pytest.mark.parametrize("kind", MODELS)
@@ -73,7 +84,9 @@ def test_gradients_in_pieces_are_those_of_ordinary_backpropagation(kind, n):
 
 
 def test_without_the_gradient_of_the_state_they_are_others(monkeypatch):
-    """The test above would notice: the state at the borders is worth more than rounding."""
+    """The test above would notice: the state at the borders is worth more than
+    rounding.
+    """
     model, batch = tiny_model(mixer="r"), random_batch(2, 40)
     with monkeypatch.context() as patch:
         patch.setattr(lib.bptt, "tensors", lambda state: [])
@@ -101,7 +114,9 @@ def test_stage_2_in_pieces_with_its_heads_in_chunks_of_their_own(student, kind):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
 def test_preferences_in_pieces_though_their_loss_is_no_sum_over_tokens(kind):
-    """One pair has all of its targets in the first piece, one in the last, and one has none: padding."""
+    """One pair has all of its targets in the first piece, one in the last, and one has
+    none: padding.
+    """
     reference, model = tiny_model().requires_grad_(False), tiny_model(1, mixer="ra")
     batch, _ = padded([40, 9, 30, 33, 12, 30])
     batch.mask[0, :30] = batch.mask[3, :30] = batch.mask[2] = batch.mask[5] = 0
@@ -112,7 +127,9 @@ def test_preferences_in_pieces_though_their_loss_is_no_sum_over_tokens(kind):
 
 
 def test_in_mixed_precision_every_parameter_gets_its_gradient(monkeypatch):
-    """Autocast keeps its copies of the weights for a while: those of the way there have no gradient."""
+    """Autocast keeps its copies of the weights for a while: those of the way there have
+    no gradient.
+    """
     model, batch = tiny_model(mixer="ra"), random_batch(2, 40)
     monkeypatch.setattr(lib.bptt, "mixed_precision", lambda x: torch.autocast("cpu", torch.bfloat16))
     expected, grads, *_ = both_ways(model, batch, cross_entropy_loss, 10)
@@ -120,7 +137,9 @@ def test_in_mixed_precision_every_parameter_gets_its_gradient(monkeypatch):
 
 
 def test_a_state_goes_in_front_and_no_gradient_into_it():
-    """After the first half, the second's gradients are those with that state as a constant."""
+    """After the first half, the second's gradients are those with that state as a
+    constant.
+    """
     model, batch = tiny_model(mixer="r"), random_batch(2, 40)
     first, second = batch.split(20)
     state = tree_map(torch.Tensor.detach, model(first.x)[1])
@@ -144,8 +163,10 @@ def test_a_batch_splits_into_pieces_and_none_leaves_it_whole():
 # ------------------------------------------------------------------------------------------
 # At constant memory
 
+
 class Waiting:
-    """Bytes that wait for a backward pass, by torch's own hooks around all that is saved.
+    """Bytes that wait for a backward pass, by torch's own hooks around all that is
+    saved.
 
     What is saved twice counts once.
     """
@@ -158,7 +179,7 @@ class Waiting:
         key, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
         self.add(key, size)
         holder = type("Holder", (), {})()
-        holder.x = x                                       # while it lives, nobody else has this address
+        holder.x = x  # while it lives, nobody else has this address
         weakref.finalize(holder, self.drop, key, size)
         return holder
 
@@ -212,8 +233,11 @@ def test_what_is_measured_on_held_out_text_in_pieces_is_what_is_measured_at_once
     assert pieces == pytest.approx(whole, rel=1e-5)
     for who in ("teacher", "student"):
         assert by_position[0][who] == pytest.approx(by_position[1][who], rel=1e-4)
-    for data, loss_fn in (("sft", cross_entropy_loss), ("text", partial(match_loss, teacher=teacher)),
-                          ("dpo", partial(dpo_loss, reference=teacher))):
+    for data, loss_fn in (
+        ("sft", cross_entropy_loss),
+        ("text", partial(match_loss, teacher=teacher)),
+        ("dpo", partial(dpo_loss, reference=teacher)),
+    ):
         held_out = Loader(getattr(tiny, data), "val", 4, 64)
         pieces, whole = (mean_terms(loss_fn, model, held_out, 500, chunk) for chunk in (7, None))
         assert pieces == pytest.approx(whole, rel=1e-5), data
@@ -221,6 +245,7 @@ def test_what_is_measured_on_held_out_text_in_pieces_is_what_is_measured_at_once
 
 # ------------------------------------------------------------------------------------------
 # In the loop
+
 
 @pytest.mark.parametrize("kind", ["text", "sft"])
 def test_a_step_in_pieces_with_accumulation_is_the_plain_step(tmp_path, tiny, kind):
@@ -239,12 +264,32 @@ def test_a_step_in_pieces_with_accumulation_is_the_plain_step(tmp_path, tiny, ki
 
 @pytest.fixture
 def scratch(tmp_path, tiny):
-    """scratch(name, mixer, B, accum, chunk, steps, truncate) -> the settings of a run of train.py."""
-    def make(name: str, mixer: str, B: int, accum: int, chunk: int | None, steps: int = 1, truncate: bool = False,
-             resume: bool = False) -> TrainConfig:
+    """scratch(name, mixer, B, accum, chunk, steps, truncate) -> the settings of a run
+    of train.py.
+    """
+
+    def make(
+        name: str,
+        mixer: str,
+        B: int,
+        accum: int,
+        chunk: int | None,
+        steps: int = 1,
+        truncate: bool = False,
+        resume: bool = False,
+    ) -> TrainConfig:
         run = RunConfig(out=str(tmp_path / name), device="cpu", resume=resume, save_every=None, log_every=1)
-        fit = FitConfig(max_steps=steps, batch_size=B, accum=accum, clip=None, bptt_chunk=chunk,
-                        bptt_truncate=truncate, eps=1.0, schedule="constant", **QUIET)
+        fit = FitConfig(
+            max_steps=steps,
+            batch_size=B,
+            accum=accum,
+            clip=None,
+            bptt_chunk=chunk,
+            bptt_truncate=truncate,
+            eps=1.0,
+            schedule="constant",
+            **QUIET,
+        )
         model = replace(tiny_model(mixer=mixer, n_layer=3).cfg, block_size=20)
         return TrainConfig(data=tiny.text, eval_tokens=100, model=model, fit=fit, run=run)
 
@@ -254,18 +299,36 @@ def scratch(tmp_path, tiny):
 def test_two_processes_in_pieces_are_one_process_with_whole_sequences(tmp_path, tiny, job, scratch):
     """For RWKV-7 and a hybrid from scratch, and in stages 2 and 3.
 
-    There v_first is gathered once per piece and pass. And with the state carried over: the
-    checkpoint of two processes has the rows of both, and one process goes on from it.
+    There v_first is gathered once per piece and pass. And with the state carried over:
+    the checkpoint of two processes has the rows of both, and one process goes on from
+    it.
     """
+
     def stages(name: str, names: str, B: int, accum: int, chunk: int | None, data: str) -> DistillConfig:
         one = loop(1, B, accum=accum, clip=None, eps=1.0, bptt_chunk=chunk)
-        return job(name, stages=names, eval_tokens=60, match=one, finish=one, kl_kind="adaptive", ce_weight=0.5,
-                   finish_data=data, student=StudentConfig(mixer="ra"), block_size=20)
+        return job(
+            name,
+            stages=names,
+            eval_tokens=60,
+            match=one,
+            finish=one,
+            kl_kind="adaptive",
+            ce_weight=0.5,
+            finish_data=data,
+            student=StudentConfig(mixer="ra"),
+            block_size=20,
+        )
 
-    context = two_processes(tmp_path / "store", [
-        scratch("two-r", "r", 2, 2, 6), scratch("two-ra", "ra", 2, 2, 6),
-        scratch("two-carried", "r", 2, 2, 6, 3, True), stages("two-sft", "match,finish", 2, 2, 6, tiny.sft),
-        stages("two-dpo", "finish", 2, 2, 6, tiny.dpo)])
+    context = two_processes(
+        tmp_path / "store",
+        [
+            scratch("two-r", "r", 2, 2, 6),
+            scratch("two-ra", "ra", 2, 2, 6),
+            scratch("two-carried", "r", 2, 2, 6, 3, True),
+            stages("two-sft", "match,finish", 2, 2, 6, tiny.sft),
+            stages("two-dpo", "finish", 2, 2, 6, tiny.dpo),
+        ],
+    )
     train(scratch("one-r", "r", 8, 1, None))
     train(scratch("one-ra", "ra", 8, 1, None))
     train(scratch("one-carried", "r", 4, 2, None, 3, True))
@@ -273,14 +336,26 @@ def test_two_processes_in_pieces_are_one_process_with_whole_sequences(tmp_path, 
     distill(stages("one-dpo", "finish", 8, 1, None, tiny.dpo))
     while not context.join():
         pass
-    for name, rel in (("r", 1e-5), ("ra", 1e-5), ("carried", 1e-4), ("sft/match", 1e-5), ("sft/finish", 1e-5),
-                      ("dpo/finish", 1e-5)):
+    for name, rel in (
+        ("r", 1e-5),
+        ("ra", 1e-5),
+        ("carried", 1e-4),
+        ("sft/match", 1e-5),
+        ("sft/finish", 1e-5),
+        ("dpo/finish", 1e-5),
+    ):
         one, two = (moments(newest(tmp_path / f"{n}-{name}")) for n in ("one", "two"))
         for a, b in zip(two, one, strict=True):
-            assert (a - b).norm() <= rel * b.norm() + 1e-9, (name, a.shape, ((a - b).norm() / b.norm()).item())
+            assert (a - b).norm() <= rel * b.norm() + 1e-9, (
+                name,
+                a.shape,
+                ((a - b).norm() / b.norm()).item(),
+            )
 
-    one, two = (torch.load(newest(tmp_path / f"{n}-carried") / "trainer.pt", weights_only=True)["states"]
-                for n in ("one", "two"))
+    one, two = (
+        torch.load(newest(tmp_path / f"{n}-carried") / "trainer.pt", weights_only=True)["states"]
+        for n in ("one", "two")
+    )
     assert len(two) == 2 and all(position == 60 for position, _ in two)
     for a, b in zip(tensors(tuple(two)), tensors(tuple(one)), strict=True):
         assert a.shape[0] == 4 and torch.allclose(a, b, rtol=1e-3, atol=1e-5)

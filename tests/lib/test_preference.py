@@ -42,8 +42,12 @@ def test_dpo_by_hand(monkeypatch):
     policy, reference = torch.tensor([-4.0, -9.0, -6.0, -5.0]), torch.tensor([-5.0, -6.0, -5.0, -5.0])
     batch, e = random_batch(4), 0.1
     smoothed = (1 - e) * soft(1) + e * soft(-1) + (1 - e) * soft(-1.5) + e * soft(1.5)
-    for kind, smoothing, expected in (("sigmoid", 0.0, soft(1) + soft(-1.5)), ("hinge", 0.0, 0 + 2.5),
-                                      ("sigmoid", e, smoothed), ("hinge", e, e * 2 + (1 - e) * 2.5)):
+    for kind, smoothing, expected in (
+        ("sigmoid", 0.0, soft(1) + soft(-1.5)),
+        ("hinge", 0.0, 0 + 2.5),
+        ("sigmoid", e, smoothed),
+        ("hinge", e, e * 2 + (1 - e) * 2.5),
+    ):
         terms, _ = dpo_loss(policy, batch, reference=reference, beta=0.5, kind=kind, smoothing=smoothing)
         assert terms["loss"].item() == pytest.approx(expected, rel=1e-5), (kind, smoothing)
         assert (terms["accuracy"].item(), terms["margin"].item()) == (1, -0.5)
@@ -51,7 +55,9 @@ def test_dpo_by_hand(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
 def test_a_padded_batch_has_the_losses_and_gradients_of_its_pairs_alone(kind):
-    """The first half is chosen, the second rejected: rows (0, 2) and (1, 3) are the pairs."""
+    """The first half is chosen, the second rejected: rows (0, 2) and (1, 3) are the
+    pairs.
+    """
     teacher, student = tiny_model(), make_student(tiny_model(), StudentConfig())
     shake(student, 0.05)
     batch, rows = padded([5, 16, 9, 12])
@@ -77,6 +83,7 @@ def test_one_dpo_step_raises_the_chosen_and_lowers_the_rejected_log_probability(
     optimizer.step()
     chosen, rejected = (sequence_logp(policy, batch)[0] - before).chunk(2)
     assert chosen.mean() > 0 > rejected.mean()
-    after, at_first = (dpo_loss(model, batch, reference=reference, kind=kind)[0]["loss"]
-                       for model in (policy, reference))
+    after, at_first = (
+        dpo_loss(model, batch, reference=reference, kind=kind)[0]["loss"] for model in (policy, reference)
+    )
     assert after < at_first

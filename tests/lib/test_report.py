@@ -7,9 +7,12 @@ from lib.report import layer_errors, table_rows
 def test_layer_errors_of_unlike_models_and_of_a_hybrid_teacher():
     assert layer_errors(tiny_model(), tiny_model(n_embd=64, mixer="r"), random_batch(2, 9)) == []
     rows = layer_errors(tiny_model(mixer="ra"), tiny_model(mixer="r"), random_batch(2, 9))
-    assert [row["layer"] for row in rows] == [1]           # layer 0 is RWKV in both: it gives v_first, and no row
+    assert [row["layer"] for row in rows] == [1]  # layer 0 is RWKV in both: it gives v_first, and no row
 
 
 def test_rows_of_before_have_todays_names_and_controls_come_last():
-    report = {"stages": [{"name": "start"}, {"name": "distil"}], "controls": {"no stage 1": {"name": "distil"}}}
+    report = {
+        "stages": [{"name": "start"}, {"name": "distil"}],
+        "controls": {"no stage 1": {"name": "distil"}},
+    }
     assert [row["name"] for row in table_rows(report)] == ["start", "match", "control: no stage 1"]

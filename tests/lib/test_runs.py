@@ -1,4 +1,6 @@
-"""A run's folder: whole checkpoints, resumed ones, damaged ones; what its gauges say and when."""
+"""A run's folder: whole checkpoints, resumed ones, damaged ones; what its gauges say
+and when.
+"""
 
 import json
 import shutil
@@ -12,8 +14,16 @@ import lib.runs
 from common import T, assert_same_run, metrics, newest, one_line, tiny_model
 from common_train import META, QUIET, Killed, open_run, run_fit
 from lib.folders import save_model
-from lib.runs import (TRAIN, Interrupt, Progress, RunConfig, check_free, read_metrics, read_row,
-                      take_over_former_names)
+from lib.runs import (
+    TRAIN,
+    Interrupt,
+    Progress,
+    RunConfig,
+    check_free,
+    read_metrics,
+    read_row,
+    take_over_former_names,
+)
 from train import FitConfig, cross_entropy_loss
 
 
@@ -28,13 +38,14 @@ def whole_checkpoints(out) -> list[str]:
 # ------------------------------------------------------------------------------------------
 # Checkpoints, and going on from them
 
+
 def test_keep_last_keeps_the_newest_k_whole_checkpoints(tmp_path, tiny):
     out = tmp_path / "run"
-    stale = out / "checkpoints" / "step_0000099.tmp"       # a killed run left it: no checkpoint
+    stale = out / "checkpoints" / "step_0000099.tmp"  # a killed run left it: no checkpoint
     stale.mkdir(parents=True)
     run_fit(out, tiny.text, steps(9), keep_last=2, save_every=2)
     assert whole_checkpoints(out) == ["step_0000008", "step_0000009"]
-    for name in ("config.json", "meta.json", "model.safetensors"):             # OUT itself is the newest model
+    for name in ("config.json", "meta.json", "model.safetensors"):  # OUT itself is the newest model
         assert (out / name).read_bytes() == (out / "checkpoints" / "step_0000009" / name).read_bytes()
     one = tmp_path / "one"
     (one / "checkpoints" / "step_0000099.tmp").mkdir(parents=True)
@@ -57,7 +68,8 @@ def test_a_finished_run_resumed_stays_as_it_is_and_with_more_steps_goes_on(tmp_p
 
 
 def test_a_run_that_dies_between_its_last_checkpoint_and_publishing_it_publishes_when_resumed(
-        tmp_path, tiny, monkeypatch):
+    tmp_path, tiny, monkeypatch
+):
     out = tmp_path / "run"
 
     def dies(*_):
@@ -101,8 +113,11 @@ def test_resuming_with_a_model_of_another_shape_is_refused(tmp_path, tiny):
     out = tmp_path / "run"
     run_fit(out, tiny.text, steps(2))
     before = (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
-    for shape, name in (({"mixer": "r", "n_layer": 3}, "n_layer"), ({"mixer": "a"}, "mixer"),
-                        ({"mixer": "r", "n_embd": 64}, "n_embd")):
+    for shape, name in (
+        ({"mixer": "r", "n_layer": 3}, "n_layer"),
+        ({"mixer": "a"}, "mixer"),
+        ({"mixer": "r", "n_embd": 64}, "n_embd"),
+    ):
         with pytest.raises(ValueError, match=name) as error:
             run_fit(out, tiny.text, steps(4), tiny_model(**shape))
         one_line(error.value)
@@ -136,11 +151,13 @@ def test_a_model_without_checkpoints_is_not_resumed_over(tmp_path):
 
 
 def test_stages_go_on_under_todays_names_and_nobody_elses_folder_is_renamed(tmp_path):
-    """Only a distillation's `distil` was a stage, and never where a `match` stands already."""
+    """Only a distillation's `distil` was a stage, and never where a `match` stands
+    already.
+    """
     row = {key: 1.0 for key in ("tokens", "minutes", "val_loss", "gap", "kl", "top1", "top5")}
     (tmp_path / "distil").mkdir()
     (tmp_path / "distil" / "stage.json").write_text(json.dumps(row | {"name": "distil"}))
-    open_run(tmp_path, tiny_model())                                           # of train.py
+    open_run(tmp_path, tiny_model())  # of train.py
     assert (tmp_path / "distil").exists()
     assert read_row(tmp_path / "distil" / "stage.json")["name"] == "match"
     take_over_former_names(tmp_path)
@@ -152,6 +169,7 @@ def test_stages_go_on_under_todays_names_and_nobody_elses_folder_is_renamed(tmp_
 
 # ------------------------------------------------------------------------------------------
 # Gauges
+
 
 def test_progress_is_that_of_the_nearest_limit():
     cfg = FitConfig(max_steps=10, max_tokens=100, max_minutes=2.0)
@@ -186,8 +204,11 @@ def test_an_interrupt_is_put_off_to_the_end_of_the_step_but_a_second_one_is_not(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("bad", [{"keep_last": 0}, {"log_every": 0}, {"save_every": 0}, {"seed": -1},
-                                 {"save_minutes": float("nan")}], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [{"keep_last": 0}, {"log_every": 0}, {"save_every": 0}, {"seed": -1}, {"save_minutes": float("nan")}],
+    ids=str,
+)
 def test_a_run_outside_its_ranges_is_refused(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} = .*at least") as error:
         RunConfig(**bad)
@@ -195,7 +216,9 @@ def test_a_run_outside_its_ranges_is_refused(bad):
 
 
 def test_save_minutes_saves_when_they_have_passed(tmp_path, tiny, monkeypatch):
-    """A step takes a minute; a checkpoint is due when more than two and a half have passed."""
+    """A step takes a minute; a checkpoint is due when more than two and a half have
+    passed.
+    """
     now, saved, real = [1e9], [], lib.runs.save_checkpoint
 
     def save(out, model, meta, trainer, *rest):

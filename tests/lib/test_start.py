@@ -1,4 +1,6 @@
-"""Where the student begins: what is copied and what not, decays by rule, and what a look at the teacher gives."""
+"""Where the student begins: what is copied and what not, decays by rule, and what a
+look at the teacher gives.
+"""
 
 import math
 
@@ -31,13 +33,14 @@ def test_the_gates_columns_get_different_gradients():
     model = wrap(make_student(teacher, StudentConfig()), teacher)
     align_loss(model, batch)[0]["loss"].backward()
     for block in model.blocks:
-        columns = F.normalize(block.att.student.g1.grad.double(), dim=0).T           # (rank, C)
+        columns = F.normalize(block.att.student.g1.grad.double(), dim=0).T  # (rank, C)
         distances = torch.cdist(columns, columns).fill_diagonal_(1)
         assert columns.norm(dim=1).min() > 0.99 and distances.min() > 0.01
 
 
 # ------------------------------------------------------------------------------------------
 # Decay
+
 
 def memory(mixer) -> torch.Tensor:
     """How many tokens each channel remembers, (heads, N): n with e^w = 1 - 1/n."""
@@ -64,11 +67,11 @@ def test_lookback_is_the_mean_distance_that_attention_looks(changes):
     att, x = tiny_model(**changes).blocks[0].att, torch.randn(3, T, 32)
     q, k, _ = att.qkv(x, 0)
     scores = q @ k.expand_as(q).mT / 16**0.5
-    p = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)   # (B, H, T, T)
+    p = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)  # (B, H, T, T)
     distance = (torch.arange(T)[:, None] - torch.arange(T)).float()
     mean = (p * distance).sum(-1).mean((0, 2))
     torch.testing.assert_close(lookback(att, x), mean, rtol=1e-4, atol=1e-4)
-    att.q_proj.weight.zero_()                              # all tokens alike: t / 2 back from position t
+    att.q_proj.weight.zero_()  # all tokens alike: t / 2 back from position t
     if "qk_norm" not in changes:
         torch.testing.assert_close(lookback(att, x), torch.full((2,), (T - 1) / 4))
 
@@ -78,7 +81,7 @@ def test_heads_that_look_further_back_remember_longer():
     teacher, tokens = tiny_model(positions="none"), random_batch(4).x
     block = teacher.blocks[0]
     _, far = block.att.q_proj.weight.chunk(2)
-    far.zero_()                                            # looks everywhere alike: 2 d + 1 = (T + 1) / 2 tokens
+    far.zero_()  # looks everywhere alike: 2 d + 1 = (T + 1) / 2 tokens
     n = memory(make_student(teacher, StudentConfig(decay="lookback"), tokens).blocks[0].att)
     assert n[1, -1].item() == pytest.approx((T + 1) / 2, rel=1e-3) and n.min() >= 2
     back = lookback(block.att, block.ln1(block.ln0(teacher.emb(tokens))))
@@ -87,6 +90,7 @@ def test_heads_that_look_further_back_remember_longer():
 
 # ------------------------------------------------------------------------------------------
 # Output
+
 
 @torch.no_grad()
 def test_head_scales_are_those_of_least_squares():
@@ -112,7 +116,9 @@ def test_calibration_brings_every_mixer_nearer_to_its_attention():
         before, after = (layer_errors(teacher, student, batch) for student in (plain, near))
         assert len(after) == near.cfg.mixers.count("r")
         assert all(b["error"] < a["error"] and b["error"] < 1 for a, b in zip(before, after))
-        changed = {name for name, p in plain.state_dict().items() if not torch.equal(p, near.state_dict()[name])}
+        changed = {
+            name for name, p in plain.state_dict().items() if not torch.equal(p, near.state_dict()[name])
+        }
         replaced = [i for i, letter in enumerate(near.cfg.mixers) if letter == "r"]
         assert changed == {f"blocks.{i}.att.output.weight" for i in replaced}
 

@@ -146,16 +146,22 @@ def test_one_part_alone_and_bad_options_in_one_line(tmp_path, capsys, monkeypatc
     main(["--only", "operator", "--repeat", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "wkv7" in out and "training" not in out and "memory" not in out
-    cases = [(main, ["--only", "speed"], "operator"), (main, ["--repeat", "0"], "at least 1"),
-             (main, ["--device", "tpu"], "choose auto"), (main, ["--json", str(tmp_path)], "is a folder"),
-             (bench_kernels.main, ["--device", "cpu"], "needs tensors on an NVIDIA GPU")]
+    cases = [
+        (main, ["--only", "speed"], "operator"),
+        (main, ["--repeat", "0"], "at least 1"),
+        (main, ["--device", "tpu"], "choose auto"),
+        (main, ["--json", str(tmp_path)], "is a folder"),
+        (bench_kernels.main, ["--device", "cpu"], "needs tensors on an NVIDIA GPU"),
+    ]
     for script, args, word in cases:
         with pytest.raises(ValueError) as e:
             script(args)
         assert word in one_line(e.value)
 
+
 # ------------------------------------------------------------------------------------------
 # Memory against the length of the sequence
+
 
 def test_every_side_of_the_memory_benchmark_is_a_training_step():
     """The same parameters in the three RWKV-7 sides; what they compute alike is for
@@ -236,15 +242,17 @@ def test_memory_is_measured_in_processes_of_their_own_and_one_that_fails_or_is_s
 FLA = """
 import torch
 
-def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None,
-                safe_gate=False, chunk_size=None, disable_recompute=False, cp_context=None, lower_bound=None):
-    '''S_t = diag(e^w) S + b (a^T S) + k v^T, y = S^T r, S (B, H, K, V): fla's own definition, one token after another.'''
+def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False,
+                cu_seqlens=None, cu_seqlens_cpu=None, safe_gate=False, chunk_size=None,
+                disable_recompute=False, cp_context=None, lower_bound=None):
+    '''S_t = diag(e^w) S + b (a^T S) + k v^T, y = S^T r, S (B, H, K, V), token by token.'''
     if chunk_size == 32:
         raise RuntimeError("out of\\nshared memory")
     r, w, k, v, a, b = (x.float() for x in (r, w, k, v, a, b))
     S, ys = (0 if initial_state is None else initial_state) + 0 * k[:, 0, ..., None] * v[:, 0, :, None], []
     for t in range(r.shape[1]):
-        S = S * w[:, t, ..., None].exp() + b[:, t, ..., None] * (a[:, t, ..., None] * S).sum(-2, keepdim=True) + k[:, t, ..., None] * v[:, t, :, None]
+        aS = (a[:, t, ..., None] * S).sum(-2, keepdim=True)
+        S = S * w[:, t, ..., None].exp() + b[:, t, ..., None] * aS + k[:, t, ..., None] * v[:, t, :, None]
         ys.append((r[:, t, ..., None] * S).sum(-2))
     return torch.stack(ys, 1).bfloat16(), S if output_final_state else None
 """
@@ -308,8 +316,14 @@ def test_the_kernels_benchmark_in_the_interpreter_beside_a_stand_in_for_fla(fla,
             assert side[f"{way}_GB_per_s"] == pytest.approx(1 * 20 * 2 * least / side[f"{way}_ms"] / 1e6)
             assert side[f"{way}_of_copy"] == pytest.approx(side[f"{way}_GB_per_s"] / results["copy_GB_per_s"])
     value, most = row["goals"]["both ms, of fla's best"]
-    assert most == 0.5 and value == pytest.approx(row["sides"]["triton"]["both_ms"] / row["sides"][row["best"]]["both_ms"])
-    assert "not how fast" in out and "fla, chunk 32 is left out: RuntimeError: out of shared memory" in out and "MISSED" in out
+    assert most == 0.5 and value == pytest.approx(
+        row["sides"]["triton"]["both_ms"] / row["sides"][row["best"]]["both_ms"]
+    )
+    assert (
+        "not how fast" in out
+        and "fla, chunk 32 is left out: RuntimeError: out of shared memory" in out
+        and "MISSED" in out
+    )
     assert (fla / "new" / "k.png").exists() or "no plot" in out
 
 
@@ -333,7 +347,12 @@ def test_a_side_that_fails_costs_no_other_side_anything(capsys, monkeypatch):
     failing = sides | {"loop": broken, "chunk": replace(broken, run=broken.exact)}
     monkeypatch.setattr(bench_kernels, "operator_sides", lambda *shape: failing)
     row = bench_kernels.kernel_row(1, 8, 1, None, bench_kernels.KernelsConfig(repeat=1), "cpu", 1e9)
-    assert row["sides"].keys() == {"loop", "torch", "triton", "attention"} and all(map(math.isnan, row["sides"]["loop"]["errors"].values()))
+    assert row["sides"].keys() == {"loop", "torch", "triton", "attention"} and all(
+        map(math.isnan, row["sides"]["loop"]["errors"].values())
+    )
     assert max(row["sides"]["triton"]["errors"].values()) < 6e-3
     out = capsys.readouterr().out
-    assert "chunk is left out: ZeroDivisionError" in out and "errors of loop is left out: ZeroDivisionError" in out
+    assert (
+        "chunk is left out: ZeroDivisionError" in out
+        and "errors of loop is left out: ZeroDivisionError" in out
+    )

@@ -28,7 +28,9 @@ def preset(name: str) -> TrainConfig:
     return apply(TrainConfig(), load_preset(str(REPO / "config" / f"{name}.toml")))
 
 
-@pytest.mark.parametrize("name, released", [("rwkv7-3b", 2_947_735_040), ("rwkv7-1b5", 1_527_404_544), ("rwkv7-124m", None)])
+@pytest.mark.parametrize(
+    "name, released", [("rwkv7-3b", 2_947_735_040), ("rwkv7-1b5", 1_527_404_544), ("rwkv7-124m", None)]
+)
 def test_the_presets_count_what_the_papers_formula_and_the_released_models_have(name, released):
     """arXiv 2503.14456, appendix:
 
@@ -49,8 +51,13 @@ def test_a_preset_prints_its_plan(name, capsys):
     P = on_paper(cfg.model).n_params()
     # two last x, and heads of 64 x 64
     state = cfg.model.n_layer * 4 * (2 * cfg.model.n_embd + cfg.model.n_embd * 64)
-    for number in (f"{P:,} parameters", f"{state / 1e6:.2f} MB", f"{8 * P / 1e9:.2f} GB", "per GPU of 8",
-                   f"{8 * cfg.fit.batch_size * cfg.fit.accum * cfg.model.block_size:,} tokens"):
+    for number in (
+        f"{P:,} parameters",
+        f"{state / 1e6:.2f} MB",
+        f"{8 * P / 1e9:.2f} GB",
+        "per GPU of 8",
+        f"{8 * cfg.fit.batch_size * cfg.fit.accum * cfg.model.block_size:,} tokens",
+    ):
         assert number in said, (number, said)
 
 
@@ -64,20 +71,51 @@ def test_the_manuals_row_of_a_preset_is_its_plan_for_8_gpus(name):
         return f"{sum(parts.pop(n) for n in names) / 1e9:.2f} GB"
 
     together = f"{sum(parts.values()) / 1e9:.2f} GB"
-    cells = [f"`{name}`", f"{on_paper(cfg).n_params():,}", unit(remembered_bytes(cfg, 1)), gb("weights", "gradients", "optimizer", "DDP's buckets"),
-             f"{gb('activations')}, {B} x {T} tokens", gb("logits' gradient"), together]
-    assert not parts and f"| {' | '.join(cells)} |" in (REPO / "docs" / "manual.md").read_text(encoding="utf-8"), cells
+    cells = [
+        f"`{name}`",
+        f"{on_paper(cfg).n_params():,}",
+        unit(remembered_bytes(cfg, 1)),
+        gb("weights", "gradients", "optimizer", "DDP's buckets"),
+        f"{gb('activations')}, {B} x {T} tokens",
+        gb("logits' gradient"),
+        together,
+    ]
+    assert not parts and f"| {' | '.join(cells)} |" in (REPO / "docs" / "manual.md").read_text(
+        encoding="utf-8"
+    ), cells
 
 
-@pytest.mark.parametrize("n, text", [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (999_990, "999.99 kB"), (12_982_272, "12.98 MB"),
-                                     (68_049_600_000, "68.05 GB"), (10**12, "1.00 TB"), (1.2345e15, "1,234.50 TB")])
+@pytest.mark.parametrize(
+    "n, text",
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (999_990, "999.99 kB"),
+        (12_982_272, "12.98 MB"),
+        (68_049_600_000, "68.05 GB"),
+        (10**12, "1.00 TB"),
+        (1.2345e15, "1,234.50 TB"),
+    ],
+)
 def test_bytes_for_people(n, text):
     assert unit(n) == text
 
 
 @pytest.mark.parametrize("ffn", ["gelu", "gelu_exact", "swiglu", "relu2", "channelmix"])
-@pytest.mark.parametrize("mixer", [{"mixer": "a"}, {"mixer": "a", "n_kv_head": 1, "head_size": 24}, {"mixer": "r"}, {"mixer": "r", "rwkv_size": 64},
-                                   {"mixer": "ra"}, {"mixer": "ar"}, {"mixer": "raa", "n_layer": 5}], ids=str)
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"mixer": "a"},
+        {"mixer": "a", "n_kv_head": 1, "head_size": 24},
+        {"mixer": "r"},
+        {"mixer": "r", "rwkv_size": 64},
+        {"mixer": "ra"},
+        {"mixer": "ar"},
+        {"mixer": "raa", "n_layer": 5},
+    ],
+    ids=str,
+)
 def test_remembered_bytes_are_those_of_a_state(mixer, ffn):
     """Oracle: the state of a model that has read T tokens."""
     model = tiny_model(**mixer, ffn=ffn)
@@ -90,22 +128,43 @@ def test_remembered_bytes_are_those_of_a_state(mixer, ffn):
 def test_a_gpu_holds_as_much_however_many_there_are_but_for_ddps_buckets():
     cfg = ModelConfig(mixer="r")
     one, two, many = (training_bytes(cfg, 4, 256, n) for n in (1, 2, 1000))
-    assert two == many and sum(two.values()) - sum(one.values()) == 4 * on_paper(cfg).n_params() == one["weights"]
+    assert (
+        two == many
+        and sum(two.values()) - sum(one.values()) == 4 * on_paper(cfg).n_params() == one["weights"]
+    )
     assert training_bytes(cfg, 8, 256)["activations"] == 2 * one["activations"]
 
 
-@pytest.mark.parametrize("shape", [
-    {}, {"positions": "learned", "ffn": "gelu"}, {"n_kv_head": 2}, {"mixer": "r", "ffn": "channelmix"}, {"mixer": "r", "gate": False},
-    {"mixer": "r", "bonus": False}, {"mixer": "r", "group_norm": False}, {"mixer": "r", "token_shift": False}, {"mixer": "r", "rwkv_rope": True},
-    {"mixer": "raa", "qk_norm": True}, {"mixer": "arr", "norm": "rmsnorm", "ffn": "swiglu"}, {"mixer": "r", "rwkv_size": 256}, {"mixer": "ara"},
-    {"mixer": "r", "rwkv_head_size": 64},
-], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"positions": "learned", "ffn": "gelu"},
+        {"n_kv_head": 2},
+        {"mixer": "r", "ffn": "channelmix"},
+        {"mixer": "r", "gate": False},
+        {"mixer": "r", "bonus": False},
+        {"mixer": "r", "group_norm": False},
+        {"mixer": "r", "token_shift": False},
+        {"mixer": "r", "rwkv_rope": True},
+        {"mixer": "raa", "qk_norm": True},
+        {"mixer": "arr", "norm": "rmsnorm", "ffn": "swiglu"},
+        {"mixer": "r", "rwkv_size": 256},
+        {"mixer": "ara"},
+        {"mixer": "r", "rwkv_head_size": 64},
+    ],
+    ids=str,
+)
 def test_the_activations_formula_is_what_autograd_saves(shape):
     """Oracle: every different storage, the weights' aside, that autograd packs in a
     forward pass.
     """
     B, T = 2, 128
-    model = LM(ModelConfig(**{"n_embd": 128, "n_layer": 3, "n_head": 4, "rwkv_head_size": 32, "block_size": T} | shape))
+    model = LM(
+        ModelConfig(
+            **{"n_embd": 128, "n_layer": 3, "n_head": 4, "rwkv_head_size": 32, "block_size": T} | shape
+        )
+    )
     weights, seen, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
 
     def note(x):
@@ -128,8 +187,14 @@ def two_steps(cfg: ModelConfig, B: int) -> None:
     for step in range(2):
         tokens = torch.randint(cfg.vocab_size, (2, B, cfg.block_size + 1))
         batches = [Batch(x[:, :-1], x[:, 1:], torch.ones(B, cfg.block_size)) for x in tokens]
-        forward_backward(Step(model, cross_entropy_loss), batches, 2 * B * cfg.block_size, loader, step,
-                         torch.device("cpu"))
+        forward_backward(
+            Step(model, cross_entropy_loss),
+            batches,
+            2 * B * cfg.block_size,
+            loader,
+            step,
+            torch.device("cpu"),
+        )
         optimizer.step()
         optimizer.zero_grad()
 
@@ -145,15 +210,18 @@ def highest(call, trace: Path) -> int:
     return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
 
 
-@pytest.mark.parametrize("shape, B", [({"mixer": "r", "ffn": "channelmix"}, 2), ({"mixer": "a"}, 8),
-                                      ({"mixer": "rraa"}, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape, B",
+    [({"mixer": "r", "ffn": "channelmix"}, 2), ({"mixer": "a"}, 8), ({"mixer": "rraa"}, 3)],
+    ids=str,
+)
 def test_the_memory_formula_is_within_15_percent_of_a_measured_step(shape, B, tmp_path):
     """Two steps of two micro-batches.
 
     Counted are tensors, not pages: no load decides it.
     """
     cfg = ModelConfig(**{"n_layer": 4, "n_embd": 256, "n_head": 4, "rwkv_head_size": 64} | shape)
-    two_steps(replace(cfg, n_layer=4, n_embd=64, block_size=16), 1)    # what a first time makes is no step's
+    two_steps(replace(cfg, n_layer=4, n_embd=64, block_size=16), 1)  # what a first time makes is no step's
     measured = highest(lambda: two_steps(cfg, B), tmp_path / "trace.json")
     formula = sum(training_bytes(cfg, B, 256).values())
     assert formula > 1.2e8 and formula == pytest.approx(measured, rel=0.15), (formula, measured)
@@ -168,14 +236,23 @@ def test_the_plan_of_a_model_folder_and_of_pieces(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "8 x 512 tokens at once" in said and "32,768 tokens" in said
     cfg = ModelConfig(mixer="r", block_size=4096)
-    assert plan(cfg, 8, 1, 512, 1) in said and describe(cfg, 4096) in said and "0 bytes" in describe(cfg, 4096)
+    assert (
+        plan(cfg, 8, 1, 512, 1) in said and describe(cfg, 4096) in said and "0 bytes" in describe(cfg, 4096)
+    )
 
 
 def test_bad_plans_end_in_one_line():
-    for flags, says in ((["--gpus", "0"], "at least 1"), (["--gpus", "-2"], "at least 1"), (["--gpus", "many"], "gpus"),
-                        (["--gpus", "1.5"], "gpus"), (["config/none.toml", "--gpus", "1"], "there are"), (["--gpus", "1", "--init", "out/none"], "no model at"),
-                        ([str(REPO / "config" / "rwkv7-3b.toml"), "--mixer", "ra", "--gpus", "8"], "not divisible by n_head"),
-                        (["--gpus", "1", "--block_size", "0"], "block_size = 0"), (["--gpus", "1", "--vocab_size", "0"], "vocab_size = 0")):
+    for flags, says in (
+        (["--gpus", "0"], "at least 1"),
+        (["--gpus", "-2"], "at least 1"),
+        (["--gpus", "many"], "gpus"),
+        (["--gpus", "1.5"], "gpus"),
+        (["config/none.toml", "--gpus", "1"], "there are"),
+        (["--gpus", "1", "--init", "out/none"], "no model at"),
+        ([str(REPO / "config" / "rwkv7-3b.toml"), "--mixer", "ra", "--gpus", "8"], "not divisible by n_head"),
+        (["--gpus", "1", "--block_size", "0"], "block_size = 0"),
+        (["--gpus", "1", "--vocab_size", "0"], "vocab_size = 0"),
+    ):
         with pytest.raises(ValueError, match=says) as e:
             main(flags)
         one_line(e.value)
@@ -183,6 +260,24 @@ def test_bad_plans_end_in_one_line():
 
 @pytest.mark.parametrize("mixer", ["a", "r"])
 def test_the_smallest_model_has_a_plan(mixer, capsys):
-    main(["--mixer", mixer, "--gpus", "1", "--vocab_size", "1", "--block_size", "1", "--batch_size", "1", "--n_layer", "1", "--n_embd", "32",
-                "--n_head", "1"])
+    main(
+        [
+            "--mixer",
+            mixer,
+            "--gpus",
+            "1",
+            "--vocab_size",
+            "1",
+            "--block_size",
+            "1",
+            "--batch_size",
+            "1",
+            "--n_layer",
+            "1",
+            "--n_embd",
+            "32",
+            "--n_head",
+            "1",
+        ]
+    )
     assert "a step reads 1 tokens" in capsys.readouterr().out

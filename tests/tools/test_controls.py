@@ -1,0 +1,80 @@
+"""Controls: as many tokens as the student saw, one idea less; refused where there is
+nothing to compare.
+"""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+import tools.controls
+from common import one_line
+from common_train import job, loop, teacher  # noqa: F401   (fixtures)
+from distill import DistillConfig, StudentConfig, distill
+from lib.folders import load_model
+from tools.controls import ControlsConfig, add_controls, run_controls
+
+
+def controls_of(cfg: DistillConfig) -> ControlsConfig:
+    return ControlsConfig(**{f.name: getattr(cfg, f.name) for f in fields(DistillConfig)})
+
+
+def test_every_control_sees_the_students_tokens_without_one_idea(job, tmp_path, monkeypatch, capsys):
+    """And is read back, not run again, where it is there already."""
+    cfg, out = job("out", align=loop(2, 4), match=loop(3, 2, accum=2), stages="align,match"), tmp_path / "out"
+    report = distill(cfg)
+    jobs, real = [], tools.controls.distill
+    monkeypatch.setattr(tools.controls, "distill", lambda control: jobs.append(control) or real(control))
+    with_controls = add_controls(controls_of(cfg))
+    assert with_controls == report | {"controls": with_controls["controls"]}
+    assert json.loads((out / "report.json").read_text()) == with_controls
+    rows = with_controls["controls"]
+    assert {name: row["tokens"] for name, row in rows.items()} == dict.fromkeys(
+        [
+            "no stage 1",
+            "no weight transfer",
+            "cross-entropy only",
+            "RWKV-7 from scratch",
+            "teacher trained on",
+        ],
+        (2 * 4 + 3 * 4) * 16,
+    )
+    for name in rows:
+        assert f"| control: {name} |" in (out / "report.md").read_text()
+    ideas = [(c.stages, c.match.max_steps, c.student, c.kl_weight, c.ce_weight) for c in jobs]
+    assert ideas == [
+        ("match", 5, cfg.student, 1, 0),
+        ("align,match", 3, StudentConfig(transfer=False), 1, 0),
+        ("align,match", 3, cfg.student, 0, 1),
+    ]
+    mixers = {name: load_model(out / "controls" / name.replace(" ", "-")).cfg.mixers for name in rows}
+    assert mixers.pop("teacher trained on") == "aa" and set(mixers.values()) == {"rr"}
+
+    files = {p: p.read_bytes() for p in out.rglob("*.safetensors")}
+    again = add_controls(controls_of(cfg))["controls"]
+    assert {p: p.read_bytes() for p in out.rglob("*.safetensors")} == files
+    assert again == rows
+
+
+def test_controls_without_their_run_or_its_stages_are_refused_in_one_line(job):
+    with pytest.raises(ValueError, match="no report in .*distill.py --out") as error:
+        add_controls(controls_of(job("none")))
+    one_line(error.value)
+    for stages in ("align", "match", "match,finish"):
+        with pytest.raises(ValueError, match="stages align,match, but stages = ") as error:
+            add_controls(controls_of(job("out", stages=stages)))
+        one_line(error.value)
+
+
+def test_what_stage_1_takes_is_given_to_stage_2_where_it_is_left_out(job, monkeypatch):
+    """In whole steps of stage 2, rounded down."""
+
+    def first(control):
+        jobs.append(control)
+        raise InterruptedError
+
+    cfg, jobs = controls_of(job("out", stages="align,match", align=loop(3, 3), match=loop(5, 4))), []
+    monkeypatch.setattr(tools.controls, "distill", first)
+    with pytest.raises(InterruptedError):
+        run_controls(cfg)
+    assert jobs[0].stages == "match" and jobs[0].match.max_steps == (3 * 3 + 5 * 4) // 4
