@@ -84,7 +84,7 @@ def test_removal_key_and_write_key_are_independent():
 
 def test_erasing_takes_what_was_stored_before_the_decay():
     _, S = steps({"k": K1, "v": V1}, {"w": math.log(0.5), "kk": K1, "a": 0.5})
-    same(S, torch.zeros(16, 16).double())  # half faded, half of the unfaded erased: nothing is left
+    same(S, torch.zeros(16, 16).double())               # half faded, half of the unfaded erased
 
 
 def test_learning_rate_of_two_turns_the_sign_and_swaps_two_memories():
@@ -222,9 +222,8 @@ def test_one_token_repeated_4096_times_costs_at_most_thirty_times_the_error_of_r
     hard = errors(operator(x, dy, dS, backend, torch.float32), ref)
     easy = errors(operator(ordinary, dy, dS, backend, torch.float32), equation(ordinary, dy, dS))
     loop = errors(operator(x, dy, dS, "loop", torch.float32), ref)
-    assert max(easy.values()) < 2e-6
     limit = min(30 * max(easy.values()), 10 * max(loop.values()))
-    assert all(e <= limit for e in hard.values()), (hard, easy, loop)
+    assert max(easy.values()) < 2e-6 and all(e <= limit for e in hard.values()), (hard, easy, loop)
     assert_close(operator(x, dy, dS, backend), ref, 1e-10)
 
 
@@ -236,15 +235,15 @@ def test_auto_on_a_cpu_is_the_loop_for_short_text_and_the_chunks_for_the_rest():
         x = random_inputs(T=T)
         assert all(map(torch.equal, wkv7(*x), wkv7(*x, backend=backend)))
 
-def test_the_script_prints_each_form_s_distance_from_the_definition(capsys):
-    """A line for each form: y, S and seven gradients, or why Triton is missing."""
-    wkv.compare(B=1, T=20, H=1, N=16)
+
+def test_the_script_prints_how_far_each_form_is_from_the_definition(capsys):
+    """A line for each form that can run here: y, S and the seven gradients."""
+    wkv.compare(T=40)
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["y", "S", "dr", "dw", "dk", "dv", "dkk", "da", "dS"]
-    assert [line.split()[0] for line in lines] == ["loop", "chunk", "torch", "triton"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    forms = list(FORMS) if wkv.why_not_triton(torch.empty(1, 1, 1, 32, device=device)) else [*FORMS, "triton"]
+    assert [line.split()[0] for line in lines] == forms
     for line in lines:
-        form, *values = line.split()
-        if form == "triton" and wkv.why_not_triton(torch.empty(1, 1, 1, 16)):
-            assert line.endswith(wkv.why_not_triton(torch.empty(1, 1, 1, 16)))
-        else:
-            assert len(values) == 9 and all(float(value) < 1e-5 for value in values), line
+        values = [float(value) for value in line.split()[1:]]
+        assert len(values) == 9 and all(value < 1e-5 for value in values), line

@@ -1,5 +1,4 @@
-"""kernels/wkv_torch.py: the hand-written gradient, what it keeps in memory, and
-layouts.
+"""kernels/wkv_torch.py: the hand-written gradient, what it keeps in memory, layouts.
 
 Values and gradients over lengths, head sizes and decays are held against the equation
 in test_wkv.py, beside the other forms.
@@ -71,9 +70,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
 
 @pytest.mark.parametrize("T", [64, 256])
 def test_what_backward_keeps_grows_with_the_text_by_a_constant_per_token(T):
-    """A constant for each chunk, the state (N, N) at its start included, and the last
-    state.
-    """
+    """A constant for each chunk, its first state included, and the last state."""
     B, H, N, L = 2, 3, 16, 32
     x = [z.requires_grad_() for z in random_inputs(B=B, T=T, H=H, N=N)]
     kept = {}
