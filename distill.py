@@ -1,4 +1,4 @@
-"""Turn a transformer into an RNN: attention out, RWKV-7 in, and taught what it did.
+"""Turn a transformer into an RNN: attention out, RWKV-7 in, trained to do the same.
 
     python distill.py --teacher out/teacher --out out/rwkv    (a teacher: train.py)
     torchrun --nproc_per_node=8 distill.py                    the same on eight GPUs
@@ -147,7 +147,7 @@ class StudentConfig:
     bonus: bool = True
     rwkv_rope: bool = False
     untie_head: bool = False       # a head of its own where the teacher's is the embedding
-    transfer: bool = True          # start from the teacher's weights; without: as official RWKV-7
+    transfer: bool = True          # mixers start from attention's weights; without: official, but for decay
     # spread: a head's channels remember 2 to block_size tokens; lookback: as far as the
     # teacher's head looks back on one batch
     decay: Literal["spread", "official", "lookback"] = "spread"
@@ -176,7 +176,7 @@ def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None,
                     bonus=cfg.bonus, rwkv_rope=cfg.rwkv_rope, tied=t.tied and not cfg.untie_head,
                     rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
     student = LM(replace(shape, mixer=mixer_letters(shape, cfg.mixer)))
-    student.load_state_dict(teacher.state_dict(), strict=False)       # all but the mixers that are replaced
+    student.load_state_dict(teacher.state_dict(), strict=False)       # all but replaced mixers' projections
     for block, source in zip(student.blocks, teacher.blocks):
         if isinstance(block.ffn, ChannelMix) and ffn != t.ffn:
             nn.init.zeros_(block.ffn.x_k)
@@ -185,7 +185,7 @@ def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None,
         if isinstance(block.att, TimeMixer) and cfg.decay == "spread":
             block.att.w0.data = spread_decay(block.att, block_size or t.block_size)
     if cfg.looks:
-        look_at_teacher(teacher, student, tokens, cfg.decay == "lookback", cfg.calibrate)
+        look_at_teacher(teacher, student.to(tokens.device), tokens, cfg.decay == "lookback", cfg.calibrate)
     return student
 
 
@@ -265,7 +265,7 @@ def match_loss(student: LM, batch: Batch, state: tuple | None = None, *, teacher
 
     `state` is (student's, teacher's). The heads run on `kl_chunk` tokens at a time, and
     again in the backward pass, so that all logits of both models never exist together;
-    None: about 2^24. A teacher with more tokens than the student is cut to its.
+    None: about 2^24. A teacher with more tokens than the student is cut to match.
     """
     V = student.cfg.vocab_size
     student_state, teacher_state = state or (None, None)
@@ -339,11 +339,11 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table above."""
+    """One row of the table at the top of this file."""
     loss: Callable
     teacher: LM | None = None              # whose attention stands beside the student's mixers
-    trains: tuple[str, ...] = ("",)        # parts of the names of what trains,
-    frozen: tuple[str, ...] = ()           # and of what does not
+    trains: tuple[str, ...] = ("",)        # parts of names that train; "" is in all
+    frozen: tuple[str, ...] = ()           # parts of names that do not
 
     def model(self, student: LM) -> LM:
         """The student, wrapped; only what this stage trains requires gradients."""
@@ -356,7 +356,7 @@ class Stage:
 
 def open_stage(name: str, cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM,
                kind: str) -> Stage:
-    """A row of the table, made in its turn: DPO's reference is the student of then."""
+    """A row of the table, made when its turn comes: DPO compares with what is then."""
     if name == "align":
         return Stage(partial(align_loss, kind=cfg.align_kind), teacher, trains=(".att.student.",))
     if name == "match":

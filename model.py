@@ -69,14 +69,15 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def forward(self, x, v_first, state):
-        (B, T, _), past = x.shape, state[0].shape[2] if state else 0
+        past = state[0].shape[2] if state else 0
         q, k, v = self.qkv(x, past)
+        mask = None
         if past:
             k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
         grouped = self.n_kv < self.n_head
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), v_first, (k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), v_first, (k, v)
 
 
 def rotate(x: Tensor, start: int, freq: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class TimeMixer(nn.Module):
         C, A, N = cfg.n_embd, cfg.rwkv_width, cfg.rwkv_head_size
         self.cfg, self.H, self.N = cfg, A // N, N
         self.first = layer == cfg.mixers.index("r")             # it gives v_first, the others take it
-        # token shift: how much of the token before each of six inputs sees
+        # token shift: the previous token's share in each of six inputs
         self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (empty(1, 1, C) for _ in range(6))
         # low-rank maps C -> rank -> A: decay, learning rate, value residual, gate
         self.w0, self.w1, self.w2 = empty(1, 1, A), empty(C, cfg.rank("w")), empty(cfg.rank("w"), A)
@@ -155,11 +156,11 @@ class TimeMixer(nn.Module):
             share = torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2)
             v = torch.lerp(v, v_first.to(v.dtype), share.to(v.dtype))
 
-        heads = (self.H, self.N)       # removal key kk = k k_k / |k k_k|, write key k (1 + (a - 1) k_a)
+        heads = (self.H, self.N)
         r = self.r_norm(r.unflatten(-1, heads))                                           # (B, T, H, N)
         k = self.k_norm(k.unflatten(-1, heads)).flatten(2)
-        kk = F.normalize((k * self.k_k).unflatten(-1, heads).float(), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a)
+        kk = F.normalize((k * self.k_k).unflatten(-1, heads).float(), dim=-1, eps=1e-12)   # removal key
+        k = k * (1 + (a - 1) * self.k_a)                                                  # write key
         w, k, v, a = (z.unflatten(-1, heads) for z in (w, k, v, a))
         if self.cfg.rwkv_rope:
             freq = rope_frequencies(self.cfg, self.N, x.device)
@@ -167,8 +168,7 @@ class TimeMixer(nn.Module):
 
         y, S = wkv7(r, w, k, v, kk, a, S, min_w=MIN_LOG_DECAY)
         y = self.ln_x(y.reshape(B * T, -1)).view_as(y)
-        y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v        # bonus: past the state and the norm
-        y = y.reshape(B, T, -1)
+        y = (y + (r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)     # bonus: past state and norm
         if self.cfg.gate:
             y = y * (torch.sigmoid(x_g @ self.g1) @ self.g2)
         return self.output(y), v_first, (x[:, -1].clone(), S, start + T)  # clone: a view would hold all of x
@@ -328,7 +328,7 @@ class ModelConfig:
     # What the world's checkpoints need; skip it at first reading. None: as in brackets
     n_kv_head: int | None = at_least(1, None)  # fewer keys and values than queries (n_head)
     head_size: int | None = at_least(1, None)  # (n_embd / n_head)
-    ffn_size: int | None = at_least(1, None)   # (4 n_embd; for swiglu two thirds of that)
+    ffn_size: int | None = at_least(1, None)   # (4 n_embd; swiglu: two thirds, rounded up to 32s)
     rwkv_size: int | None = at_least(1, None)  # width of all RWKV heads together (n_embd)
     rank_w: int | None = at_least(1, None)     # low-rank maps of decay, learning rate, value
     rank_a: int | None = at_least(1, None)     # residual and gate (the official rule, below)

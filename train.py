@@ -44,7 +44,7 @@ from model import LM, ModelConfig, State, TimeMixer
 
 @settings
 class FitConfig:
-    """How long, how fast. None means off."""
+    """How long, how fast. None means off; so does 0 for limits and clip."""
 
     max_steps: int = at_least(0, 2000)                      # stop at whichever of four comes first
     max_tokens: int | None = at_least(1, None)              # inputs read, over all processes
@@ -184,13 +184,13 @@ def forward_backward(module: nn.Module, batches: list[Batch], targets: int, load
                      device: torch.device, chunk: int | None = None) -> dict[str, Tensor]:
     """Gradients of the loss per target; returns this process's share of every mean.
 
-    The losses are sums, `targets` counts those of all micro-batches of all processes,
-    and DDP averages over the processes: hence the factor W / targets.
+    Losses are sums, `targets` counts those of all processes, DDP averages: W / targets.
+    `backward_in_pieces` (lib/bptt.py) runs forward and backward, in bfloat16 on GPUs.
     """
     means = {}
     for i, (batch, state) in enumerate(zip(batches, loader.carried(step))):
-        last, batch = i == len(batches) - 1, batch.to(device)    # DDP averages once, after the last
-        losses, state = backward_in_pieces(module, batch, state, chunk, loader.W / targets, average=last)
+        last = i == len(batches) - 1                       # DDP averages once, after the last
+        losses, state = backward_in_pieces(module, batch.to(device), state, chunk, loader.W / targets, last)
         loader.carry(i, state)
         del state                                          # a KV cache that nobody carries is not kept
         for name, value in losses.items():

@@ -44,12 +44,12 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
          backend: str = "auto", min_w: float | None = None) -> tuple[Tensor, Tensor]:
     """Run the recurrence over T >= 1 tokens, from a state (None: empty) to a state.
 
-    Differentiable in every input. `min_w`: a lower bound of w that the caller knows;
-    None reads it from w, for which a GPU must stop. Any w <= 0 is right: below RWKV-7's
-    bound the chunks get shorter, at last the loop takes over. (A compiled graph of
-    Triton kernels that is not told `min_w` takes w down to -2.5.)
+    Differentiable in every input. `min_w` is a known lower bound of w; without it w is
+    read, which makes a GPU wait. Any w <= 0 works: below RWKV-7's bound the chunks get
+    shorter, and at last the loop takes over. (A compiled graph of Triton kernels that
+    is not told `min_w` takes w down to -2.5.)
     Returns y (B, T, H, N) in r's dtype, and the last state in float32 or float64.
-    Raises ValueError for unequal shapes, a backend that cannot run, or w > 0.
+    Raises ValueError for unequal shapes, an unusable backend, or w > 0 where it is read.
     """
     check(r, w, k, v, kk, a, state, backend, min_w)
     B, T, H, N = r.shape
@@ -90,13 +90,13 @@ def wkv7_chunk(r, w, k, v, kk, a, S, L: int):
         y    = r~ S^T + tril(r~ b~^T) U + tril(r~ k~^T) v
         S    = (S + U^T b~ + v^T k~) diag(W_L)
 
-    with z = -kk, b = kk * a; the rows of U are what each token erases.
+    with z = -kk, b = kk * a. Row t of U is S_{t-1} z_t: minus what to erase.
     """
-    T, I, ys = r.shape[1], torch.eye(L).to(r), []
+    T, ys = r.shape[1], []
     for r, w, k, v, z, b in zip(*(chunks(x, L) for x in (r, w, k, v, -kk, kk * a))):     # each (B, H, L, N)
         W = w.cumsum(-2).exp()
-        z_, r_, b_, k_ = z * W / w.exp(), r * W, b / W, k / W
-        A = I - (z_ @ b_.mT).tril(-1)
+        z_, r_, b_, k_ = z * W / w.exp(), r * W, b / W, k / W        # W / e^w = W_{t-1}
+        A = torch.eye(L).to(W) - (z_ @ b_.mT).tril(-1)
         U = torch.linalg.solve_triangular(A, z_ @ S.mT + (z_ @ k_.mT).tril(-1) @ v, upper=False)
         ys.append(r_ @ S.mT + (r_ @ b_.mT).tril() @ U + (r_ @ k_.mT).tril() @ v)
         S = (S + U.mT @ b_ + v.mT @ k_) * W[..., -1:, :]
