@@ -373,7 +373,7 @@ def open_stage(name: str, cfg: DistillConfig, student: LM, teacher: LM, logit_te
 def distill(cfg: DistillConfig) -> dict:
     """Teacher in, RNN out: run the stages, a folder each, and return the report."""
     rank, world, device = setup(cfg.run.device)
-    run = Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher])
+    run = Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher, cfg.data, cfg.finish_data])
     teacher = load_teacher(cfg.teacher, device)
     logit_teacher = load_teacher(cfg.logit_teacher, device) if cfg.logit_teacher else teacher
     prepare_data(cfg, rank)

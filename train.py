@@ -225,7 +225,7 @@ class TrainConfig:
 def train(cfg: TrainConfig) -> dict:
     """Train a language model on `cfg.data` into the folder `cfg.run.out`."""
     rank, world, device = setup(cfg.run.device)
-    run = Run(cfg.run, rank, "train", reads=[cfg.init])
+    run = Run(cfg.run, rank, "train", reads=[cfg.init, cfg.data])
     start = load_model(cfg.init) if cfg.init else None
     shape = start.cfg if start else cfg.shape
     check(cfg, shape)

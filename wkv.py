@@ -49,7 +49,7 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
     shorter, and at last the loop takes over. (A compiled graph of Triton kernels that
     is not told `min_w` takes w down to -2.5.)
     Returns y (B, T, H, N) in r's dtype, and the last state in float32 or float64.
-    Raises ValueError for unequal shapes, an unusable backend, or w > 0 where it is read.
+    Raises ValueError for unequal shapes, an unusable backend, or w > 0 where w is read.
     """
     check(r, w, k, v, kk, a, state, backend, min_w)
     B, T, H, N = r.shape

@@ -6,6 +6,7 @@ Loading one runs no pickled code. Whatever is written here appears whole or not 
 
 import json
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -46,7 +47,50 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
     stored = {name: weights[name].detach().cpu().contiguous() for name in stored_shapes(model)}
     write_json(folder / "config.json", asdict(model.cfg))
     write_json(folder / "meta.json", meta)
-    write_whole(folder / "model.safetensors", lambda part: save_file(stored, part))
+    checksums = {name: checksum(weight) for name, weight in stored.items()}
+    metadata = {"format": "pt", "crc32": json.dumps(checksums)}
+    write_whole(folder / "model.safetensors", lambda part: save_file(stored, part, metadata))
+
+
+def checksum(x: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
+
+
+def digests_of(file: str | Path) -> dict[str, int]:
+    """The checksums that `save_model` wrote into a .safetensors file; others have none.
+    """
+    with safe_open(file, "pt") as f:
+        text = (f.metadata() or {}).get("crc32", "{}")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{file} is damaged: its checksums are; restore it from a checkpoint") from None
+
+
+def fingerprint(folder: str | Path) -> int | None:
+    """A number for what is in a model or data folder, the same wherever it lies.
+
+    None for a folder that does not exist.
+    """
+    folder = Path(folder)
+    if (folder / "model.safetensors").exists():
+        known = digests_of(folder / "model.safetensors")
+        files = ["model.safetensors"]
+    elif (folder / "meta.json").exists():
+        meta = read_meta(folder)
+        known = meta.get("blocks") and [meta[key] for key in ("kind", "tokenizer", "vocab_size", "blocks")]
+        files = sorted(file.name for file in folder.glob("*.bin"))
+    else:
+        return None
+    if known:
+        return zlib.crc32(json.dumps(known, sort_keys=True).encode())
+    crc = 0
+    for name in files:                             # of before: all of them are read
+        with (folder / name).open("rb") as f:
+            while piece := f.read(2**24):
+                crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def open_model(folder: str | Path) -> tuple[LM, Path]:
@@ -131,10 +175,16 @@ def stored_shapes(model: LM) -> dict[str, tuple[int, ...]]:
 def read_tensor(file: str | Path, name: str) -> Tensor:
     """One tensor of a .safetensors file, mapped into memory.
 
-    The file is opened anew each time, for an open one keeps what it has read.
+    The file is opened anew each time, for an open one keeps what it has read. Raises
+    ValueError where it has the tensor's checksum, and that is another.
     """
     with safe_open(file, "pt") as f:
-        return f.get_tensor(name)
+        x = f.get_tensor(name)
+    expected = digests_of(file).get(name)
+    if expected is not None and expected != checksum(x):
+        raise ValueError(f"{file} is damaged: {name} has another checksum than when it was saved; restore it "
+                         "from a checkpoint, or from a copy")
+    return x
 
 
 # ------------------------------------------------------------------------------------------

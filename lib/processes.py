@@ -39,6 +39,10 @@ def pick_device(device: str = "auto", local: int = 0) -> torch.device:
     return torch.device("cpu" if device == "auto" else device)
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 @contextlib.contextmanager
 def joined():
     """Around a script's work: no process tears its connections down while another uses

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from data.loader import Batch, Loader
 from lib.folders import load_model, write_json, write_whole
 from lib.hybrid import remembered_bytes
-from lib.runs import FORMER, Run, read_metrics
+from lib.home import FORMER
+from lib.runs import Run, read_metrics
 from lib.scores import averages, compare, loss_by_position, readable
 from lib.start import attention_io
 from model import LM, CausalSelfAttention, TimeMixer

@@ -16,13 +16,13 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -30,17 +30,11 @@ from tqdm import tqdm
 from config import at_least, settings
 from data.loader import Loader
 from data.tokenizer import copy_tokenizer
-from lib.folders import check_vocabulary, load_model, save_model, write_json, write_whole
-from lib.processes import agree, global_sum, main_first
+from lib.folders import check_vocabulary, load_model, save_model, write_whole
+from lib.home import FORMER, MODEL, Home
+from lib.processes import agree, global_sum, main_first, world_size
 from lib.states import tree_map
 from model import LM
-
-MODEL = ("config.json", "tokenizer.json", "meta.json", "model.safetensors")  # the second only where needed
-TRAIN = ("checkpoints", *MODEL, "metrics.jsonl")                             # what train.py writes
-DISTILL = (*TRAIN, "align", "match", "distil", "finish", "controls", "start.json", "ranking.json",
-           "report.json", "report.md", "report.png")                         # what distill.py writes
-FORMER = {"distil": "match"}                                                 # a stage's name of before
-
 
 @settings
 class RunConfig:
@@ -85,15 +79,21 @@ class Run:
     """
 
     def __init__(self, cfg: RunConfig, rank: int, kind: str = "train", reads: Sequence[str | None] = ()):
-        self.cfg, self.rank, self.out, self.name = cfg, rank, Path(cfg.out), kind
-        self.writes, foreign = (TRAIN, "start.json") if kind == "train" else (DISTILL, "checkpoints")
+        self.cfg, self.rank, self.name, self.folder = cfg, rank, kind, ""
+        self.home = Home(cfg.out, kind, cfg.resume, cfg.overwrite)
+        self.wandb = None
         self.model: LM | None = None
         self.meta: dict = {}
         if cfg.wandb and find_spec("wandb") is None:
             raise ValueError("--wandb needs the package wandb: pip install wandb, or omit --wandb")
         with main_first(rank):
             if rank == 0:
-                check_free(self.out, cfg.resume, cfg.overwrite, self.writes, foreign, reads)
+                self.home.check(reads)
+
+    @property
+    def out(self) -> Path:
+        """The folder that it writes now; see lib/home.py."""
+        return self.home.root / self.folder
 
     def begin(self, model: LM, meta: dict, settings: object, *lines: str) -> None:
         """Make the folder the run's; called when all else is known to be right.
@@ -105,14 +105,14 @@ class Run:
         self.say(json.dumps(asdict(settings)), *lines)
         with main_first(self.rank):
             if self.rank == 0:
-                claim(self.out, self.writes if self.cfg.overwrite else ())
-                if self.writes is DISTILL:
-                    take_over_former_names(self.out)
+                self.home.enter(asdict(settings), world_size())
+                self.wandb = start_wandb(self.cfg)
+        self.home.follow()
 
     def stage(self, name: str) -> "Run":
         """The same run in a folder of its own inside this one."""
         stage = copy.copy(self)
-        stage.out, stage.name = self.out / name, name
+        stage.folder = stage.name = name
         return stage
 
     def say(self, *lines: str) -> None:
@@ -132,7 +132,8 @@ class Run:
         checkpoint = last_checkpoint(self.out)
         at = restore_trainer(checkpoint, self.model, optimizer, loader) if checkpoint else Progress()
         self.saved_at = time.time()
-        self.metrics = MetricsLog(self.out, at.step, self.cfg.wandb) if self.rank == 0 else None
+        if self.rank == 0:
+            cut_metrics(self.out / "metrics.jsonl", at.step)
         return at
 
     def save(self, optimizer: torch.optim.Optimizer, at: Progress, loader: Loader) -> None:
@@ -145,11 +146,22 @@ class Run:
             trainer = asdict(at) | {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
                                     "states": states}
             save_checkpoint(self.out, self.model, self.meta, trainer, self.cfg.keep_last, loader.folder)
+        if self.home.replacing:
+            with main_first(self.rank):
+                if self.rank == 0:
+                    self.home.settle()
+            self.home.replacing = False
         self.saved_at = time.time()
 
     def log(self, row: dict) -> None:
-        if self.rank == 0:
-            self.metrics.write(row)
+        """Add a row to metrics.jsonl, and to wandb, where a stage's have its name."""
+        if self.rank > 0:
+            return
+        short = {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()}
+        with (self.out / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps(short) + "\n")
+        if self.wandb:
+            self.wandb.log({f"{self.name}/{key}": x for key, x in row.items()} if self.folder else row)
 
     def note(self, row: dict, name: str) -> dict:
         """Print what was measured, and keep it as OUT/name."""
@@ -189,6 +201,7 @@ class Meter:
             f"{run.name}: {trained:,} of {total:,} parameters train, {loader.accum * loader.W * loader.B} x "
             f"{loader.T} tokens a step, {loader.W} x {self.device.type}"
             + (f", from step {at.step}" if at.step else "")
+            + (": no step is left" if at.fraction(cfg) >= 1 else "")
         )
         self.bar = tqdm(total=cfg.max_steps, initial=at.step, desc=run.name, disable=run.rank > 0,
                         mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
@@ -272,15 +285,17 @@ def check_finite(rows: Tensor, step: int, run: Run) -> None:
 
 
 class Interrupt:
-    """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step; a second one
-    ends at once.
+    """Notes Ctrl-C, SIGTERM and a closed terminal instead of dying in the middle of a
+    step; a second one ends at once.
     """
 
     def __init__(self):
         self.seen = False
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]         # as by nohup
+        self.before = {s: signal.signal(s, self.note) for s in heard}
         return self
 
     def note(self, signum, frame):
@@ -297,7 +312,7 @@ def resume_command() -> str:
     """What to type to go on."""
     switches = ("--resume", "--overwrite", "--no-resume", "--no-overwrite")
     args = [a for a in sys.argv[1:] if a.split("=")[0] not in switches]
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = world_size()
     start = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
     script = Path(sys.argv[0])
     name = ["-m", f"tools.{script.stem}"] if script.parent.name == "tools" else [script.name]
@@ -305,51 +320,7 @@ def resume_command() -> str:
 
 
 # ------------------------------------------------------------------------------------------
-# The folder
-
-def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], foreign: str,
-               reads: Sequence[str | None]) -> None:
-    """Raises ValueError where a run that `writes` these names into `out` would lose
-    another's work.
-
-    `foreign` is a name that only the other script's runs have.
-    """
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite contradict each other: choose one")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
-    if any(Path(folder).resolve() == out.resolve() for folder in reads if folder):
-        raise ValueError(f"{out} is read by this run and would be replaced by it: choose another --out")
-    if (out / foreign).exists():
-        raise ValueError(f"{out} holds a run of another script: choose another --out")
-    if resume and (out / "model.safetensors").exists() and not any(out.glob("**/checkpoints")):
-        raise ValueError(
-            f"{out} holds a model but no checkpoints: there is nothing to resume; choose another "
-            "--out, or start from it with --init"
-        )
-    if not resume and not overwrite and any((out / name).exists() for name in writes):
-        raise ValueError(
-            f"{out} holds another run: go on with --resume, replace it with --overwrite, or choose "
-            "another --out"
-        )
-
-
-def claim(out: Path, replaced: Sequence[str]) -> None:
-    """Make the folder of a run, empty of what is to be replaced."""
-    for name in replaced:
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def take_over_former_names(out: Path) -> None:
-    """A run that began under former names of its stages goes on under today's."""
-    for former, name in FORMER.items():
-        if (out / former).is_dir() and not (out / name).exists():
-            (out / former).rename(out / name)
-
+# What it leaves in its folder
 
 def read_row(path: Path) -> dict:
     """A finished stage's row.
@@ -358,34 +329,30 @@ def read_row(path: Path) -> dict:
     """
     try:
         row = json.loads(path.read_bytes())
-        row = row | {key: row[key] for key in ("tokens", "minutes", "val_loss", "gap", "kl", "top1", "top5")}
+        scores = [row[key] for key in ("tokens", "minutes", "val_loss", "gap", "kl", "top1", "top5")]
+        if not all(map(math.isfinite, scores)):
+            raise ValueError
         return row | {"name": FORMER.get(row["name"], row["name"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise ValueError(f"{path} is damaged: remove it, and --resume measures or finishes that stage "
                          "again") from None
 
 
-class MetricsLog:
-    """metrics.jsonl, one line per log point; what an interrupted run wrote past its
-    checkpoint is cut off.
+def cut_metrics(path: Path, step: int) -> None:
+    """Leave the rows of a metrics.jsonl up to `step`: an interrupted run wrote more
+    than its checkpoint has.
     """
+    text = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
+    write_whole(path, lambda part: part.write_text(text))
 
-    def __init__(self, out: Path, step: int, project: str | None):
-        self.path = out / "metrics.jsonl"
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(self.path, lambda part: part.write_text(text))
-        self.wandb = None
-        if project:
-            import wandb                                                      # optional, and slow to import
-            self.wandb = wandb.init(project=project, name=out.name, resume="allow", id=out.name)
 
-    def write(self, row: dict) -> None:
-        short = {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()}
-        with self.path.open("a") as f:
-            f.write(json.dumps(short) + "\n")
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
+def start_wandb(cfg: RunConfig):
+    """One wandb run for all stages, which a resumed run goes on with."""
+    if not cfg.wandb:
+        return None
+    import wandb                                                              # optional, and slow to import
+    name = cfg.out.strip("/").replace("/", "-")
+    return wandb.init(project=cfg.wandb, name=name, id=name, resume="allow")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -394,9 +361,9 @@ def read_metrics(path: Path) -> list[dict]:
     """
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
 
 
 # ------------------------------------------------------------------------------------------
@@ -473,9 +440,14 @@ def load_trainer(folder: Path) -> dict:
     Raises ValueError for a damaged one.
     """
     try:
+        with zipfile.ZipFile(folder / "trainer.pt") as parts:
+            if damaged := parts.testzip():                 # torch writes checksums, and does not read them
+                raise ValueError(damaged)
         trainer = torch.load(folder / "trainer.pt", weights_only=True)
         needed = {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")}
         return needed | {"states": trainer.get("states")}
+    except PermissionError:
+        raise
     except Exception as e:  # torch raises many kinds here; each means the same to the user
         raise ValueError(
             f"{folder}/trainer.pt is damaged ({type(e).__name__}): remove {folder} and --resume from "

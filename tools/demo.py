@@ -36,7 +36,8 @@ def demo(cfg: DemoConfig) -> dict:
     rank, _, _ = setup(cfg.run.device)
     if cfg.controls:
         check_stages(cfg)
-    Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher])  # refuses before anything trains
+    reads = [cfg.teacher, cfg.logit_teacher, cfg.data, cfg.finish_data]
+    Run(cfg.run, rank, "distill", reads)                   # refuses before anything trains
     if not Path(cfg.teacher).exists():
         with main_first(rank):
             ensure_prepared(cfg.data)

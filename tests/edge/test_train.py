@@ -20,7 +20,8 @@ from common_train import META, QUIET, run_fit, wait_for
 from config import cli
 from data.loader import Loader
 from lib.folders import load_model, save_model
-from lib.runs import TRAIN, RunConfig, check_free
+from lib.home import TRAIN, check_free
+from lib.runs import RunConfig
 from train import FitConfig, TrainConfig, cross_entropy_loss, forward_backward
 
 # ------------------------------------------------------------------------------------------

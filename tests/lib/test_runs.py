@@ -14,16 +14,8 @@ import lib.runs
 from common import T, assert_same_run, metrics, newest, one_line, tiny_model
 from common_train import META, QUIET, Killed, open_run, run_fit
 from lib.folders import save_model
-from lib.runs import (
-    TRAIN,
-    Interrupt,
-    Progress,
-    RunConfig,
-    check_free,
-    read_metrics,
-    read_row,
-    take_over_former_names,
-)
+from lib.home import TRAIN, check_free, take_over_former_names
+from lib.runs import Interrupt, Progress, RunConfig, read_metrics, read_row
 from train import FitConfig, cross_entropy_loss
 
 

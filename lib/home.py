@@ -1,0 +1,287 @@
+"""The folder of a run: who writes it, what it replaces, and what it was started with.
+
+One process at a time writes a run. What --overwrite replaces stays until the new run's
+first checkpoint is whole; until then that one lives in OUT/.new. settings.json says
+what a run was started with, and a resumed one goes on with the same.
+"""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.folders import fingerprint, write_json
+
+try:
+    import fcntl
+except ImportError:                                # Windows has no such locks
+    fcntl = None
+
+MODEL = ("config.json", "tokenizer.json", "meta.json", "model.safetensors")  # the second only where needed
+TRAIN = ("checkpoints", *MODEL, "metrics.jsonl", "settings.json")            # what train.py writes
+DISTILL = (*TRAIN, "align", "match", "distil", "finish", "controls", "start.json", "ranking.json",
+           "report.json", "report.md", "report.png")                         # what distill.py writes
+FORMER = {"distil": "match"}                                                 # a stage's name of before
+NEW, OLD = ".new", ".replaced"                     # a run before its first checkpoint; what it then replaced
+
+# what only lengthens a run, and what only says how it is watched, saved and computed
+LENGTHS = ("max_steps", "max_tokens", "max_minutes", "terminate_at_loss")
+HOW = ("eval_every", "out", "resume", "overwrite", "device", "save_every", "save_minutes", "keep_last",
+       "log_every", "compile", "wandb", "controls", "keep", "scratch_rate", "mixer")
+FOLDERS = ("teacher", "logit_teacher", "init", "data", "finish_data")        # compared by what is in them
+FLAT = ("student", "model", "fit", "run")          # their settings are flags without a prefix
+STAGES = ("align", "match", "finish")
+OWNERS = {"align": ("align_kind",), "finish": ("dpo_kind", "dpo_beta", "dpo_smoothing", "finish_data"),
+          "match": ("kl_kind", "kl_weight", "kl_temperature", "ce_weight", "kl_chunk", "logit_teacher",
+                    "freeze")}
+
+
+class Home:
+    """The folder `out` of a run of this kind, train or distill, whose names differ."""
+
+    def __init__(self, out: str, kind: str, resume: bool, overwrite: bool):
+        self.out, self.resume, self.overwrite = Path(out), resume, overwrite
+        self.writes, self.foreign = (TRAIN, "start.json") if kind == "train" else (DISTILL, "checkpoints")
+        self.replacing, self.lock = False, None
+
+    @property
+    def root(self) -> Path:
+        """Where the run writes now."""
+        return self.out / NEW if self.replacing else self.out
+
+    def check(self, reads: Sequence[str | None]) -> None:
+        """Raises ValueError, before anything is written, where another's work would be
+        lost, or what this run `reads`.
+        """
+        check_free(self.out, self.resume, self.overwrite, self.writes, self.foreign, reads)
+        if (self.out / ".lock").exists():
+            lock(self.out).close()
+
+    def enter(self, settings: dict, world: int) -> None:
+        """Make the folder the run's, which is started with these settings.
+
+        Raises ValueError where it was started with others, or another process is there.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.out)
+        tidy(self.out, self.writes)
+        if self.writes is DISTILL:
+            take_over_former_names(self.out)
+        values = flatten(settings, world)
+        if self.resume:
+            values = go_on(self.out, values)
+        self.replacing = self.overwrite and any((self.out / name).exists() for name in self.writes)
+        self.root.mkdir(exist_ok=True)
+        write_json(self.root / "settings.json", values)
+
+    def follow(self) -> None:
+        """On the other processes, after the first has entered."""
+        self.replacing = self.overwrite and (self.out / NEW).exists()
+
+    def settle(self) -> None:
+        """Its first checkpoint is whole: what it replaces goes."""
+        replace(self.out, self.writes)
+
+
+def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], foreign: str,
+               reads: Sequence[str | None]) -> None:
+    """Raises ValueError where a run that `writes` these names into `out` would lose
+    another's work.
+
+    `foreign` is a name that only the other script's runs have.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite contradict each other: choose one")
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out} is a link to {os.readlink(out)}, which does not exist: make that folder, or "
+                         "choose another --out")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    for folder in filter(None, reads):
+        if would_replace(out, writes, Path(folder).resolve()):
+            raise ValueError(f"{folder} is read by this run and would be replaced by it: choose another "
+                             "--out")
+    if (out / foreign).exists():
+        raise ValueError(f"{out} holds a run of another script: choose another --out")
+    present = [name for name in writes if (out / name).exists() and name != "settings.json"]
+    if resume and "model.safetensors" in present and not any(out.glob("**/checkpoints")):
+        raise ValueError(f"{out} holds a model but no checkpoints: there is nothing to resume; choose "
+                         "another --out, or start from it with --init")
+    if present and all(name in MODEL for name in present):
+        raise ValueError(f"{out} holds {present[0]}, but no run that it could be of: choose another --out")
+    if present and not resume and not overwrite:
+        raise ValueError(f"{out} holds another run: go on with --resume, replace it with --overwrite, or "
+                         "choose another --out")
+
+
+def would_replace(out: Path, writes: Sequence[str], folder: Path) -> bool:
+    """Whether `folder` is `out`, or lies under what a run writes there."""
+    places = {(out / name).resolve() for name in (*writes, NEW, OLD)}
+    return folder == out.resolve() or not places.isdisjoint((folder, *folder.parents))
+
+
+def lock(out: Path):
+    """The open file OUT/.lock: as long as it is open, no other process has the folder.
+
+    Raises ValueError, naming that process, where one has.
+    """
+    file = (out / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"{out} is being written by another process ({file.read().strip()}): wait for it, "
+                         "or choose another --out") from None
+    except (OSError, AttributeError):              # a system without locks
+        return file
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+# ------------------------------------------------------------------------------------------
+# One run in another's place
+
+def tidy(out: Path, writes: Sequence[str]) -> None:
+    """Finish what a killed process had begun, or undo it, and sweep what it left."""
+    if any(checkpoint.name[5:].isdigit() for checkpoint in (out / NEW).glob("**/checkpoints/step_*")):
+        replace(out, writes)
+    elif (out / OLD).exists() and (out / NEW).exists():
+        replace(out, writes)
+    shutil.rmtree(out / NEW, ignore_errors=True)
+    shutil.rmtree(out / OLD, ignore_errors=True)
+    for folder in (out, *(out / stage for stage in STAGES)):
+        for name in writes:
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        for unfinished in (folder / "checkpoints").glob("step_*.tmp"):
+            shutil.rmtree(unfinished)
+
+
+def replace(out: Path, writes: Sequence[str]) -> None:
+    """OUT/.new takes the place of what is in OUT: killed at any moment, it goes on.
+
+    First all of the old run moves away, but for files of the model, which are there at
+    every moment; then the new one moves in.
+    """
+    new, old = out / NEW, out / OLD
+    moved = old / "moved"
+    old.mkdir(exist_ok=True)
+    if not moved.exists():
+        for name in writes:
+            if (out / name).exists() and not (name in MODEL and (new / name).exists()):
+                os.replace(out / name, old / name)
+        moved.touch()
+    for name in writes:
+        if (new / name).exists():
+            os.replace(new / name, out / name)
+    shutil.rmtree(new)
+    shutil.rmtree(old)
+
+
+def take_over_former_names(out: Path) -> None:
+    """A run that began under former names of its stages goes on under today's."""
+    for former, name in FORMER.items():
+        if (out / former).is_dir() and not (out / name).exists():
+            (out / former).rename(out / name)
+
+
+# ------------------------------------------------------------------------------------------
+# The settings of its start
+
+def flatten(settings: dict, world: int) -> dict:
+    """A script's settings by the names of their flags; folders by what is in them.
+
+    Batch size, accumulation and processes are one number, the rows of a step: as long
+    as it stays, so do the batches. Each stage has a block size of its own.
+    """
+    values = {}
+    for name, value in settings.items():
+        if name.startswith("teacher_"):            # of tools.demo, about another run
+            continue
+        if name in FOLDERS and value:
+            values[name] = {"path": value, "digest": fingerprint(value)}
+        elif isinstance(value, dict):
+            values |= {key if name in FLAT else f"{name}.{key}": setting for key, setting in value.items()}
+        else:
+            values[name] = value
+    for name in [name for name in values if name.endswith("batch_size")]:
+        prefix = name.removesuffix("batch_size")
+        rows = values.pop(name) * values.pop(prefix + "accum") * world
+        values[f"{prefix}batch_size * accum * processes"] = rows
+    if "stages" in values:
+        T, finish_T = values.pop("block_size"), values.pop("finish_block_size")
+        values |= {"align.block_size": T, "match.block_size": T, "finish.block_size": finish_T or T}
+    return {name: value for name, value in values.items() if name.rpartition(".")[2] not in HOW}
+
+
+def go_on(out: Path, values: dict) -> dict:
+    """The settings of a resumed run: `values`, which are those of its start.
+
+    A stage that has not begun may have others, and the last one that has begun goes on
+    with a greater length although it was finished. Raises ValueError for any other
+    difference.
+    """
+    before = read_settings(out / "settings.json")
+    begun = [stage for stage in STAGES if (out / stage / "checkpoints").exists()]
+    done = [stage for stage in begun if (out / stage / "stage.json").exists()]
+    asked = values.get("stages", "").split(",")
+    complete = all(stage in done for stage in asked)
+    differences, longer = [], set()
+    for name in before.keys() & values.keys():
+        stage, last = owner(name), name.rpartition(".")[2]
+        if same(before[name], values[name]) or stage and stage not in begun:
+            continue
+        if last == "block_size" and stage in done and not complete:
+            values[name] = before[name]            # the others may have a longer one
+        elif last in LENGTHS and stage in done and stage in asked and stage != begun[-1]:
+            differences.append(f"{told(name, before, values)} (and {begun[-1]} is built upon it)")
+        elif last in LENGTHS and stage in done and stage in asked:
+            longer.add(stage)
+        elif last not in (*LENGTHS, "stages"):
+            differences.append(told(name, before, values))
+    if differences:
+        raise ValueError(f"{out} was started with {'; '.join(sorted(differences)[:5])}: a resumed run may "
+                         "only train longer, and be watched and saved in another way; repeat the settings "
+                         "of its start, or choose another --out")
+    for stage in longer:
+        (out / stage / "stage.json").unlink()
+    return values
+
+
+def owner(name: str) -> str | None:
+    """The stage that a setting is for; None: for all of the run."""
+    owners = {setting: stage for stage, settings in OWNERS.items() for setting in settings}
+    prefix = name.partition(".")[0]
+    return prefix if prefix in STAGES else owners.get(name)
+
+
+def same(old, new) -> bool:
+    """Folders are the same when what is in them is."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.get("digest") == new.get("digest")
+    return old == new
+
+
+def told(name: str, before: dict, values: dict) -> str:
+    """A difference in a user's words."""
+    old, new = before[name], values[name]
+    if isinstance(old, dict) and isinstance(new, dict):
+        return f"another {name} than is now in {new['path']}"
+    old, new = (value["path"] if isinstance(value, dict) else value for value in (old, new))
+    return f"{name} = {old}, not {new}"
+
+
+def read_settings(file: Path) -> dict:
+    """What `Home.enter` wrote; nothing for a run of before, which did not."""
+    if not file.exists():
+        return {}
+    try:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is damaged: remove it, and --resume goes on without comparing settings")
+    return values
