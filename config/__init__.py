@@ -93,7 +93,7 @@ def check_text(f: Field, value: str) -> None:
 
 
 def shown(value) -> str:
-    """A value in a message: not a page of it, nor all the digits of a hostile number."""
+    """A value in a message: not a page of it, nor a number's five thousand digits."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
@@ -146,7 +146,7 @@ def cli(cls: type, argv: list[str] | None = None):
 
 
 def switches(default, prefix: str = "") -> set[str]:
-    """The flags of a settings object that are on or off, as "compile" or "model.gate"."""
+    """The settings that are on or off, as their flags name them: "model.gate"."""
     names = set()
     for name, hint in get_type_hints(type(default), include_extras=True).items():
         value = getattr(default, name)
@@ -204,7 +204,7 @@ def read_text(path: str | Path, what: str, most: int = 2**26) -> str:
     with open(path, "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"{what} {path} has more than {most:,} bytes: it is read at once, give a shorter one")
+        raise ValueError(f"{what} {path} has more than {most:,} bytes: give a shorter one")
     try:
         return io.StringIO(data.decode("utf-8-sig"), newline=None).read()          # "\n" ends all lines
     except UnicodeDecodeError as e:

@@ -23,8 +23,7 @@ ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 # Signals
 
 def leave(*_) -> None:
-    """Ctrl-C where there is nothing to save: while modules are imported, and at the end.
-    """
+    """Ctrl-C where nothing is to be saved: during imports, and at the very end."""
     with contextlib.suppress(OSError):
         os.write(2, b"interrupted\n")
     os._exit(130)
@@ -106,8 +105,7 @@ def hold_streams(output: bool = False) -> list[OSError]:
 
 
 def lasting(fd: int, before: io.TextIOWrapper | None, lost: list[OSError]) -> io.TextIOWrapper:
-    """A stream that cannot fail in place of `before`, which is None where it was closed.
-    """
+    """A stream that cannot fail, in place of `before`: None where that was closed."""
     raw = Lasting(fd, lost)
     if before is None:
         return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "replace")
@@ -154,8 +152,7 @@ NO_MEMORY = "out of memory|not enough memory|t allocate memory|ALLOC_FAILED|size
 
 
 def system_words(e: OSError) -> str:
-    """The file, what the system says about it, and a remedy where there is a general one.
-    """
+    """The file, what the system says about it, and a remedy where one is general."""
     if e.errno is None or e.strerror is None:
         return str(e)
     files = " -> ".join(str(name) for name in (e.filename, e.filename2) if name is not None)
@@ -183,8 +180,8 @@ def explain(e: BaseException) -> str | None:
 
 
 def run(main: Callable[[], object], output: bool = False) -> None:
-    """Run a script's main; what a user or the machine got wrong ends in one line on stderr
-    and status 1.
+    """Run a script's main; what a user or the machine got wrong ends in one line on
+    stderr and status 1.
 
     Nothing is lost because nobody reads what is printed, unless it is the script's
     purpose (`output`): then it ends as its reader does, without a word.

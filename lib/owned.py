@@ -19,8 +19,8 @@ def check_place(files: Sequence[Path], is_own: Callable[[Path], bool], flag: str
     """
     taken = next(filter(os.path.lexists, files), None)
     if taken and not (files[0].is_file() and is_own(files[0])):
-        raise ValueError(f"{flag}: {taken} exists, and this command did not write it: choose another name, or "
-                         "move it away")
+        raise ValueError(f"{flag}: {taken} exists, and this command did not write it: choose another name, "
+                         "or move it away")
     for folder in {file.parent for file in files}:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

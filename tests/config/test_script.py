@@ -1,4 +1,4 @@
-"""A script's process: its streams hold, signals end it, and what was wrong is one line."""
+"""A script's process: its streams hold, and what ends it is one line."""
 
 import ast
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import config
-from common import REPO, one_line
+from common import REPO, one_line, start
 from common_house import SCRIPTS, read
 from config.script import explain
 
@@ -22,14 +22,14 @@ def script(body: str, shell: str = "", output: bool = False, **env) -> subproces
     program = "import os, signal, sys\nfrom pathlib import Path\nfrom config import run\ndef main():\n"
     program += "".join(f"    {line}\n" for line in body.splitlines())
     program += f"sys.argv[0] = 'a/script.py'\nrun(main, output={output})"
-    return subprocess.run(["sh", "-c", f'"$0" -c "$1" {shell}', sys.executable, program], cwd=REPO,
+    return subprocess.run(["sh", "-c", f'"$0" -c "$1" </dev/null {shell}', sys.executable, program], cwd=REPO,
                           env=os.environ | env, capture_output=True, timeout=60)
 
 
 # ------------------------------------------------------------------------------------------
 # Streams
 
-@pytest.mark.parametrize("shell", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", "| head -n 1", "2>&1 >/dev/null | true"])
+@pytest.mark.parametrize("shell", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", "| head -n 1", "2>&1 | true"])
 def test_a_script_works_to_its_end_without_a_reader(shell, tmp_path):
     """And what it opens is not mistaken for a stream that is closed."""
     file = tmp_path / "result"
@@ -38,7 +38,7 @@ def test_a_script_works_to_its_end_without_a_reader(shell, tmp_path):
             "        print(i); print(i, file=sys.stderr, flush=True)\n"
             "    os.write(2, b'a warning'); sys.stdin.read()\n"
             "    f.write('saved')")
-    result = script(body, f"{shell} </dev/null" if "<" not in shell else shell)
+    result = script(body, shell)
     assert file.read_text() == "saved" and b"Traceback" not in result.stderr and result.returncode == 0
 
 
@@ -68,7 +68,8 @@ def test_a_script_that_generates_ends_as_its_reader_does():
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_end_a_script_in_one_line(name):
     result = script(f"os.kill(os.getpid(), signal.{name}); signal.pause()")
-    assert result.returncode == 130 and one_line(result.stderr.decode()).startswith("interrupted; what was saved")
+    assert result.returncode == 130
+    assert one_line(result.stderr.decode()).startswith("interrupted; what was saved stays")
 
 
 def test_what_nohup_ignores_stays_ignored():
@@ -146,3 +147,10 @@ def test_signals_are_as_before_after_a_script():
     before = [signal.getsignal(s) for s in config.script.ENDINGS]
     config.run(lambda: None)
     assert before == [signal.getsignal(s) for s in config.script.ENDINGS]
+
+
+@pytest.mark.parametrize("switch", ["-O", "-OO"])
+def test_scripts_run_without_their_docstrings(switch, tmp_path):
+    run = start(switch, "sample.py", "--ckpt", tmp_path / "none")
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 1 and one_line(err).startswith("sample.py: no model at") and not out
