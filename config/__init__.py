@@ -86,7 +86,7 @@ def check_number(f: Field, value: float) -> None:
 
 def check_text(f: Field, value: str) -> None:
     """An unset "$OUT" of the shell is no path."""
-    if not value.strip() and f.default != value:
+    if not value.strip() and f.default != "":
         raise ValueError(f"{f.name} is empty: name one, or omit it")
     if "\0" in value:
         raise ValueError(f"{f.name} = {shown(value)}: no name has a zero byte in it")

@@ -150,7 +150,7 @@ def test_a_prompt_may_come_through_the_shells_pipe(tmp_path):
 def test_numbers_without_bound_are_refused(rwkv_folder):  # noqa: F811
     for flag in ("--num_samples", "--max_tokens", "--seed", "--top_k", "--temperature"):
         for digits in ("9" * 330, "9" * 400, "9" * 5000):
-            with pytest.raises(ValueError, match=flag[2:]) as e:
+            with pytest.raises(ValueError, match=flag[2:].replace("_", ".")) as e:
                 main(["--ckpt", str(rwkv_folder), flag, digits])
             assert len(one_line(e.value)) < 1100
     with pytest.raises(ValueError, match="num_samples = 1000000000: .* below 65536"):
