@@ -10,6 +10,8 @@ The room's law: settings and presets; it imports nothing of ours, and everybody 
 import it.
 """
 
+from config.script import hush, run  # noqa: F401   (before all that takes long, for Ctrl-C: see there)
+
 import contextlib
 import difflib
 import io
@@ -24,7 +26,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from config.script import hush, run  # noqa: F401   (first, for Ctrl-C: see there)
 import tyro
 
 

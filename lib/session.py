@@ -75,11 +75,12 @@ def session(cfg: SessionConfig) -> Iterator[Session]:
     try:
         yield here
     except OSError as e:                                           # of stdout: nothing else is written here
-        hush(e)
-        if cfg.save_state and here.state is before:
+        kept = cfg.save_state and here.state is not before
+        hush(e if kept else None)
+        if cfg.save_state and not kept:
             raise ValueError(f"nothing was saved to {cfg.save_state}: whatever reads the output ended before "
                              "the text began") from None
-        if not cfg.save_state and not isinstance(e, BrokenPipeError):
+        if not kept and not isinstance(e, BrokenPipeError):
             raise
     if cfg.save_state:
         save_state(cfg.save_state, model, compress(here.state, cfg.state_dtype), enc.name, here.unread)

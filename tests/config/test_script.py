@@ -19,7 +19,8 @@ from config.script import explain
 
 def script(body: str, shell: str = "", output: bool = False, **env) -> subprocess.CompletedProcess:
     """The result of a script with this main, run with the shell's redirections."""
-    program = "import contextlib, os, signal, sys\nfrom pathlib import Path\nfrom config import run\ndef main():\n"
+    program = "import contextlib, os, signal, sys\nfrom pathlib import Path\nfrom config import run\n"
+    program += "def main():\n"
     program += "".join(f"    {line}\n" for line in body.splitlines())
     program += f"sys.argv[0] = 'a/script.py'\nrun(main, output={output})"
     return subprocess.run(["sh", "-c", f'"$0" -c "$1" </dev/null {shell}', sys.executable, program], cwd=REPO,
