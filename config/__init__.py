@@ -57,7 +57,8 @@ def at_least(least: float, default, below: float = math.inf):
 
 
 def check_field(f: Field, value, hint) -> None:
-    """Raises ValueError for a value of another type, or outside its choices or range.
+    """Raises TypeError for a value of another type, ValueError for one that is outside
+    its choices or its range.
 
     An integer is a float, too. None, where allowed, is neither.
     """
@@ -65,7 +66,7 @@ def check_field(f: Field, value, hint) -> None:
     numbers = {float, int} if float in kinds else set()
     paths = {Path} if str in kinds else set()
     if not isinstance(value, tuple(kinds | numbers | paths)) or isinstance(value, bool) and bool not in kinds:
-        raise ValueError(f"{f.name} = {shown(value)}: expected {named(kinds)}")
+        raise TypeError(f"{f.name} = {shown(value)}: expected {named(kinds)}")
     if value is None or is_dataclass(value):
         return
     choices = choices_of(hint)
@@ -88,7 +89,7 @@ def check_number(f: Field, value: float) -> None:
 def check_text(f: Field, value: str) -> None:
     """An unset "$OUT" of the shell is no path."""
     if not value.strip() and f.default != "":
-        raise ValueError(f"{f.name} is empty: name one, or omit it")
+        raise ValueError(f"{f.name} is empty ({f.name} = {value!r}): name one, or omit it")
     if "\0" in value:
         raise ValueError(f"{f.name} = {shown(value)}: no name has a zero byte in it")
 
