@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-LOST = "onnection (closed|reset|refused)|peer|Broken pipe|Socket Timeout|remote process exited"
+LOST = "onnection (closed|reset|refused)|by peer|Broken pipe|Socket Timeout|remote process exited"
 
 
 def setup(device: str = "auto") -> tuple[int, int, torch.device]:

@@ -50,6 +50,8 @@ def chat(cfg: ChatConfig, first: str, here: Session) -> None:
     except KeyboardInterrupt:                              # as people leave a chat: what was said is kept
         print(file=sys.stderr)
     except OSError as e:                                   # of stdout or stdin: what was said is kept
+        if not (cfg.session.save_state and here.state):
+            raise
         hush(e)
     if here.state:
         print(memory_line([here.state], here.decoder.cfg), file=sys.stderr)

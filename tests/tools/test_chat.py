@@ -1,5 +1,6 @@
 """A chat: one state hears it all, each word is read once, and what was said is kept."""
 
+import errno
 import io
 import shutil
 import sys
@@ -134,3 +135,18 @@ def test_a_chat_with_nobody_there_ends_at_once(talker):  # noqa: F811
                 "--ckpt", talker, "--prompt", "hello", "--max_tokens", "3")
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0 and out.endswith("\n") and one_line(err).startswith("memory of")
+
+
+def test_a_stdin_that_cannot_be_read_is_said_and_what_was_said_is_kept(talker, tmp_path, capsys,  # noqa: F811
+                                                                       monkeypatch):
+    class Torn(io.StringIO):
+        def readline(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdin", Torn())
+    monkeypatch.setattr(tools.chat, "hush", lambda e: print(e, file=sys.stderr))
+    args = ["--ckpt", str(talker), "--prompt", "one", "--max_tokens", "3"]
+    with pytest.raises(OSError, match="Input/output error"):
+        main(args)
+    main([*args, "--save_state", str(tmp_path / "c.state")])
+    assert "Input/output error" in capsys.readouterr().err and (tmp_path / "c.state").exists()
