@@ -155,7 +155,7 @@ def system_words(e: OSError) -> str:
     """The file, what the system says about it, and a remedy where one is general."""
     if e.errno is None or e.strerror is None:
         return str(e)
-    files = " -> ".join(str(name) for name in (e.filename, e.filename2) if name is not None)
+    files = " -> ".join(str(name)[:300] for name in (e.filename, e.filename2) if name is not None)
     remedy = REMEDIES.get(e.errno)
     return (f"{files}: " if files else "") + e.strerror + (f": {remedy}" if remedy else "")
 
