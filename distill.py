@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
+from config import at_least, cli, run as run_script, settings
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -35,7 +36,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tyro.conf import OmitArgPrefixes
 
-from config import at_least, cli, run as run_script, settings
 from data.loader import Batch, Loader
 from lib.hybrid import describe, mixer_letters
 from lib.preference import dpo_loss

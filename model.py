@@ -314,7 +314,7 @@ class ModelConfig:
 
     vocab_size: int = at_least(1, 257)         # the byte tokenizer's: 256 bytes and <|endoftext|>
     block_size: int = at_least(1, 256)         # tokens per sequence; a limit only to learned positions
-    n_layer: int = at_least(1, 3)
+    n_layer: int = at_least(1, 3, below=2**24)
     n_embd: int = at_least(1, 96)
     mixer: Annotated[str, Suppress] = "a"      # a letter per layer, repeated: a = attention, r = RWKV-7
     n_head: int = at_least(1, 3)

@@ -16,12 +16,12 @@ import time
 from collections.abc import Iterator
 from typing import Annotated
 
+from config import at_least, cli, run as run_script, settings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from config import at_least, cli, run as run_script, settings
 from data.tokenizer import TextStream, read_prompt, stops
 from lib.decode import Decoder
 from lib.session import Session, SessionConfig, first_tokens, hush, read_only, report, room, session
@@ -47,8 +47,8 @@ class Sampling:
 @settings
 class SampleConfig:
     prompt: str = ""                             # text, or FILE:path; empty = a new document
-    num_samples: int = at_least(1, 1)            # one is printed as it comes; several side by side
-    max_tokens: int = at_least(0, 300)           # new tokens per sample; 0 only reads, for --save_state
+    num_samples: int = at_least(1, 1, below=2**16)    # one is printed as it comes; several side by side
+    max_tokens: int = at_least(0, 300, below=2**31)   # new ones per sample; 0 only reads, for --save_state
     stop: bool = True                            # end at the model's end tokens; --no-stop goes on
     seed: int = at_least(0, 1337, below=2**63)
     how: Annotated[Sampling, OmitArgPrefixes] = Sampling(temperature=0.8)
@@ -133,11 +133,11 @@ def write(cfg: SampleConfig, text: str, here: Session) -> None:
         return read_only(prompt, here)
     n = int(min(cfg.max_tokens, room(here, len(prompt))))
     stop = stops(here.enc) if cfg.stop else ()
-    rows = torch.tensor([prompt] * B, device=decoder.device)               # (B, T)
+    rows = torch.tensor([prompt], device=decoder.device).expand(B, -1)     # (B, T)
     generator = torch.Generator(decoder.device).manual_seed(cfg.seed)
     steps = generate(decoder, rows, n, state=here.state and repeat(here.state, B), stop=stop,
                      generator=generator, **vars(cfg.how))
-    streams, samples, times = [TextStream(here.enc) for _ in rows], [text] * B, [time.perf_counter()]
+    streams, samples, times = [TextStream(here.enc) for _ in rows], [""] * B, [time.perf_counter()]
     print(text if B == 1 else "", end="", flush=True)
     try:
         for tokens, state in steps:
@@ -145,15 +145,16 @@ def write(cfg: SampleConfig, text: str, here: Session) -> None:
             pieces = ["" if token in stop else add(token) for token, add in zip(tokens.tolist(), streams)]
             samples = [sample + piece for sample, piece in zip(samples, pieces)]
             print(pieces[0] if B == 1 else "", end="", flush=True)
-    except (KeyboardInterrupt, BrokenPipeError) as e:                      # what is to be kept is kept
+    except (KeyboardInterrupt, OSError) as e:                              # what is to be kept is kept
         if not cfg.session.save_state or len(times) == 1:
             raise
-        if isinstance(e, BrokenPipeError):
-            hush()
+        if isinstance(e, OSError):
+            hush(e)
     # only now, and both: Ctrl-C may come between any two lines above
     here.state, here.unread = state, [token for token in tokens.tolist() if token not in stop]
     ends = [add(None) for add in streams]
-    print(ends[0] if B == 1 else "\n---------------\n".join(map(str.__add__, samples, ends)), flush=True)
+    texts = (text + sample + end for sample, end in zip(samples, ends))
+    print(ends[0] if B == 1 else "\n---------------\n".join(texts), flush=True)
     report(times, rows.numel(), [here.state], decoder.cfg, B)
 
 
@@ -165,4 +166,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, output=True)

@@ -24,12 +24,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Literal
 
+from config import at_least, cli, run as run_script, settings
 import torch
 import torch.nn as nn
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from config import at_least, cli, run as run_script, settings
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from lib.bptt import backward_in_pieces

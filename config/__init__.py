@@ -10,19 +10,21 @@ The room's law: settings and presets; it imports nothing of ours, and everybody 
 import it.
 """
 
+from config.script import hush, run  # noqa: F401   (before all that takes long, for Ctrl-C: see there)
+
 import contextlib
 import difflib
 import io
 import math
+import os
 import re
-import signal
+import stat
 import sys
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -30,9 +32,10 @@ import tyro
 def settings(cls: type) -> type:
     """A frozen dataclass whose every instance is checked.
 
-    Choices are a `Literal`, ranges an `at_least(...)`, floats are finite, and what
-    concerns several fields stands in the class's own __post_init__, which runs last. A
-    class that extends another's settings has its checks as well.
+    Choices are a `Literal`, ranges an `at_least(...)`, floats are finite, integers have
+    64 bits, and a text is empty only where its default is. What concerns several fields
+    stands in the class's own __post_init__, which runs last. A class that extends
+    another's settings has its checks as well.
     """
     cls.relations = cls.__dict__.get("__post_init__", lambda self: None)
     cls.__post_init__ = check
@@ -43,7 +46,7 @@ def check(self) -> None:
     """What every instance of a settings class goes through."""
     hints = get_type_hints(type(self))
     for f in fields(self):
-        check_field(f.name, getattr(self, f.name), hints[f.name], f.metadata)
+        check_field(f, getattr(self, f.name), hints[f.name])
     for cls in reversed(type(self).__mro__):
         cls.__dict__.get("relations", lambda self: None)(self)
 
@@ -53,21 +56,66 @@ def at_least(least: float, default, below: float = math.inf):
     return field(default=default, metadata={"least": least, "below": below})
 
 
-def check_field(name: str, value, hint, limits: dict) -> None:
-    """Raises ValueError for a value outside its choices or its range.
+def check_field(f: Field, value, hint) -> None:
+    """Raises TypeError for a value of another type, ValueError for one that is outside
+    its choices or its range.
 
-    None, where allowed, is neither.
+    An integer is a float, too. None, where allowed, is neither.
     """
+    kinds = kinds_of(hint)
+    numbers = {float, int} if float in kinds else set()
+    paths = {Path} if str in kinds else set()
+    if not isinstance(value, tuple(kinds | numbers | paths)) or isinstance(value, bool) and bool not in kinds:
+        raise TypeError(f"{f.name} = {shown(value)}: expected {named(kinds)}")
     if value is None or is_dataclass(value):
         return
     choices = choices_of(hint)
     if choices and value not in choices:
-        raise ValueError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
-    if limits and not limits["least"] <= value < limits["below"]:              # "not": NaN is in no range
-        upper = f" and below {limits['below']}" if limits["below"] < math.inf else ""
-        raise ValueError(f"{name} = {value}: it must be a number of at least {limits['least']}{upper}")
+        raise ValueError(f"{f.name} = {shown(value)}: choose one of {', '.join(choices)}")
+    check_number(f, value) if isinstance(value, int | float) else check_text(f, str(value))
+
+
+def check_number(f: Field, value: float) -> None:
+    least, below = f.metadata.get("least", -(2**63)), f.metadata.get("below", math.inf)
+    if f.metadata and not least <= value < below:                              # "not": NaN is in no range
+        upper = f" and below {below}" if below < math.inf else ""
+        raise ValueError(f"{f.name} = {shown(value)}: it must be a number of at least {least}{upper}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} = {value}: it must be a finite number")
+        raise ValueError(f"{f.name} = {value}: it must be a finite number")
+    if abs(value) >= 2**63 and isinstance(value, int):
+        raise ValueError(f"{f.name} = {shown(value)}: it must be a number of at most 64 bits")
+
+
+def check_text(f: Field, value: str) -> None:
+    """An unset "$OUT" of the shell is no path."""
+    if not value.strip() and f.default != "":
+        raise ValueError(f"{f.name} is empty ({f.name} = {value!r}): name one, or omit it")
+    if "\0" in value:
+        raise ValueError(f"{f.name} = {shown(value)}: no name has a zero byte in it")
+
+
+def shown(value) -> str:
+    """A value in a message: not a page of it, nor a number's five thousand digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = "a value beyond all bounds"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def kinds_of(hint) -> set[type]:
+    """The types of a field's values: `int | None` has int and NoneType."""
+    if get_origin(hint) is Literal:
+        return {type(option) for option in get_args(hint)}
+    if get_origin(hint) in (Union, UnionType):
+        return set().union(*map(kinds_of, get_args(hint)))
+    return {get_origin(hint) or hint}
+
+
+def named(kinds: set[type]) -> str:
+    """Types in a user's words: a nested dataclass is a table of a preset."""
+    names = {"a table of settings" if is_dataclass(kind) else kind.__name__ for kind in kinds - {NoneType}}
+    return " or ".join(sorted(names))
 
 
 def choices_of(hint) -> tuple[str, ...]:
@@ -86,13 +134,9 @@ def cli(cls: type, argv: list[str] | None = None):
     default = cls()
     if argv and argv[0].endswith(".toml"):
         default = apply(default, load_preset(argv.pop(0)))
-    # tyro writes switches as --name and --no-name; people who know nanoGPT write
-    # --name=True
-    for end, prefix in (("=True", "--"), ("=False", "--no-")):
-        argv = [
-            prefix + a[2:].removesuffix(end) if a.startswith("--") and a.endswith(end) else a for a in argv
-        ]
-    description = sys.modules[cls.__module__].__doc__.split("\n")[0]
+    names = switches(default)
+    argv = [as_switch(argument, names) for argument in argv]
+    description = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]   # none with python -OO
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -103,20 +147,71 @@ def cli(cls: type, argv: list[str] | None = None):
         raise ValueError(without_frame(box.getvalue()) + "; --help lists all settings") from None
 
 
+def switches(default, prefix: str = "") -> set[str]:
+    """The settings that are on or off, as their flags name them: "model.gate"."""
+    names = set()
+    for name, hint in get_type_hints(type(default), include_extras=True).items():
+        value = getattr(default, name)
+        if is_dataclass(value):
+            flat = tyro.conf.OmitArgPrefixes in getattr(hint, "__metadata__", ())
+            names |= switches(value, prefix if flat else f"{prefix}{name}.")
+        elif kinds_of(hint) == {bool}:
+            names.add(prefix + name)
+    return names
+
+
+def as_switch(argument: str, names: set[str]) -> str:
+    """--name=True as tyro has it, --name, and --name=False as --no-name.
+
+    That is how people who know nanoGPT write switches; other flags keep their values.
+    """
+    flag, _, value = argument.partition("=")
+    name = flag[2:].replace("-", "_")
+    if not flag.startswith("--") or name not in names or value.lower() not in ("true", "false"):
+        return argument
+    table, dot, last = name.rpartition(".")
+    return f"--{name}" if value.lower() == "true" else f"--{table}{dot}no-{last}"
+
+
 def without_frame(message: str) -> str:
     """tyro's complaint in one line: its title, its box and its advice removed."""
     text = message.partition("\n")[2].partition("For full helptext")[0]
-    return " ".join(re.sub("[╭╮╰╯│─├┤|]|-{4,}", " ", text).split())
+    text = " ".join(re.sub("[╭╮╰╯│─├┤|]|-{4,}", " ", text).split())
+    text = re.sub("Exceeds the limit.*increase the limit", "a number beyond all bounds", text)
+    if text.startswith("Missing value"):
+        text += " (one that begins with - is written --name=value)"
+    return text if len(text) < 1000 else f"{text[:500]} ... {text[-400:]}"
 
 
 def load_preset(path: str) -> dict:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = read_text(path, "preset")
     except FileNotFoundError:
         presets = ", ".join(sorted(str(p) for p in Path(__file__).parent.glob("*.toml")))
         raise ValueError(f"no preset {path}: there are {presets}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not TOML: {e}") from None
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as e:              # also a number of 5,000 digits
+        raise ValueError(f"{path} is not TOML: {str(e).partition('; use sys.')[0]}") from None
+
+
+def read_text(path: str | Path, what: str, most: int = 2**26) -> str:
+    """What a text file holds, up to `most` bytes, without a byte order mark.
+
+    Raises ValueError for more, for a pipe that has a name, which may never be written
+    to, and for what is no UTF-8; OSError for what cannot be read.
+    """
+    if stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith("/dev/"):      # <(...) is /dev/fd/63
+        raise ValueError(f"{what} {path} is a pipe: give a file")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{what} {path} has more than {most:,} bytes: give a shorter one")
+    try:
+        return io.StringIO(data.decode("utf-8-sig"), newline=None).read()          # "\n" ends all lines
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{what} {path} is not UTF-8 (byte {e.start}): convert it, for example with "
+                         "iconv") from None
 
 
 def apply(default, values: dict, where: str = ""):
@@ -159,29 +254,9 @@ def nearest(key: str, names) -> str:
 def as_type(value, hint, name: str):
     """A preset's value as the field's type; an integer is a float where one is wanted.
     """
-    kinds = {type(option) for option in choices_of(hint)} or set(get_args(hint)) or {hint}
-    if float in kinds and int not in kinds and type(value) is int:
+    kinds = kinds_of(hint)
+    if float in kinds and int not in kinds and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) not in kinds:
-        wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {NoneType}))
-        raise ValueError(f"{name} = {value!r}: expected {wanted}")
+        raise ValueError(f"{name} = {shown(value)}: expected {named(kinds)}")
     return value
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main; what a user or the disk got wrong ends in one line on stderr
-    and status 1.
-    """
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}")
-    except KeyboardInterrupt as e:
-        if not e.args:                                     # else train.fit has said what it saved
-            print("interrupted; what was saved stays, and --resume goes on from there "
-                  "where the script has it", file=sys.stderr)
-        sys.exit(130)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import tiktoken
 
+from config import read_text
 from data.bpe import ByteLevelBPE, fingerprint
 from data.foreign import read_json, read_tokenizer_json
 
@@ -179,15 +180,12 @@ class TextStream:
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or for FILE:path what that file holds.
 
-    Raises ValueError if it is missing or not UTF-8.
+    Raises ValueError if it is missing, not UTF-8, or endless.
     """
     if not prompt.startswith("FILE:"):
         return prompt
     path = prompt[5:]
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"prompt file {path} is not UTF-8 (byte {e.start}): convert it, "
-                         "for example with iconv") from None
+        return read_text(path, "prompt file")
     except OSError as e:
         raise ValueError(f"prompt file {path!r} can't be read ({e.strerror}): check the path") from None

@@ -14,7 +14,10 @@
 
 import torch
 
+from config import shown
 from model import LM, ModelConfig
+
+MOST_LAYERS = 1024      # of a pattern; every known model has fewer
 
 
 def is_letters(pattern: str) -> bool:
@@ -28,6 +31,8 @@ def mixer_letters(cfg: ModelConfig, pattern: str) -> str:
     have.
     """
     L = cfg.n_layer
+    if L > MOST_LAYERS or len(pattern) > 8 * MOST_LAYERS:
+        raise ValueError(f"n_layer = {L}, mixer = {shown(pattern)}: a model has at most {MOST_LAYERS} layers")
     if is_letters(pattern) and len(pattern) <= L:
         return (pattern * L)[:L]
     layers = named_layers(cfg, pattern)

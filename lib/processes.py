@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import re
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+LOST = "onnection (closed|reset|refused)|by peer|Broken pipe|Socket Timeout|remote process exited"
 
 
 def setup(device: str = "auto") -> tuple[int, int, torch.device]:
@@ -46,15 +49,35 @@ def world_size() -> int:
 @contextlib.contextmanager
 def joined():
     """Around a script's work: no process tears its connections down while another uses
-    them.
+    them, and where one of them fails, the first to do so says it for all.
+
+    Raises SystemExit, without a word, in the others; ValueError where a process is gone
+    that said nothing.
     """
     try:
         yield
         if dist.is_initialized():
             dist.barrier()
+    except SystemExit:
+        raise
+    except BaseException as e:
+        if dist.is_initialized() and not e.args == ("saved",) and not fails_first():
+            raise SystemExit(1) from None
+        if isinstance(e, RuntimeError) and re.search(LOST, str(e)):
+            raise ValueError("another process of this run has ended without a word, it may have been killed: "
+                             "go on with --resume") from None
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def fails_first() -> bool:
+    """Whether no other process has failed before this one, as far as can be known."""
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except (RuntimeError, ValueError):
+        return True
 
 
 @contextlib.contextmanager

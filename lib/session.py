@@ -4,7 +4,6 @@ memory's file.
 
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from typing import Literal
 import tiktoken
 import torch
 
-from config import settings
+from config import hush, settings
 from data.tokenizer import load_tokenizer, opening
 from lib.decode import Decoder
 from lib.folders import load_model
+from lib.owned import check_place
 from lib.processes import pick_device
-from lib.state_file import DTYPES, compress, expand, load_state, save_state
+from lib.state_file import DTYPES, compress, expand, is_state, load_state, save_state
 from lib.states import memory_line, process
 from model import ModelConfig, State
 
@@ -39,9 +39,6 @@ class SessionConfig:
     device: str = "auto"                   # auto, cpu, cuda
 
     def __post_init__(self):
-        for name in ("load_state", "save_state"):
-            if getattr(self, name) == "":                          # an unset "$FILE" in the shell
-                raise ValueError(f"--{name} is empty: name a file, or omit it")
         if self.save_state and Path(self.save_state).is_dir():     # before all the reading, not after it
             raise ValueError(f"--save_state {self.save_state} is a folder: name a file")
 
@@ -64,33 +61,29 @@ def session(cfg: SessionConfig) -> Iterator[Session]:
     save_state.
 
     Whatever reads our output may end early, as `head` does: then that is the end,
-    without a word, unless a state was to be kept.
+    without a word, and what was read by then is kept. Raises ValueError, before
+    anything is read, where save_state would replace what is no state.
     """
     device = pick_device(cfg.device)
     if cfg.save_state:
-        Path(cfg.save_state).parent.mkdir(parents=True, exist_ok=True)
+        check_place([Path(cfg.save_state)], is_state, "--save_state")
     model, enc = load_model(cfg.ckpt, device).eval(), load_tokenizer(cfg.ckpt)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")                   # no Unicode: question marks
     state, unread = load_state(cfg.load_state, model, enc.name) if cfg.load_state else (None, [])
     dtype = None if cfg.dtype == "float32" else DTYPES[cfg.dtype]
-    here = Session(Decoder(model, dtype), enc, expand(state) if state else None, unread)
+    before = expand(state) if state else None
+    here = Session(Decoder(model, dtype), enc, before, unread)
     try:
         yield here
-        if cfg.save_state:
-            save_state(cfg.save_state, model, compress(here.state, cfg.state_dtype), enc.name, here.unread)
-    except BrokenPipeError:
-        hush()
-        if cfg.save_state:
+    except OSError as e:                                           # of stdout: nothing else is written here
+        kept = cfg.save_state and here.state is not before
+        hush(e if kept else None)
+        if cfg.save_state and not kept:
             raise ValueError(f"nothing was saved to {cfg.save_state}: whatever reads the output ended before "
                              "the text began") from None
-
-
-def hush() -> None:
-    """Nobody reads stdout any more: give what is still printed, and Python's own flush,
-    another place.
-    """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not kept and not isinstance(e, BrokenPipeError):
+            raise
+    if cfg.save_state:
+        save_state(cfg.save_state, model, compress(here.state, cfg.state_dtype), enc.name, here.unread)
 
 
 def first_tokens(text: str, here: Session, ckpt: str) -> list[int]:

@@ -133,9 +133,11 @@ def save_state(file: str | Path, model: LM, state: State, tokenizer: str, unread
     not at all.
 
     `unread`: tokens of the text that the state has not read yet, such as the last one
-    drawn. Raises ValueError if it can't be written.
+    drawn. Raises ValueError if it can't be written, or would replace what is no state.
     """
     file = Path(file)
+    if file.is_file() and not is_state(file):
+        raise ValueError(f"{file} is no state, and would be replaced: choose another name, or move it away")
     parts = {name: x.cpu().contiguous() for name, x in named(copy(state).layers)}  # a copy shares no memory
     meta = {"format": FORMAT, "model": fingerprint(model), "tokenizer": tokenizer,
             "position": str(state.position), "unread": json.dumps(list(unread))}
@@ -159,41 +161,92 @@ def load_state(file: str | Path, model: LM, tokenizer: str | None = None) -> tup
     if tokenizer is not None and meta["tokenizer"] != tokenizer:
         raise ValueError(f"the state {file} was made with the tokenizer {meta['tokenizer']}, this model has "
                          f"{tokenizer}: take that one")
-    position, device = int(meta["position"]), model.emb.weight.device
+    device = model.emb.weight.device
     with torch.no_grad():
         _, like = model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
+    try:
+        position, unread = numbers(meta, model.cfg.vocab_size)
+        check_parts(parts, like, position, model.cfg.mixers)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"the state {file} is damaged ({e}): save it again") from None
 
     def build(x, name: str):                       # the same model's states are all trees of one shape
         if f"{name}.q" in parts:
-            return Int8(*(parts[f"{name}.{field}"].to(device) for field in Int8._fields))
+            return Int8(*(parts[f"{name}.{field}"].to(device, copy=True) for field in Int8._fields))
         if isinstance(x, tuple):
             return tuple(build(part, f"{name}.{i}") for i, part in enumerate(x))
         if isinstance(x, Tensor):
-            return parts[name].to(device)
+            return parts[name].to(device, copy=True)                               # not mapped
         return position if isinstance(x, int) else None
 
-    return State(position, build(like.layers, "blocks")), json.loads(meta["unread"])
+    return State(position, build(like.layers, "blocks")), unread
+
+
+def numbers(meta: dict[str, str], vocab_size: int) -> tuple[int, list[int]]:
+    """(position, unread tokens). Raises ValueError for what they cannot be."""
+    position, unread = int(meta["position"][:20]), json.loads(meta["unread"])
+    if not 0 <= position < 2**63:
+        raise ValueError(f"its position is {position}")
+    if not isinstance(unread, list) or not all(type(t) is int and 0 <= t < vocab_size for t in unread):
+        raise ValueError("what is unread are no tokens of the model")
+    return position, unread
+
+
+def check_parts(parts: dict[str, Tensor], like: State, position: int, mixers: str) -> None:
+    """Raises ValueError where the parts are not those of `like`, a state of one token,
+    for any number of texts. Attention's caches grow with the text.
+    """
+    rows = next(iter(parts.values())).shape[:1] if parts else ()
+    expected = {}
+    for name, x in named(like.layers):
+        layer, half = map(int, name.split(".")[1:3])
+        caches = mixers[layer] == "a" and half == 0                                # (B, H, T, N)
+        shape = (*rows, x.shape[1], position, x.shape[3]) if caches else (*rows, *x.shape[1:])
+        if f"{name}.q" in parts:
+            expected |= {f"{name}.q": (shape, "int8"), f"{name}.scale": ((*shape[:-1], 1), "bfloat16")}
+        else:
+            expected[name] = shape, "a float"
+    for name in sorted(expected.keys() | parts.keys()):
+        shape, dtype = expected.get(name, (None, ""))
+        x = parts.get(name)
+        kinds = [DTYPES[dtype]] if dtype in DTYPES else [DTYPES[name] for name in DTYPES if name != "int8"]
+        if x is None or tuple(x.shape) != shape or x.dtype not in kinds:
+            seen = "missing" if x is None else f"{x.dtype} {tuple(x.shape)}"
+            raise ValueError(f"{name} is {seen}, expected {shape and f'{dtype} {shape}'}")
+
+
+def is_state(file: str | Path) -> bool:
+    """Whether a file is one that `save_state` wrote, by what it says of itself."""
+    try:
+        with safe_open(file, "pt") as f:
+            return (f.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_parts(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What is written about a state, and its tensors.
+    """What is written about a state, and its tensors, mapped into memory.
 
     Raises ValueError unless both are as they were saved.
     """
     try:
         if not file.is_file():
             raise ValueError(f"no state at {file}: check the path, or make one with --save_state")
-        with safe_open(file, "pt") as f:
+        with file.open("rb"), safe_open(file, "pt") as f:
             meta = f.metadata() or {}
-            parts = {name: f.get_tensor(name).clone() for name in f.keys()}        # not mapped
-    except (SafetensorError, OSError) as e:
+            parts = {name: f.get_tensor(name) for name in f.keys()}
+    except OSError as e:
+        raise ValueError(f"the state {file} can't be read ({e.strerror or e}): check who may read "
+                         "it") from None
+    except SafetensorError as e:
         raise ValueError(f"the state {file} is damaged or no state ({e}): save it again") from None
     if meta.get("format") != FORMAT:
         raise ValueError(
             f"{file} is no state: its format is {meta.get('format')!r}, expected {FORMAT!r}; give "
             "a file that --save_state wrote"
         )
-    if meta.pop("digest", None) != digest(parts, meta):
+    missing = {"model", "tokenizer", "position", "unread"} - meta.keys()
+    if missing or meta.pop("digest", None) != digest(parts, meta):
         raise ValueError(
             f"the state {file} is damaged (its contents are not what was written): save it again"
         )

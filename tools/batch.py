@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
+from config import at_least, cli, run, settings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from config import at_least, cli, run, settings
 from data.tokenizer import TextStream, read_prompt, stops
 from lib.decode import Decoder
 from lib.session import Session, SessionConfig, first_tokens, report, room, session
@@ -29,7 +29,7 @@ Batches = list[tuple[list[int], State]]      # [(rows, the State that holds them
 @settings
 class BatchConfig:
     prompts: str = ""                            # a text file with one prompt per line
-    max_tokens: int = at_least(1, 300)           # new tokens per prompt
+    max_tokens: int = at_least(1, 300, below=2**31)   # new tokens per prompt
     stop: bool = True                            # end at the model's end tokens; --no-stop goes on
     seed: int = at_least(0, 1337, below=2**63)   # each prompt draws what it would draw alone
     how: Annotated[Sampling, OmitArgPrefixes] = Sampling(temperature=0.8)
@@ -150,4 +150,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, output=True)

@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from config import cli, run, settings
 import torch
 import torch.nn.functional as F
 
-from config import cli, run, settings
 from lib.decode import Decoder
 from lib.hybrid import cache_bytes, remembered_bytes
 from model import LM, ModelConfig
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, measure in (("operator", bench_operator), ("train", bench_train), ("decode", bench_decode)):
         if cfg.only in (None, name):
             results[name] = measure(cfg, device)
-    save(cfg, results)
+            save(cfg, results)                             # what follows may be interrupted
 
 
 if __name__ == "__main__":

@@ -14,14 +14,16 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+from config import cli, run, settings
 import torch
 
-from config import cli, run, settings
 from kernels import why_not_triton
+from lib.owned import check_place
 from lib.processes import pick_device
 from lib.report import figure
 from model import MIN_LOG_DECAY
-from tools.timing import Side, TimingConfig, begin, cell, in_turns, operator_sides, save, stopwatch
+from tools.timing import (Side, TimingConfig, begin, cell, in_turns, is_benchmark, operator_sides, save,
+                          stopwatch)
 from wkv import wkv7
 
 
@@ -281,11 +283,17 @@ def bench_kernels(cfg: KernelsConfig, device: str, results: dict) -> None:
                 results["kernels"][f"{B}, {T}, {H}"] = row
                 save(cfg, results)
     if cfg.json and results["kernels"]:
-        plot_kernels(results["kernels"], Path(cfg.json).with_suffix(".png"))
+        plot_kernels(results["kernels"], plot_of(cfg))
+
+
+def plot_of(cfg: KernelsConfig) -> Path:
+    return Path(cfg.json).with_suffix(".png")
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(KernelsConfig, argv)
+    if cfg.json:                                           # the plot beside it is its own, or is none
+        check_place([Path(cfg.json), plot_of(cfg)], is_benchmark, "--json")
     device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else pick_device(cfg.device).type
     probe = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
     if reason := why_not_triton(probe):

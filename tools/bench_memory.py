@@ -15,10 +15,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from config import at_least, cli, run, settings, shown
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from config import at_least, cli, run, settings
 from data.loader import Batch
 from lib.bptt import backward_in_pieces
 from model import LM
@@ -30,10 +30,11 @@ from train import Step, cross_entropy_loss
 @settings
 class MemoryConfig(TimingConfig):
     lengths: str | None = None      # tokens per sequence; None = 1024,2048, ... 16384, on a GPU up to 65536
-    bptt_chunk: int = at_least(1, 1024)    # tokens at a time
-    layers: int = at_least(1, 3)           # the model's shape
-    embd: int = at_least(32, 96)
-    limit: float = at_least(0.0, 60.0)     # seconds; a side that took longer is left out at greater lengths
+    bptt_chunk: int = at_least(1, 1024, below=2**31)    # tokens at a time
+    layers: int = at_least(1, 3, below=2**12)           # the model's shape
+    embd: int = at_least(32, 96, below=2**20)
+    # seconds; a side that took longer is left out at greater lengths
+    limit: float = at_least(0.0, 60.0, below=1e6)
 
     def __post_init__(self):
         if self.embd % 32:
@@ -96,8 +97,11 @@ def length_side(name: str, T: int, cfg: MemoryConfig, device: str) -> dict[str, 
     }
 
 
-def bench_memory(cfg: MemoryConfig, device: str) -> list[dict]:
-    """Each side at each length in a process of its own, whose peak is nobody else's."""
+def bench_memory(cfg: MemoryConfig, device: str, results: dict) -> None:
+    """Each side at each length in a process of its own, whose peak is nobody else's.
+
+    Each row is saved as it comes: the next may be interrupted.
+    """
     lengths = sorted(
         parse_lengths(cfg.lengths or ",".join(str(1024 * 2**i) for i in range(7 if device == "cuda" else 5)))
     )
@@ -106,7 +110,7 @@ def bench_memory(cfg: MemoryConfig, device: str) -> list[dict]:
         f" idle model, tokens/s; pieces of {cfg.bptt_chunk}"
     )
     print(f"{'T':>8}" + "".join(f"{name:>26}" for name in SIDES))
-    rows, over = [], set()
+    over = set()
     for T in lengths:
         row: dict = {"T": T}
         for name in SIDES:
@@ -135,7 +139,8 @@ def bench_memory(cfg: MemoryConfig, device: str) -> list[dict]:
                 row[name] = json.loads(child.stdout.splitlines()[-1])
             if failed or row[name]["seconds"] > cfg.limit:
                 over.add(name)
-        rows.append(row)
+        results["memory"].append(row)
+        save(cfg, results)
         print(
             f"{T:8}"
             + "".join(
@@ -148,21 +153,21 @@ def bench_memory(cfg: MemoryConfig, device: str) -> list[dict]:
             ),
             flush=True,
         )
-    return rows
 
 
 def parse_lengths(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) >= 16 for part in parts):
-        raise ValueError(f"lengths = {text!r}: write numbers of at least 16 with commas, such as 1024,4096")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 10 and int(part) >= 16 for part in parts):
+        raise ValueError(f"lengths = {shown(text)}: write numbers of at least 16, below 10^9, with "
+                         "commas, such as 1024,4096")
     return list(map(int, parts))
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(MemoryConfig, argv)
     device, results = begin(cfg)
-    results["memory"] = bench_memory(cfg, device)
-    save(cfg, results)
+    results["memory"] = []
+    bench_memory(cfg, device, results)
 
 
 if __name__ == "__main__":

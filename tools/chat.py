@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated
 
+from config import at_least, cli, run, settings
 import torch
 from tyro.conf import OmitArgPrefixes
 
-from config import at_least, cli, run, settings
 from data.chat import encode_turns
 from data.tokenizer import TextStream, read_prompt, stops
 from lib.session import Session, SessionConfig, hush, session
@@ -21,11 +21,13 @@ from lib.state_file import compress, expand
 from lib.states import memory_line
 from sample import Sampling, generate
 
+LONGEST = 2**20                                  # characters of a line, and one more
+
 
 @settings
 class ChatConfig:
     prompt: str = ""                             # the first message, or FILE:path
-    max_tokens: int = at_least(1, 300)           # per answer
+    max_tokens: int = at_least(1, 300, below=2**31)   # per answer
     seed: int = at_least(0, 1337, below=2**63)
     how: Annotated[Sampling, OmitArgPrefixes] = Sampling(temperature=0.8)
     session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
@@ -47,8 +49,10 @@ def chat(cfg: ChatConfig, first: str, here: Session) -> None:
                 break
     except KeyboardInterrupt:                              # as people leave a chat: what was said is kept
         print(file=sys.stderr)
-    except BrokenPipeError:
-        hush()
+    except OSError as e:                                   # of stdout or stdin: what was said is kept
+        if not (cfg.session.save_state and here.state):
+            raise
+        hush(e)
     if here.state:
         print(memory_line([here.state], here.decoder.cfg), file=sys.stderr)
     elif cfg.session.save_state:
@@ -95,8 +99,12 @@ def messages(first: str) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.readline(LONGEST)
         if not line:
+            return
+        if len(line) == LONGEST:
+            print(f"a message of {LONGEST:,} characters or more ends the chat: send a shorter one",
+                  file=sys.stderr)
             return
         if line.strip():
             yield line.rstrip("\n")
@@ -110,4 +118,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, output=True)

@@ -30,12 +30,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from config import cli, run, settings
 import tiktoken
 import torch
 from torch import Tensor
 from tyro.conf import Positional
 
-from config import cli, run, settings
 from data.tokenizer import get_tokenizer, save_tokenizer, write_tokenizer
 from lib.folders import open_model, read_tensor, write_whole
 from model import LM, ModelConfig

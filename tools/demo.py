@@ -12,9 +12,9 @@ where there is none: --teacher_model.n_layer, --teacher_fit.max_steps, ...
 from dataclasses import fields, replace
 from pathlib import Path
 
+from config import cli, run as run_script, settings
 import torch.distributed as dist
 
-from config import cli, run as run_script, settings
 from data.prepare import ensure_prepared
 from distill import DistillConfig, distill
 from lib.processes import joined, main_first, setup

@@ -18,6 +18,7 @@ from pathlib import Path
 from config import at_least, cli, run, settings
 from data.loader import Loader
 from lib.folders import check_vocabulary, load_model, same_tokenizer
+from lib.owned import check_place, contents
 from lib.processes import pick_device
 from lib.report import as_markdown, make_report, write_report
 
@@ -34,16 +35,22 @@ class EvaluateConfig:
     out: str | None = None                         # folder for report.json, .md and .png; None = print only
 
     def __post_init__(self):
-        for name in ("student", "out"):
-            if getattr(self, name) == "":          # an unset "$FOLDER" in the shell
-                raise ValueError(f"--{name} is empty: name a folder, or omit it")
         if self.out and Path(self.out).is_file():  # before all the measuring, not after it
             raise ValueError(f"--out {self.out} is a file: name a folder")
+
+
+def is_evaluation(file: Path) -> bool:
+    """Whether a report is one of ours: a distillation's tells of its stages, too."""
+    names = contents(file).keys()
+    return {"teacher", "by_position"} <= names and "stages" not in names
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(EvaluateConfig, argv)
     device = pick_device(cfg.device)
+    if cfg.out:                                    # before all the measuring, not after it
+        files = [Path(cfg.out) / f"report.{kind}" for kind in ("json", "md", "png")]
+        check_place(files, is_evaluation, "--out")
     teacher = load_model(cfg.teacher, device).eval()
     student = load_model(cfg.student, device).eval() if cfg.student else None
     T = cfg.block_size or teacher.cfg.block_size
@@ -51,13 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     check_vocabulary(teacher, student or teacher, val)
     same_tokenizer(val, cfg.teacher, cfg.student or cfg.teacher)
     report = make_report(teacher, student, train, val, cfg.max_tokens)
+    if cfg.out:
+        write_report(Path(cfg.out), report)
     if student:
         print(as_markdown(report))
     else:
         print(f"{cfg.teacher}: {report['teacher']['val_loss']:.4f} nats per token on the held-out half of "
               f"{cfg.data}, {T} tokens at a time")
-    if cfg.out:
-        write_report(Path(cfg.out), report)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ with it in the text and without.
 import random
 from pathlib import Path
 
+from config import at_least, cli, run, settings
 import numpy as np
 import tiktoken
 import torch
 
-from config import at_least, cli, run, settings
 from data.loader import Loader
 from data.tokenizer import load_tokenizer, opening
 from lib.folders import check_vocabulary, load_model, same_tokenizer, write_json, write_whole
+from lib.owned import check_place, contents
 from lib.processes import pick_device
 from lib.report import figure
 from lib.scores import loss_by_position, readable
@@ -172,9 +173,6 @@ class PasskeyConfig:
     out: str | None = None                         # folder for passkey.json, .md and .png; None = print only
 
     def __post_init__(self):
-        for name in ("student", "out"):
-            if getattr(self, name) == "":          # an unset "$FOLDER" in the shell
-                raise ValueError(f"--{name} is empty: name a folder, or omit it")
         if self.longest is None and self.passkey is None:
             raise ValueError("--longest and --passkey are both off: there is nothing to measure")
         if self.out and Path(self.out).is_file():  # before all the measuring, not after it
@@ -209,17 +207,22 @@ def measure(cfg: PasskeyConfig) -> dict:
     return report
 
 
+def is_passkey(file: Path) -> bool:
+    return bool({"length", "passkey"} & contents(file).keys())
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(PasskeyConfig, argv)
+    files = [Path(cfg.out) / f"passkey.{kind}" for kind in ("json", "md", "png")] if cfg.out else []
+    if files:                                      # before all the measuring, not after it
+        check_place(files, is_passkey, "--out")
     report = measure(cfg)
     text = as_markdown(report)
+    if files:
+        write_json(files[0], report)
+        write_whole(files[1], lambda part: part.write_text(text, encoding="utf-8"))
+        plot(report, files[2])
     print(text)
-    if cfg.out:
-        out = Path(cfg.out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "passkey.json", report)
-        write_whole(out / "passkey.md", lambda part: part.write_text(text, encoding="utf-8"))
-        plot(report, out / "passkey.png")
 
 
 if __name__ == "__main__":

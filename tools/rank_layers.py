@@ -10,9 +10,9 @@ is every layer.
 from dataclasses import replace
 from pathlib import Path
 
+from config import at_least, cli, run as run_script, settings
 import torch
 
-from config import at_least, cli, run as run_script, settings
 from data.loader import Loader
 from distill import DistillConfig, distill, wrap
 from lib.folders import load_model, open_model, write_json

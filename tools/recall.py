@@ -18,13 +18,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from config import at_least, cli, run as run_script, settings, shown
 import numpy as np
 import torch
 
-from config import at_least, cli, run as run_script, settings
 from distill import DistillConfig, StudentConfig, distill
 from lib.folders import load_model, write_json, write_whole
 from lib.hybrid import mixer_letters, remembered_bytes
+from lib.owned import check_place, contents
 from lib.processes import setup
 from lib.report import figure
 from lib.runs import RunConfig
@@ -41,8 +42,8 @@ class RecallConfig:
     seed: int = at_least(0, 0)
     pairs: str = "4,8,16,32"          # how many pairs a sequence has; each equally often in training
     mixers: str = "all first:1 last:1"     # the students
-    examples: int = at_least(1, 20000)     # training sequences
-    asked: int = at_least(1, 200)          # held-out sequences for each number of pairs
+    examples: int = at_least(1, 20000, below=2**24)     # training sequences
+    asked: int = at_least(1, 200, below=2**20)          # held-out sequences for each number of pairs
     model: ModelConfig = ModelConfig(n_layer=2, n_embd=64, n_head=4, block_size=96)
     teacher_fit: FitConfig = FitConfig(max_steps=400, batch_size=32, learning_rate=5e-3, weight_decay=0.0,
                                        eval_every=None)
@@ -51,9 +52,9 @@ class RecallConfig:
                                  weight_decay=0.0, eval_every=None)
 
     def __post_init__(self):
-        if any(not n.isdecimal() or not 1 <= int(n) <= KEYS for n in self.pairs.split(",")):
+        if any(not n.isdecimal() or len(n) > 9 or not 1 <= int(n) <= KEYS for n in self.pairs.split(",")):
             raise ValueError(
-                f"pairs = {self.pairs!r}: write numbers from 1 to {KEYS}, the number of different "
+                f"pairs = {shown(self.pairs)}: write numbers from 1 to {KEYS}, the number of different "
                 "keys, with commas"
             )
         longest = max(self.n_pairs)
@@ -62,6 +63,12 @@ class RecallConfig:
                              f"model.block_size = {self.model.block_size}: ask for fewer, or raise it")
         for mixer in self.mixers.split():
             replace(self.model, mixer=mixer_letters(self.model, mixer))    # raises for what does not fit
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Of the models: the teacher's, and each student's by its mixer."""
+        students = {mixer: mixer.replace(":", "-").replace(",", "-") for mixer in self.mixers.split()}
+        return {name: Path(self.out) / folder for name, folder in ({"teacher": "teacher"} | students).items()}
 
     @property
     def n_pairs(self) -> list[int]:
@@ -127,18 +134,16 @@ def recall(cfg: RecallConfig) -> dict:
     Returns {"pairs", "chance", "models": {name: {...}}}.
     """
     out = Path(cfg.out)
-    data, teacher = out / "data", out / "teacher"
+    data, teacher = out / "data", cfg.folders["teacher"]
     write_pairs(data, cfg)
     run = RunConfig(out=str(teacher), overwrite=True, device=cfg.device, seed=cfg.seed, save_every=None)
     train(TrainConfig(data=str(data), model=cfg.model, fit=cfg.teacher_fit, run=run))
-    folders = {"teacher": teacher}
     for mixer in cfg.mixers.split():
-        folders[mixer] = out / mixer.replace(":", "-").replace(",", "-")
         distill(DistillConfig(teacher=str(teacher), data=str(data), stages="align,match", align=cfg.align,
                               match=cfg.match, student=StudentConfig(mixer=mixer), eval_tokens=4096,
-                              run=replace(run, out=str(folders[mixer]))))
+                              run=replace(run, out=str(cfg.folders[mixer]))))
     models = {}
-    for name, folder in folders.items():
+    for name, folder in cfg.folders.items():
         model = load_model(folder).eval()
         models[name] = {"mixers": model.cfg.mixers,
                         "accuracy": [pairs_accuracy(model, n, cfg.asked, cfg.seed) for n in cfg.n_pairs],
@@ -171,15 +176,24 @@ def plot(report: dict, path: Path) -> None:
         panels[0].set(title="recall of pairs", xlabel="pairs", ylabel="right", xscale="log", ylim=(0, 1.05))
 
 
+def is_recall(meta: Path) -> bool:
+    """Whether a data folder is one of ours, and so is what stands beside it."""
+    return contents(meta).get("source") == "recall.py"
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(RecallConfig, argv)
     if setup(cfg.device)[1] > 1:
         raise ValueError("tools.recall runs on one process: start it with python, not torchrun")
-    out, report = Path(cfg.out), recall(cfg)
+    out = Path(cfg.out)
+    results = [out / f"recall.{kind}" for kind in ("json", "md", "png")]
+    places = [out / "data" / "meta.json", out / "data", *cfg.folders.values(), *results]
+    check_place(places, is_recall, "--out")
+    report = recall(cfg)
     text = as_markdown(report)
-    write_json(out / "recall.json", report)
-    write_whole(out / "recall.md", lambda part: part.write_text(text, encoding="utf-8"))
-    plot(report, out / "recall.png")
+    write_json(results[0], report)
+    write_whole(results[1], lambda part: part.write_text(text, encoding="utf-8"))
+    plot(report, results[2])
     print(text + f"{out}: recall.json, recall.md, recall.png")
 
 

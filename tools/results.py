@@ -6,10 +6,10 @@
 import json
 from pathlib import Path
 
+from config import cli, run, settings
 import numpy as np
 from tyro.conf import Positional
 
-from config import cli, run, settings
 from lib.report import table_rows
 
 
@@ -17,17 +17,32 @@ from lib.report import table_rows
 class ResultsConfig:
     folder: Positional[str] = "docs/results"       # with a report.json of each seed, as NAME.json
 
-    def __post_init__(self):
-        if not self.folder:                        # an unset "$FOLDER" in the shell
-            raise ValueError("the folder is empty: name one, or omit it")
+
+FORMS = {"val_loss": ".4f", "gap": ".4f", "kl": ".4f", "top1": ".1%"}
+
+
+def read_report(path: Path) -> dict | None:
+    """A distillation's report; None for another JSON file.
+
+    Raises ValueError, with the path, for a damaged one.
+    """
+    try:
+        report = json.loads(path.read_bytes())
+        if not isinstance(report, dict) or not report.get("stages"):
+            return None
+        numbers = [row[key] for row in table_rows(report) for key in (*FORMS, "tokens")]
+        for x in (*numbers, report["teacher"]["val_loss"]):
+            format(x, ",.4f")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): make results anew") from None
+    return report
 
 
 def collect(folder: Path) -> str:
     """A table over the reports of several seeds: per stage and control the median, and
     the range.
     """
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    reports = [report for report in reports if isinstance(report, dict) and report.get("stages")]
+    reports = list(filter(None, map(read_report, sorted(folder.glob("*.json")))))
     if not reports:
         raise ValueError(f"no reports in {folder}: run make results first")
     rows: dict[str, list[dict]] = {}
@@ -43,9 +58,8 @@ def collect(folder: Path) -> str:
     lines = [f"Teacher: {teacher:.4f} nats per token. {len(reports)} seeds; median (least ... most).", "",
              "| | tokens | val loss | gap | KL | top-1 |",
              "|---|---:|---:|---:|---:|---:|"]
-    forms = {"val_loss": ".4f", "gap": ".4f", "kl": ".4f", "top1": ".1%"}
     for name, group in rows.items():
-        cells = [cell([row[key] for row in group], form) for key, form in forms.items()]
+        cells = [cell([row[key] for row in group], form) for key, form in FORMS.items()]
         lines.append(f"| {name} | {group[0]['tokens']:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

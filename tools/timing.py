@@ -2,7 +2,6 @@
 files.
 """
 
-import json
 import platform
 import statistics
 import time
@@ -15,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from config import at_least, settings
+from lib.folders import write_json
+from lib.owned import check_place, contents
 from lib.processes import pick_device
 from model import MIN_LOG_DECAY
 from wkv import wkv7
@@ -24,9 +25,9 @@ from wkv import wkv7
 class TimingConfig:
     """What every benchmark takes. None means off."""
 
-    repeat: int = at_least(1, 5)    # repetitions of each side
-    json: str | None = None         # also write the results here
-    device: str = "auto"            # auto, cpu, cuda
+    repeat: int = at_least(1, 5, below=2**16)    # repetitions of each side
+    json: str | None = None                     # also write the results here
+    device: str = "auto"                        # auto, cpu, cuda
 
     def __post_init__(self):
         if self.json and Path(self.json).is_dir():         # before all the measuring, not after it
@@ -34,7 +35,12 @@ class TimingConfig:
 
 
 def begin(cfg: TimingConfig, device: str | None = None) -> tuple[str, dict]:
-    """The device to measure on, and the head of the results; says both."""
+    """The device to measure on, and the head of the results; says both.
+
+    Raises ValueError where the results would replace what is none of a benchmark's.
+    """
+    if cfg.json:                                           # before all the measuring, not after it
+        check_place([Path(cfg.json)], is_benchmark, "--json")
     device = device or pick_device(cfg.device).type
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
@@ -45,8 +51,11 @@ def begin(cfg: TimingConfig, device: str | None = None) -> tuple[str, dict]:
 
 def save(cfg: TimingConfig, results: dict) -> None:
     if cfg.json:
-        Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
+        write_json(Path(cfg.json), results)
+
+
+def is_benchmark(file: Path) -> bool:
+    return {"torch", "machine", "threads", "repeat"} <= contents(file).keys()
 
 
 def stopwatch(side: Callable[[], object]) -> float:

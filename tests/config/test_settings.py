@@ -2,6 +2,7 @@
 refused in one line that helps.
 """
 
+import os
 import sys
 from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
@@ -180,3 +181,120 @@ def test_run_ends_a_script_with_one_line_and_a_failing_status(monkeypatch):
     with pytest.raises(SystemExit) as error:
         config.run(fail)
     assert one_line(error.value.code) == "train.py: a message over two lines"
+
+
+# ------------------------------------------------------------------------------------------
+# Hostile values
+
+
+@settings
+class Nested:
+    gate: bool = True
+    rate: float = at_least(0.0, 1.0)
+
+
+@settings
+class Hostile:
+    prompt: str = ""
+    out: str = "out"
+    init: str | None = None
+    count: int = at_least(1, 3)
+    free: int = 5
+    fast: bool = False
+    table: Nested = Nested()
+    flat: Annotated[Nested, OmitArgPrefixes] = Nested()
+
+
+@pytest.mark.parametrize("flags, value", [
+    (["--prompt=x=True"], Hostile(prompt="x=True")),
+    (["--prompt=--fast=True"], Hostile(prompt="--fast=True")),
+    (["--init=a=False"], Hostile(init="a=False")),
+    (["--prompt=-x"], Hostile(prompt="-x")),
+    (["--prompt", ""], Hostile()),
+    (["--prompt="], Hostile()),
+    (["--table.gate=False"], Hostile(table=Nested(gate=False))),
+    (["--table.no-gate"], Hostile(table=Nested(gate=False))),
+    (["--gate=False"], Hostile(flat=Nested(gate=False))),
+    (["--table.gate=False", "--table.gate=True"], Hostile()),
+    (["--fast=true"], Hostile(fast=True)),
+    (["--fast=false", "--fast"], Hostile(fast=True)),                         # the last counts, as everywhere
+    (["--no-fast", "--fast=True"], Hostile(fast=True)),
+    (["--fast=True", "--no-fast"], Hostile()),
+    (["--free", "-3"], Hostile(free=-3)),
+], ids=str)
+def test_only_switches_are_rewritten_and_values_stay_what_they_are(flags, value):
+    assert config.cli(Hostile, flags) == value
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--out", ""], "out is empty .out = .*.: name one, or omit it"),
+    (["--out=  "], "out is empty .out = .*.: name one, or omit it"),
+    (["--init="], "init is empty .init = ''.: name one"),
+    (["--prompt", "-x"], "Missing value for argument '--prompt'.*--name=value"),
+    (["--prompt", "a\0b"], "no name has a zero byte"),
+    (["--count", "9" * 25], "count = 9{25}: it must be a number of at most 64 bits"),
+    (["--count", "9" * 400], "count = 9{60}... .400 characters.: it must be a number of at most 64 bits"),
+    (["--count", "9" * 5000], "--count: a number beyond all bounds"),
+    (["--free", "-" + "9" * 25], "free = -9{25}: it must be a number of at most 64 bits"),
+    (["--rate", "9" * 400], "rate = inf: it must be a number"),
+    (["--rate", "9" * 5000], "rate = inf: it must be a number"),
+    (["--no-fast=True"], "True"),
+    (["--fast=yes"], "yes"),
+    (["--table", "3"], "--table"),
+], ids=lambda x: str(x)[:30])
+def test_hostile_flags_are_one_line(flags, says):
+    with pytest.raises(ValueError, match=says) as e:
+        config.cli(Hostile, flags)
+    assert len(one_line(e.value)) < 1200
+
+
+@pytest.mark.parametrize("text, says", [
+    ('out = ""', "out is empty"),
+    ('out = " "', "out is empty"),
+    ('prompt = "a\\u0000"', "zero byte"),
+    ("count = " + "9" * 400, "count = 9{60}... .400 characters.: it must be"),
+    ("count = " + "9" * 5000, "preset.toml is not TOML: Exceeds the limit"),
+    ("count = 0x" + "f" * 5000, "count = a value beyond all bounds: it must be"),
+    ("rate = " + "9" * 400, "rate = 9{60}... .400 characters.: expected float"),
+    ("rate = nan", "rate = nan"),
+    ("free = 1.0", "free = 1.0: expected int"),
+    ("out = 1979-05-27", "expected str"),
+    ("out = {}", "out = {}: expected str"),
+    ("init = []", "init = .*: expected str"),
+    ("table = 3", "table = 3: expected a table of settings"),
+    ("flat = 3", "flat = 3: expected a table of settings"),
+    ("out = " + "[" * 100000, "preset.toml is not TOML"),
+    ("out = " + "{a=" * 100000, "preset.toml is not TOML: .*recursion"),
+], ids=lambda x: str(x)[:30])
+def test_hostile_presets_are_one_line(text, says, tmp_path):
+    with pytest.raises(ValueError, match=says) as e:
+        config.cli(Hostile, [preset(tmp_path, text)])
+    assert len(one_line(e.value)) < 600
+
+
+@pytest.mark.parametrize("values, says", [
+    ({"out": None}, "out = None: expected str"), ({"count": None}, "count = None: expected int"),
+    ({"count": 3.0}, "count = 3.0: expected int"), ({"count": True}, "count = True: expected int"),
+    ({"count": "3"}, "count = '3': expected int"), ({"count": float("inf")}, "count = inf: expected int"),
+    ({"fast": 1}, "fast = 1: expected bool"), ({"init": 3}, "init = 3: expected str"),
+    ({"table": None}, "table = None: expected a table"), ({"table": {}}, "table = {}: expected a table"),
+    ({"out": ["a"] * 999}, r"out = .*\.\.\. .4,995 characters.: expected str"),
+], ids=str)
+def test_values_of_a_file_have_the_fields_type(values, says):
+    """As config.json of a model folder is read, key by key."""
+    with pytest.raises(TypeError, match=says) as e:
+        Hostile(**values)
+    one_line(e.value)
+
+
+def test_a_preset_that_is_a_pipe_or_endless_or_no_text_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff")
+    (tmp_path / "folder.toml").mkdir()
+    for name, says in (("pipe", "is a pipe"), ("zero", "has more than"), ("bytes", "is not UTF-8")):
+        with pytest.raises(ValueError, match=says) as e:
+            config.cli(Hostile, [str(tmp_path / f"{name}.toml")])
+        one_line(e.value)
+    with pytest.raises(IsADirectoryError):
+        config.cli(Hostile, [str(tmp_path / "folder.toml")])

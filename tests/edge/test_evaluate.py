@@ -1,5 +1,7 @@
 """tools.evaluate and tools.passkey where a number, a folder or the data is wrong."""
 
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,3 +69,40 @@ def test_data_teacher_and_student_must_share_their_tokens():
     refused(lambda: check_vocabulary(large, small, loader), "data/x has 257 tokens, the student 100")
     refused(lambda: check_vocabulary(small, large, loader),
             "the teacher has 100 tokens, fewer than the student's 257")
+
+
+def test_a_report_of_another_command_is_not_replaced(tiny, tmp_path):
+    """And one that could not be written is found out before all the measuring."""
+    distilled = {"teacher": {}, "by_position": {}, "stages": []}
+    (tmp_path / "file").touch()
+    for main, name in ((evaluate.main, "report"), (passkey.main, "passkey")):
+        for i, text in enumerate((json.dumps(distilled), "{", "[]", "")):
+            out = tmp_path / f"{name}{i}"
+            out.mkdir()
+            (out / f"{name}.json").write_text(text)
+            refused(lambda: main(["--teacher", "none", "--out", str(out)]), "this command did not write it")
+            assert (out / f"{name}.json").read_text() == text
+        with pytest.raises(OSError) as e:
+            main(["--teacher", "none", "--out", str(tmp_path / "file" / "deep")])
+        assert "file" in str(e.value.filename)
+
+
+def test_what_was_measured_is_saved_before_it_is_printed(tiny, tmp_path, monkeypatch):
+    class Gone:
+        def write(self, _):
+            raise BrokenPipeError
+
+        def flush(self):
+            pass
+
+    save_model(tiny_model(), tmp_path / "m", {"tokenizer": "bytes"})
+    flags = ["--teacher", str(tmp_path / "m"), "--student", str(tmp_path / "m"), "--data", tiny.text]
+    flags += ["--max_tokens", "200", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "stdout", Gone())
+    for main, more, name in ((evaluate.main, [], "report"),
+                             (passkey.main, ["--passkey", "None", "--longest", "2"], "passkey")):
+        with pytest.raises(BrokenPipeError):
+            main([*flags, *more])
+        assert (tmp_path / "out" / f"{name}.json").exists() and (tmp_path / "out" / f"{name}.png").exists()
+    monkeypatch.undo()
+    evaluate.main(flags)                                     # its own report may be replaced

@@ -1,5 +1,7 @@
 """sample.py where something is wrong: options, prompts, folders, a reader, Ctrl-C."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,10 +9,12 @@ import sample
 from common import one_line, start, tiny_model
 from common_models import constant_model, rwkv_folder  # noqa: F401
 from common_sample import tokens
+from data.tokenizer import read_prompt
 from lib.folders import load_model, save_model
 from lib.state_file import load_state
 from lib.states import process, tensors
 from sample import generate, main
+from tools import batch, chat
 
 NAN, INF = float("nan"), float("inf")
 
@@ -118,3 +122,42 @@ def test_a_text_that_is_interrupted_keeps_what_was_read_for_what_was_printed(rwk
     for a, b in zip(tensors(state), tensors(whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert "memory of 5 tokens" in capsys.readouterr().err
+
+
+def test_prompts_that_never_end_or_never_come_are_refused(tmp_path):
+    """Before the model is loaded."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long.txt").write_bytes(b"a" * (2**26 + 1))
+    for path, words in (("/dev/zero", "file /dev/zero has more than 67,108,864 bytes: give a shorter one"),
+                        (tmp_path / "pipe", "is a pipe: give a file"),
+                        (tmp_path / "long.txt", "has more than 67,108,864 bytes"),
+                        (tmp_path, "can't be read .Is a directory.")):
+        for script, flag in ((main, f"--prompt=FILE:{path}"), (chat.main, f"--prompt=FILE:{path}"),
+                             (batch.main, f"--prompts={path}")):
+            with pytest.raises(ValueError, match=words) as e:
+                script(["--ckpt", "no-such-model", flag])
+            one_line(e.value)
+
+
+def test_a_prompt_may_come_through_the_shells_pipe(tmp_path):
+    reader, writer = os.pipe()
+    os.write(writer, "\ufeffdu\r\ndé".encode())
+    os.close(writer)
+    assert read_prompt(f"FILE:/dev/fd/{reader}") == "du\ndé"
+    os.close(reader)
+
+
+def test_numbers_without_bound_are_refused(rwkv_folder):  # noqa: F811
+    for flag in ("--num_samples", "--max_tokens", "--seed", "--top_k", "--temperature"):
+        for digits in ("9" * 330, "9" * 400, "9" * 5000):
+            with pytest.raises(ValueError, match=flag[2:].replace("_", ".")) as e:
+                main(["--ckpt", str(rwkv_folder), flag, digits])
+            assert len(one_line(e.value)) < 1100
+    with pytest.raises(ValueError, match="num_samples = 1000000000: .* below 65536"):
+        main(["--num_samples", "1000000000"])
+
+
+def test_a_prompt_keeps_its_words_whatever_they_look_like(rwkv_folder, capsys):  # noqa: F811
+    for prompt in ("x=True", "--stop=False", "-x", "--", "a=False", " "):
+        main(["--ckpt", str(rwkv_folder), f"--prompt={prompt}", "--max_tokens", "1", "--no-stop"])
+        assert capsys.readouterr().out.startswith(prompt)

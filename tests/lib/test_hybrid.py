@@ -200,3 +200,13 @@ def test_describe_counts_what_a_real_model_has_and_remembers(shape, n):
         )
     with pytest.raises(ValueError, match="at least 1"):
         describe(model.cfg, 0)
+
+
+def test_a_pattern_for_layers_beyond_all_models_is_refused_at_once():
+    """A thousand million layers would be built for hours."""
+    for n_layer, pattern in ((10**7, "all"), (1025, "a"), (6, "first:" + "9" * 9000), (6, "ar" * 9000)):
+        with pytest.raises(ValueError, match=f"n_layer = {n_layer}, .*: a model has at most 1024") as e:
+            mixer_letters(ModelConfig(n_layer=n_layer), pattern)
+        assert len(str(e.value)) < 300
+    with pytest.raises(ValueError, match="n_layer = 1000000000: .* below 16777216"):
+        ModelConfig(n_layer=10**9)

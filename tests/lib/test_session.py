@@ -58,7 +58,7 @@ def test_a_session_that_fails_writes_nothing(rwkv_folder, tmp_path):  # noqa: F8
 def test_a_reader_that_leaves_is_no_error_unless_a_state_was_to_be_kept(rwkv_folder, tmp_path,  # noqa: F811
                                                                         monkeypatch):
     hushed = []
-    monkeypatch.setattr(lib.session, "hush", lambda: hushed.append(True))
+    monkeypatch.setattr(lib.session, "hush", lambda e: hushed.append(e))
     with session(SessionConfig(ckpt=str(rwkv_folder))):
         raise BrokenPipeError
     file = tmp_path / "s.state"
@@ -102,11 +102,40 @@ def test_a_prompt_that_the_model_cannot_read_is_one_line(tmp_path):
 
 
 def test_files_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path):
-    for change, words in (({"load_state": ""}, "--load_state is empty: name a file"),
-                          ({"save_state": ""}, "--save_state is empty: name a file"),
+    for change, words in (({"load_state": ""}, "load_state is empty .*: name one, or omit it"),
+                          ({"save_state": ""}, "save_state is empty .*: name one, or omit it"),
                           ({"save_state": str(tmp_path)}, "is a folder: name a file"),
                           ({"state_dtype": "int4"}, "state_dtype = 'int4': choose one of float32"),
                           ({"dtype": "int8"}, "dtype = 'int8': choose one of float32, float16, bfloat16")):
         with pytest.raises(ValueError, match=words) as e:
             SessionConfig(**change)
         one_line(e.value)
+
+
+def test_a_state_replaces_nothing_but_a_state(rwkv_folder, tmp_path):  # noqa: F811
+    """Before the model is loaded, which may take minutes."""
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    weights = rwkv_folder / "model.safetensors"
+    before, notes = weights.read_bytes(), tmp_path / "notes.txt"
+    for file in (weights, rwkv_folder / "config.json", notes, tmp_path / "link", "/dev/null"):
+        with pytest.raises(ValueError, match="^--save_state: .*this command did not write it") as e:
+            main(["--ckpt", "no-such-model", "--save_state", str(file)])
+        one_line(e.value)
+        with pytest.raises(ValueError):
+            main(["--ckpt", str(rwkv_folder), "--prompt", f"FILE:{notes}", "--save_state", str(file)])
+    assert weights.read_bytes() == before and notes.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_reader_that_leaves_at_the_end_leaves_the_state(rwkv_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(lib.session, "hush", lambda e: None)
+    for error in (BrokenPipeError(), OSError(5, "Input/output error")):
+        file = tmp_path / f"{type(error).__name__}.state"
+        with session(SessionConfig(ckpt=str(rwkv_folder), save_state=str(file))) as here:
+            read_only([256, 97, 98], here)
+            raise error
+        assert load_state(file, load_model(rwkv_folder), "bytes")[1] == [98]
+    with pytest.raises(OSError, match="Input/output error"):               # nothing to keep: it is said
+        with session(SessionConfig(ckpt=str(rwkv_folder))):
+            raise OSError(5, "Input/output error")

@@ -193,3 +193,63 @@ def test_a_foreign_or_damaged_file_is_one_line(tmp_path):
     save_model(model, tmp_path / "m", {"tokenizer": "bytes"})
     save_file(weights, file, meta)
     load_state(file, load_model(tmp_path / "m"))
+
+
+def sealed(file, parts: dict, meta: dict) -> None:
+    """A state file whose digest is right, whatever it says."""
+    save_file(parts, file, meta | {"digest": lib.state_file.digest(parts, meta)})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_hostile_file_with_the_right_digest_is_one_line(dtype, tmp_path):
+    """It may say anything: other shapes, other names, absurd numbers, nested lists."""
+    model, file = model_of("hybrid"), tmp_path / "s.state"
+    _, state = process(model, tokens(1, 9))
+    save_state(file, model, compress(state, dtype), "bytes")
+    with safe_open(file, "pt") as f:
+        meta, parts = f.metadata(), {name: f.get_tensor(name).clone() for name in f.keys()}
+    del meta["digest"]
+    sealed(file, parts, meta)
+    load_state(file, model, "bytes")
+    first, *others = sorted(parts)
+    changes = [{"position": x} for x in ("-1", "x", "", "9" * 25, "9" * 5000, "8")]
+    changes += [{"unread": x} for x in ("3", "[257]", "[-1]", "[1.5]", "[true]", '["a"]', "[", "", "{}",
+                                        "[" * 100000, f"[{10**30}]", "[" + "9" * 5000 + "]")]
+    bad = [(parts, meta | change) for change in changes]
+    bad += [(parts, {key: x for key, x in meta.items() if key != name})
+            for name in ("position", "unread", "model", "tokenizer")]
+    bad += [({name: x for name, x in parts.items() if name != gone}, meta) for gone in (first, others[-1])]
+    bad += [(parts | {name: new}, meta) for name, new in (
+        (first, parts[first][..., :1].contiguous()), (first, parts[first].long()), (first, torch.zeros(3)),
+        ("blocks.7.0.0", torch.zeros(3)), (first, torch.cat([parts[first]] * 2)),
+        (others[-1], parts[others[-1]][None]))]
+    bad += [({}, meta)]
+    for parts_there, meta_there in bad:
+        sealed(file, parts_there, meta_there)
+        with pytest.raises(ValueError, match="s.state is damaged") as e:
+            load_state(file, model, "bytes")
+        assert len(one_line(e.value)) < 600
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "s.state")
+
+    file, model = tmp_path / "s.state", model_of("RWKV-7")
+    save_state(file, model, process(model, tokens(1, 3))[1], "bytes")
+    monkeypatch.setattr(type(file), "open", refuse)
+    with pytest.raises(ValueError, match="s.state can't be read .Permission denied.: check who may") as e:
+        load_state(file, model)
+    one_line(e.value)
+
+
+def test_a_state_is_never_written_over_what_is_none(tmp_path):
+    model, file = model_of("RWKV-7"), tmp_path / "mine.txt"
+    _, state = process(model, tokens(1, 3))
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="is no state, and would be replaced") as e:
+        save_state(file, model, state, "bytes")
+    one_line(e.value)
+    assert file.read_text() == "mine"
+    for _ in range(2):                                       # a state may be replaced
+        save_state(tmp_path / "s.state", model, state, "bytes")

@@ -151,6 +151,8 @@ def test_one_part_alone_and_bad_options_in_one_line(tmp_path, capsys, monkeypatc
         (main, ["--repeat", "0"], "at least 1"),
         (main, ["--device", "tpu"], "choose auto"),
         (main, ["--json", str(tmp_path)], "is a folder"),
+        (main, ["--json", __file__], "this command did not write it"),
+        (bench_memory.main, ["--json", "/dev/null"], "this command did not write it"),
         (bench_kernels.main, ["--device", "cpu"], "needs tensors on an NVIDIA GPU"),
     ]
     for script, args, word in cases:
@@ -229,6 +231,7 @@ def test_memory_is_measured_in_processes_of_their_own_and_one_that_fails_or_is_s
         (["--lengths", "8"], "at least 16"),
         (["--embd", "33"], "embd = 33"),
         (["--limit", "inf"], "limit = inf"),
+        (["--lengths", "9" * 5000], "at least 16"),
     ):
         with pytest.raises(ValueError) as e:
             bench_memory.main(args)

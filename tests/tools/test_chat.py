@@ -1,5 +1,6 @@
 """A chat: one state hears it all, each word is read once, and what was said is kept."""
 
+import errno
 import io
 import shutil
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import tools.chat
-from common import one_line, tiny_model
+from common import one_line, start, tiny_model
 from common_models import rwkv_folder  # noqa: F401
 from common_sample import drawn, talker  # noqa: F401
 from data.chat import encode_turns
@@ -117,3 +118,35 @@ def test_a_chat_that_cannot_be_is_one_line(rwkv_folder, talker):  # noqa: F811
     with pytest.raises(ValueError, match="top_p"):
         main(["--ckpt", str(talker), "--top_p", "2"])
     assert ChatConfig().how.temperature == 0.8  # as sample.py's
+
+
+def test_a_line_that_never_ends_ends_the_chat_and_keeps_what_was_said(talker, tmp_path, capsys,  # noqa: F811
+                                                                      monkeypatch):
+    monkeypatch.setattr(tools.chat, "LONGEST", 50)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n" + "x" * 1000))
+    file = tmp_path / "c.state"
+    main(["--ckpt", str(talker), "--max_tokens", "6", "--save_state", str(file)])
+    assert "a message of 50 characters or more ends the chat" in capsys.readouterr().err and file.exists()
+
+
+def test_a_chat_with_nobody_there_ends_at_once(talker):  # noqa: F811
+    run = start("-c", "import os, sys; sys.argv[0] = 'chat.py'; os.close(0); sys.stdin = None; "
+                "from config import run; from tools.chat import main; run(main, output=True)",
+                "--ckpt", talker, "--prompt", "hello", "--max_tokens", "3")
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0 and out.endswith("\n") and one_line(err).startswith("memory of")
+
+
+def test_a_stdin_that_cannot_be_read_is_said_and_what_was_said_is_kept(talker, tmp_path, capsys,  # noqa: F811
+                                                                       monkeypatch):
+    class Torn(io.StringIO):
+        def readline(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdin", Torn())
+    monkeypatch.setattr(tools.chat, "hush", lambda e: print(e, file=sys.stderr))
+    args = ["--ckpt", str(talker), "--prompt", "one", "--max_tokens", "3"]
+    with pytest.raises(OSError, match="Input/output error"):
+        main(args)
+    main([*args, "--save_state", str(tmp_path / "c.state")])
+    assert "Input/output error" in capsys.readouterr().err and (tmp_path / "c.state").exists()

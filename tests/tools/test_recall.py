@@ -88,7 +88,8 @@ def test_the_script_trains_distils_asks_and_writes_its_report(tmp_path, capsys):
 def test_bad_input_ends_in_one_clear_line():
     """Before the first step of training: also a width that no student could have."""
     for change, words in (({"pairs": "0"}, "from 1 to 32"), ({"pairs": "33"}, "from 1 to 32"),
-                          ({"pairs": "x"}, "from 1"),
+                          ({"pairs": "x"}, "from 1"), ({"pairs": "9" * 5000}, "from 1"),
+                          ({"mixers": ""}, "mixers is empty"),
                           ({"model": ModelConfig(n_layer=2, block_size=16)}, "block_size"),
                           ({"model": ModelConfig(n_layer=2, n_embd=96, rwkv_head_size=64)}, "rwkv_head_size"),
                           ({"mixers": "most"}, "first:K"), ({"examples": 0}, "at least 1"),
@@ -96,3 +97,22 @@ def test_bad_input_ends_in_one_clear_line():
         with pytest.raises(ValueError, match=words) as e:
             RecallConfig(**change)
         one_line(e.value)
+
+
+def test_another_runs_teacher_and_data_are_not_replaced(tmp_path):
+    """A folder is recall's where its data say so."""
+    meta = tmp_path / "data" / "meta.json"
+    for name in ("data", "teacher", "all"):
+        (tmp_path / name).mkdir()
+        for text in (None, "{", '{"source": "book.txt"}'):
+            if text and name == "data":
+                meta.write_text(text)
+            with pytest.raises(ValueError, match="exists, and this command did not write it") as e:
+                tools.recall.main(["--out", str(tmp_path), "--mixers", "all"])
+            one_line(e.value)
+        assert (tmp_path / name).is_dir() and meta.exists() == (name == "data")
+        meta.unlink(missing_ok=True)
+        (tmp_path / name).rmdir()
+    meta.parent.mkdir()
+    meta.write_text('{"source": "recall.py"}')
+    assert tools.recall.is_recall(meta)

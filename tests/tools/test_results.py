@@ -29,8 +29,20 @@ def test_seeds_are_collected_into_median_and_range(tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path):
-    for folder, words in (("", "the folder is empty: name one, or omit it"),
+    for folder, words in (("", "folder is empty .*: name one, or omit it"),
                           (str(tmp_path / "none"), "no reports in .*: run make results first")):
         with pytest.raises(ValueError, match=words) as e:
             main([folder])
+        one_line(e.value)
+
+
+def test_a_damaged_report_is_one_line_that_names_it(tmp_path):
+    good = {"teacher": {"val_loss": 1.25}, "stages": [{"name": "match", **ROW}]}
+    file = tmp_path / "seed0.json"
+    for text in ("{", "[" * 100000, json.dumps(good | {"stages": [{"name": "match", **ROW, "kl": None}]}),
+                 json.dumps(good | {"stages": 3}), json.dumps(good | {"stages": [{"name": []}]}),
+                 json.dumps(good | {"teacher": None}), json.dumps(good | {"controls": [1]})):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="seed0.json is damaged .*: make results anew") as e:
+            main([str(tmp_path)])
         one_line(e.value)
