@@ -201,7 +201,8 @@ def check_spec(spec: dict) -> None:
     tokens, special = spec["tokens"], {**spec["special"], **spec["added"]}
     optional = [i for key in ("unknown", "start") if (i := spec[key]) is not None]
     ids = [*special.values(), *optional, spec["end"], *spec["stop"]]
-    if not all(token is None or isinstance(token, str) for token in tokens) or len(tokens) > LARGEST:
+    texts = isinstance(tokens, list) and all(token is None or isinstance(token, str) for token in tokens)
+    if not texts or len(tokens) > LARGEST:
         raise ValueError("tokens must be texts")
     if not all(type(i) is int and 0 <= i < LARGEST for i in ids):
         raise ValueError(f"ids must be numbers from 0 to {LARGEST - 1}")

@@ -271,7 +271,7 @@ def _path(source: str, path: Path, whole: bool, left_out: Counter) -> Iterator[E
     if not files:
         raise ValueError(f"the folder {path} holds no {known}")
     # A small text is cut finer, so that something is left for the validation half.
-    size = max(1, min(DOCUMENT, sum(_size(file, 20 * DOCUMENT) for file in files) // 20))
+    size = max(1, min(DOCUMENT, sum(map(_size, files)) // 20))
     kind = ""
     for file in files:
         name = str(file) if is_folder else source
@@ -326,11 +326,13 @@ def _suffix(name: str) -> str:
     return next((end for suffix in SUFFIXES for end in (suffix, f"{suffix}.gz") if name.endswith(end)), "")
 
 
-def _size(path: Path, enough: int) -> int:
-    """Bytes of the file, or where it is packed in it; of those, no more than `enough`."""
+def _size(path: Path) -> int:
+    """Bytes of the file, unpacked, which shows before all the work whether that can be
+    done.
+    """
     if not path.name.lower().endswith(".gz"):
         return path.stat().st_size
-    return sum(len(line) for line in _raw_lines(path, str(path), enough))
+    return sum(map(len, _raw(path, str(path), "read")))
 
 
 def _jsonl(path: Path, name: str, left_out: Counter) -> Iterator[tuple[str, Example]]:
@@ -370,7 +372,7 @@ def _lines(path: Path, name: str) -> Iterator[str]:
     Of a line longer than CHUNK bytes, one part after the other. A .gz file is unzipped.
     """
     decoder, offset, held = codecs.getincrementaldecoder("utf-8")(), 0, ""
-    for raw in _raw_lines(path, name):
+    for raw in _raw(path, name, "readline"):
         pending = len(decoder.getstate()[0])
         try:
             line = held + decoder.decode(raw)
@@ -391,14 +393,15 @@ def _lines(path: Path, name: str) -> Iterator[str]:
         yield held
 
 
-def _raw_lines(path: Path, name: str, enough: float = float("inf")) -> Iterator[bytes]:
-    """The file's lines, in parts of at most CHUNK bytes; about the first `enough` bytes.
+def _raw(path: Path, name: str, method: str) -> Iterator[bytes]:
+    """The file's bytes, unpacked, in parts of at most CHUNK, read by "read" or
+    "readline".
     """
     is_packed, size = path.name.lower().endswith(".gz"), 0
     try:
         limit = max(LITTLE, RATIO * path.stat().st_size) if is_packed else float("inf")
         with (gzip.open if is_packed else open)(path, "rb") as file:
-            while size < enough and (raw := file.readline(CHUNK)):
+            while raw := getattr(file, method)(CHUNK):
                 size += len(raw)
                 if size > limit:
                     raise ValueError(f"{name} unpacks to more than {RATIO} times its size, as no text does: "
