@@ -247,7 +247,7 @@ def require_replaceable(out: Path, overwrite: bool, sources: list[Path]) -> None
 
 
 def _foreign(folder: Path) -> str:
-    """What shows that this is no data folder; nothing for one of ours, even damaged."""
+    """What shows that this is no data folder; of one of ours, even damaged, nothing."""
     if not folder.is_dir():
         return "a file"
     names = {path.name for path in folder.iterdir() if path.is_file()}

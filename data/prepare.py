@@ -4,7 +4,8 @@
                            [--val_fraction 0.1] [--split hash] [--overwrite]
 
 SOURCE is pydoc, pydoc-sft, pydoc-dpo, shakespeare, a URL, or a .txt/.md/.jsonl(.gz)
-file, a folder of them, or a pipe: `sources.py`. `loader.py` makes batches of the folder.
+file, a folder of them, or a pipe: `sources.py`. `loader.py` makes batches of the
+folder.
 
 TOKENIZER is bytes, one of tiktoken's names, or the folder of a model whose own
 tokenizer is to be used.

@@ -1,8 +1,8 @@
 """What a line of .jsonl may be: a text, a prompt and its answer, a choice between two.
 
     text         {text}
-    supervised   {prompt, response}, {prompt, completion}, {instruction, input, output} of
-                 Alpaca, {messages}, {conversations} of ShareGPT
+    supervised   {prompt, response}, {prompt, completion}, {messages}, ShareGPT's
+                 {conversations}, Alpaca's {instruction, input, output}
     preference   {prompt, chosen, rejected}
 
 A prompt, and what answers it, is a text or a list of messages, {role, content} each (in

@@ -301,8 +301,8 @@ def _examples(file: Path, name: str, size: int, whole: bool,
 
 
 def _files(folder: Path, left_out: Counter) -> list[Path]:
-    """All below a folder, without what is no file, and without going through links to
-    folders, which may lead back.
+    """All files below a folder, without going through links to folders, which may lead
+    back.
     """
     files = []
 

@@ -1,5 +1,5 @@
-"""A stranger's Jinja program: it runs in Jinja's sandbox, in a process of its own, which
-may take few seconds and little memory.
+"""A stranger's Jinja program: it runs in Jinja's sandbox and in a process of its own,
+which may take two seconds and little memory.
 
     python data/template.py < {"template": ..., "variables": ...} and calls, one a line
 

@@ -34,7 +34,8 @@ def test_a_block_is_checked_when_it_is_first_read_and_only_then(tmp_path, monkey
     checked = []
     monkeypatch.setattr(Column, "_check", lambda self, i, block, first: (
         checked.append((i, len(block), first)), self.checked.__setitem__(i, True)))
-    column = Column(folder / "train.bin", np.dtype(np.uint16), 3 * BLOCK // 2 + 5, 60_000, read_data_meta(folder))
+    n, meta = 3 * BLOCK // 2 + 5, read_data_meta(folder)
+    column = Column(folder / "train.bin", np.dtype(np.uint16), n, 60_000, meta)
     half = BLOCK // 2
     assert column.read(half - 1, half + 1).tolist() == [(half - 1) % 50_000, half % 50_000]
     column.read(0, 10)

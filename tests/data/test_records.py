@@ -26,7 +26,8 @@ CHOSEN = Example("q", ("q", "a", "b"), ("user", "chosen", "rejected"))
     ({"instruction": "q", "input": "", "output": "a", "text": "Below is"}, PAIR, {"text"}),
     ({"instruction": "q", "input": "x", "output": "a"}, Example("q\n\nx", ("q\n\nx", "a")), set()),
     ({"messages": [ASK, ANSWER]}, TALK, set()),
-    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": 3}, TALK, {"id"}),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": 3}, TALK,
+     {"id"}),
     ({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}, TALK, set()),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, CHOICE, set()),
     # ultrafeedback, and as trl has it
@@ -71,7 +72,8 @@ def test_records_of_no_form_are_refused_by_name(record, word):
 
 def test_forms_that_mean_the_same_are_stored_alike(tmp_path, model_folder):
     def prepared(name: str, records: list):
-        prepare(write_jsonl(tmp_path / f"{name}.jsonl", records), tmp_path / name, tokenizer=str(model_folder))
+        source = write_jsonl(tmp_path / f"{name}.jsonl", records)
+        prepare(source, tmp_path / name, tokenizer=str(model_folder))
         return [(tmp_path / name / file).read_bytes() for file in ("train.bin", "train.mask.bin", "val.bin")]
 
     pairs = prepared("pairs", [{"prompt": f"q{i}", "response": "a"} for i in range(30)])
@@ -92,7 +94,8 @@ def test_of_a_preference_of_conversations_only_the_last_answer_is_learnt(tmp_pat
     assert meta["kind"] == "preference"
     rows = stored(tmp_path / "out")
     for (chosen, mask), (rejected, other) in zip(rows[::2], rows[1::2]):
-        answers = [enc.decode([t for t, yes in zip(*row) if yes]) for row in ((chosen, mask), (rejected, other))]
+        pairs = ((chosen, mask), (rejected, other))
+        answers = [enc.decode([t for t, yes in zip(*pair) if yes]) for pair in pairs]
         assert answers == ["a<|im_end|>", "b<|im_end|>"]
         assert enc.decode(chosen).count("<|im_start|>assistant") == 2
 
