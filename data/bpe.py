@@ -160,8 +160,8 @@ def _cut(pattern: regex.Pattern, text: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def engine_errors(name: str, text: str) -> Iterator[None]:
-    """Makes one ValueError of what tiktoken's engine raises, and silences what it writes
-    to stderr.
+    """Makes one ValueError of what tiktoken's engine raises, and silences what it
+    writes to stderr.
 
     It is Rust, and panics where a split pattern takes too many steps.
     """

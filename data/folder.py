@@ -86,8 +86,8 @@ NEEDED = ("kind", "vocab_size", "dtype", "tokens")
 
 
 def read_data_meta(folder: str | Path) -> dict:
-    """`folder/meta.json` of a data folder, every field of the type and in the range that
-    it must have.
+    """`folder/meta.json` of a data folder, every field of the type and in the range
+    that it must have.
 
     Raises ValueError, which names the file and the field.
     """

@@ -224,8 +224,8 @@ def _is_descriptor(path: Path) -> bool:
 
 
 def _spool(path: Path, folder: Path) -> Path:
-    """Write what a pipe gives into a file, whose suffix is the pipe's, or what its first
-    line shows.
+    """Write what a pipe gives into a file, whose suffix is the pipe's, or what its
+    first line shows.
     """
     copy = folder / "spool.source"
     try:
