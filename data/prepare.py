@@ -103,6 +103,9 @@ def prepare(source: str | Path, out: str | Path, tokenizer: str = "bytes", val_f
             meta = _write_folder(Job(source, path, val_fraction, enc, staging, dtype, Counter()), split)
             require_replaceable(out, overwrite, sources)     # it may have changed meanwhile
             publish(staging, out)
+    except MemoryError:
+        raise ValueError(f"{source} needs more memory than there is: --split tail, or a text that repeats "
+                         "itself, is held in memory whole; give it in parts") from None
     except OSError as error:
         remedy = "free some space" if error.errno in FULL else "check the path and its permissions"
         raise ValueError(f"{error.filename or out.parent}: {error.strerror or error}: {remedy}, or choose "
@@ -271,8 +274,9 @@ def _tokenize(job: Job, split: str) -> tuple[tuple[list[Record], list[Record]], 
     assigned = (_by_hash if split == "hash" else _by_tail)(examples, job)
     halves: tuple[list[Record], list[Record]] = [], []
     position, kind = 0, "text"
+    quiet = None if sys.stderr else True   # None: where it is no terminal
     with open(job.folder / "spool.bin", "wb") as file, open(job.folder / "spool.mask", "wb") as masks:
-        for in_val, rank, example in tqdm(assigned, job.source, unit=" documents", disable=None):
+        for in_val, rank, example in tqdm(assigned, job.source, unit=" documents", disable=quiet):
             kind, rows = example.kind, []
             for ids, mask in _encode(example, job.enc):
                 file.write(np.array(ids, job.dtype).tobytes())

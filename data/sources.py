@@ -309,9 +309,12 @@ def _files(folder: Path, left_out: Counter) -> list[Path]:
     def refuse(error: OSError):
         raise _unreadable(error.filename, error)
 
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        left_out["links to folders"] += sum(os.path.islink(os.path.join(root, name)) for name in folders)
-        files += [Path(root, name) for name in names]
+    try:
+        for root, folders, names in os.walk(folder, onerror=refuse):
+            left_out["links to folders"] += sum(os.path.islink(os.path.join(root, name)) for name in folders)
+            files += [Path(root, name) for name in names]
+    except RecursionError:
+        raise ValueError(f"{folder} holds folders in folders without end: choose one of them") from None
     for file in files:
         if not file.is_file():
             left_out["links to nothing, pipes and the like"] += 1
