@@ -26,7 +26,6 @@ import regex
 
 from data.bpe import BYTE, ByteLevelBPE
 from data.chat import Turns, frame
-from data.template import Program
 
 # What stood between documents in pretraining, where a model is tuned to end turns
 # otherwise.
@@ -352,26 +351,11 @@ def read_template(template: str | list | None, names: dict, special: dict[str, i
         template = {t["name"]: t["template"] for t in template}.get("default")
     if not isinstance(template, str):
         return None
-    variables = {name: token or "" for name, token in names.items()} | {"tools": None, "documents": None}
-    try:
-        with Program(template, variables) as program:
-            return _read_frames(program, special)
-    except TimeoutError as error:
-        raise ValueError(f"{error}: leave it out of the model's files to import the rest") from None
-
-
-def _read_frames(program: Program, special: dict[str, int]) -> dict | None:
-    """What `read_template` returns, of its program."""
-    def render(turns: Turns, reply: bool = False) -> str:
-        messages = [{"role": role, "content": text} for role, text in turns]
-        return program(messages=messages, add_generation_prompt=reply)
-
+    render = _Template(template, names)
     try:
         chat, before = _frames(render, special)
         if frame(chat, [ASK, ANSWER, AGAIN]) != render([ASK, ANSWER, AGAIN], reply=True):
             return None
-    except TimeoutError:
-        raise
     except Exception:
         # no such splits, no token that stops; its own refusal, or whatever else a
         # stranger's program runs into
@@ -382,8 +366,6 @@ def _read_frames(program: Program, special: dict[str, int]) -> dict | None:
         talk = [SYSTEM, ASK, ANSWER, AGAIN]
         if frame(with_system, talk) == render(talk, reply=True):
             return with_system
-    except TimeoutError:
-        raise
     except Exception:
         pass
     return chat
@@ -409,3 +391,25 @@ def _frames(render, special: dict[str, int]) -> tuple[dict, str]:
         "trim": trim,
     }
     return chat, before
+
+
+class _Template:
+    """A Jinja program in a sandbox, called with the messages of a conversation."""
+
+    def __init__(self, template: str, names: dict):
+        import jinja2.ext  # comes with torch; only an import of a model needs it
+        import jinja2.sandbox
+
+        def refuse(message: str):
+            raise jinja2.TemplateError(message)
+
+        self.template = template
+        self.env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+        self.names = {name: token or "" for name, token in names.items()}
+        self.names |= {"raise_exception": refuse, "tools": None, "documents": None}
+
+    def __call__(self, turns: Turns, reply: bool = False) -> str:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        program = self.env.from_string(self.template)
+        return program.render(messages=messages, add_generation_prompt=reply, **self.names)

@@ -45,15 +45,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+if not __package__:  # run as `python data/prepare.py`: make the repository importable
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from config import cli, run, settings
 import numpy as np
 import tiktoken
 import tyro
 from tqdm import tqdm
 
-if not __package__:  # run as `python data/prepare.py`: make the repository importable
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from config import cli, run, settings
 from data.chat import Turns, encode_turns
 from data.folder import HALVES, publish, recover, require_replaceable, seal, staging_folder
 from data.records import Example

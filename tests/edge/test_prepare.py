@@ -62,9 +62,9 @@ def test_an_interrupt_ends_in_one_line_and_changes_nothing(tmp_path, text_file, 
 
 
 @pytest.mark.parametrize("words, complaint", [
-    ([""], "the source is empty"),
-    (["a.txt", "--out", ""], "--out is empty"),
-    (["a.txt", "--tokenizer", ""], "--tokenizer is empty"),
+    ([""], "source is empty"),
+    (["a.txt", "--out", ""], "out is empty"),
+    (["a.txt", "--tokenizer", ""], "tokenizer is empty"),
     ([".."], "gives the data set no name"),
     (["a.txt", "--vocab_size", "300"], "vocab_size"),
     (["a.txt", "--vocab-size=300"], "vocab-size"),
