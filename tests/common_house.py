@@ -16,7 +16,6 @@ import pytest
 import config
 from common import REPO
 
-# config imports nothing of ours, and everybody may import it: data.prepare is a script
 FLOORS = ["config", "data kernels", "wkv", "model", "lib", "train sample", "distill", "tools"]
 CHAPTERS = ["wkv.py", "model.py", "train.py", "distill.py", "sample.py"]      # in the order to read them
 FOLDERS = ["data", "config", "kernels", "lib", "tools"]
