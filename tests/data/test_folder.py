@@ -56,7 +56,7 @@ def test_opening_reads_no_more_than_it_must(tmp_path):
     with pytest.raises(ValueError, match=f"train.bin.*bytes {2 * BLOCK} to {3 * BLOCK - 1} do not fit"):
         loader._batch(starts[1:], starts[1:] + 17)
     with pytest.raises(ValueError, match="train.bin"):
-        list(loader.windows())
+        loader.tokens
 
 
 def test_a_folder_of_before_opens_without_digests(supervised):

@@ -5,7 +5,7 @@ import pytest
 import data.prepare
 from common import one_line
 from common_data import text_file  # noqa: F401
-from data.prepare import main, prepare
+from data.prepare import ensure_prepared, main, prepare
 
 
 @pytest.mark.parametrize("names", [["thesis.txt"], ["train.bin"], ["meta.json", "model.safetensors"]])
@@ -79,6 +79,14 @@ def test_a_command_that_cannot_be_is_one_line(tmp_path, text_file, monkeypatch, 
         main(words)
     one_line(e.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_data_set_without_a_name_is_not_looked_for_where_we_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("", " "):
+        with pytest.raises(ValueError, match="name is empty"):
+            ensure_prepared(folder)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("bad", [{"val_fraction": 0}, {"val_fraction": 1.5}, {"split": "middle"}])
