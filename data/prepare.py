@@ -338,7 +338,9 @@ def main(argv: list[str] | None = None) -> None:
                        for half in HALVES)
     print(f"{out}: {meta['kind']}, {counts}; tokenizer {meta['tokenizer']}")
     if left_out := meta.get("left_out"):
-        print("left out: " + ", ".join(f"{n:,} {name}" for name, n in left_out.items()))
+        most = Counter(left_out).most_common(12)
+        more = [f"{len(left_out) - len(most)} further kinds"] if len(left_out) > len(most) else []
+        print("left out: " + ", ".join([*(f"{n:,} {name}" for name, n in most), *more]))
 
 
 if __name__ == "__main__":

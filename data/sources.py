@@ -43,6 +43,7 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 CHUNK, LONGEST = 2**20, 2**26
 # a .gz file unpacks to at most so many times its size, if to more than a little
 RATIO, LITTLE = 200, 2**23
+MOST_KINDS = 100  # of what is left out
 PYTHON = ("pydoc", "pydoc-sft", "pydoc-dpo")
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
          codecs.BOM_UTF16_BE: "utf-16"}
@@ -319,7 +320,8 @@ def _files(folder: Path, left_out: Counter) -> list[Path]:
         if not file.is_file():
             left_out["links to nothing, pipes and the like"] += 1
         elif not _suffix(file.name):
-            left_out[f"files of the kind {file.suffix or 'without a suffix'}"] += 1
+            kind = f"files of the kind {file.suffix[:40]}" if file.suffix else "files without a suffix"
+            _count(left_out, kind)
     return sorted(file for file in files if file.is_file())
 
 
@@ -365,8 +367,14 @@ def _record(line: str, place: str, left_out: Counter) -> Example:
     except ValueError as error:
         raise ValueError(f"{place} is not JSON ({error}): each line must be one JSON object") from None
     example, unread = read_record(record if isinstance(record, dict) else {}, place)
-    left_out.update(f"fields {name!r}" for name in unread)
+    for name in unread:
+        _count(left_out, f"fields {name[:40]!r}")
     return example
+
+
+def _count(left_out: Counter, what: str) -> None:
+    """One more of a kind; beyond MOST_KINDS of them, of no kind of its own."""
+    left_out[what if what in left_out or len(left_out) < MOST_KINDS else "of further kinds"] += 1
 
 
 def _lines(path: Path, name: str) -> Iterator[str]:

@@ -91,10 +91,18 @@ def test_suffixes_have_no_case_and_what_is_left_out_is_counted(tmp_path, capsys)
     texts = documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")
     assert sorted(texts) == sorted(["packed", *(f"text {i}" for i in range(30))])
     left_out = {"files of the kind .pdf": 2, "files of the kind .png": 1, "empty files": 1,
-                "files of the kind without a suffix": 1, "links to folders": 1,
+                "files without a suffix": 1, "links to folders": 1,
                 "links to nothing, pipes and the like": 1}
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["left_out"] == left_out
-    assert "left out: 1 empty files, 2 files of the kind .pdf" in capsys.readouterr().out
+    assert "left out: 2 files of the kind .pdf, 1 empty files, " in capsys.readouterr().out
+
+
+def test_what_is_left_out_has_a_hundred_kinds_at_most(tmp_path, capsys):
+    records = [{"text": f"text {i}", f"{i}" + "x" * 99: i} for i in range(300)]
+    main([str(write_jsonl(tmp_path / "a.jsonl", records)), "--out", str(tmp_path / "out")])
+    left_out = json.loads((tmp_path / "out" / "meta.json").read_text())["left_out"]
+    assert len(left_out) == 101 and sum(left_out.values()) == 300 and max(map(len, left_out)) < 60
+    assert "200 of further kinds" in (text := capsys.readouterr().out) and "89 further kinds" in text
 
 
 def test_what_is_left_out_of_records_is_counted(tmp_path):
