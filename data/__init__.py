@@ -1,4 +1,5 @@
-"""Text to tokens (`prepare`, `sources`, `tokenizer`), and tokens to batches (`loader`).
+"""Text to tokens (`prepare`, `sources`, `records`, `tokenizer`), the folder that keeps
+them (`folder`), and tokens to batches (`loader`).
 
 The room's law: it knows of texts, tokenizers and files, and of no model.
 """

@@ -9,8 +9,11 @@ ids as those of the model's own library.
 What it is not: SentencePiece, WordPiece, or a BPE of characters.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from unicodedata import normalize
@@ -23,6 +26,17 @@ PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 # U+0100 on ("Ġ" is the space).
 HIDDEN = [b for b in range(256) if b not in PRINTABLE]
 BYTE = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
+
+
+LARGEST = 2**24  # ids are smaller
+
+
+class Encoding(tiktoken.Encoding):
+    """tiktoken's, where a text that its engine gives up on is one ValueError."""
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        with engine_errors(self.name, text):
+            return super().encode_ordinary(text)
 
 
 class ByteLevelBPE(tiktoken.Encoding):
@@ -44,6 +58,7 @@ class ByteLevelBPE(tiktoken.Encoding):
     """
 
     def __init__(self, spec: dict):
+        check_spec(spec)
         ranks = {bytes(BYTE[c] for c in token): i for i, token in enumerate(spec["tokens"]) if token}
         special = spec["special"] | spec["added"]
         self.spec, self.chat = spec, spec["chat"]
@@ -66,6 +81,10 @@ class ByteLevelBPE(tiktoken.Encoding):
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a user's text: no special token, whatever it spells."""
+        with engine_errors(self.name, text):
+            return self._ordinary(text)
+
+    def _ordinary(self, text: str) -> list[int]:
         if not self.spec["added"]:
             return self._pieces(text)
         ids = []
@@ -124,13 +143,106 @@ def _finder(tokens: Collection[str]) -> re.Pattern:
 
 
 def _cut(pattern: regex.Pattern, text: str) -> Iterator[str]:
-    """The matches, and what lies between them."""
+    """The matches, and what lies between them.
+
+    Raises TimeoutError for a pattern that takes far more than one step a character.
+    """
     at = 0
-    for match in pattern.finditer(text):
+    for match in pattern.finditer(text, timeout=2 + len(text) / 1e5):
         yield from filter(None, (text[at : match.start()], match.group()))
         at = match.end()
     if at < len(text):
         yield text[at:]
+
+
+# ------------------------------------------------------------------------------------------
+# What strangers wrote: patterns that never end, and files that are no tokenizer
+
+@contextlib.contextmanager
+def engine_errors(name: str, text: str) -> Iterator[None]:
+    """Makes one ValueError of what tiktoken's engine raises, and silences what it
+    writes to stderr.
+
+    It is Rust, and panics where a split pattern takes too many steps.
+    """
+    try:
+        with _without_stderr():
+            yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException" and not isinstance(error, TimeoutError):
+            raise
+        raise ValueError(f"the tokenizer {name} gives up on a text of {len(text):,} characters that begins "
+                         f"with {text[:20]!r}: its split pattern takes too many steps; is there "
+                         "a run of a million spaces or letters? Break it into lines") from None
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """For all of the process, not only for Python."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def check_spec(spec: dict) -> None:
+    """Raises ValueError for what is no `spec`: other types, ids that are no ids, split
+    patterns that never end.
+    """
+    tokens, special = spec["tokens"], {**spec["special"], **spec["added"]}
+    optional = [i for key in ("unknown", "start") if (i := spec[key]) is not None]
+    ids = [*special.values(), *optional, spec["end"], *spec["stop"]]
+    texts = isinstance(tokens, list) and all(token is None or isinstance(token, str) for token in tokens)
+    if not texts or len(tokens) > LARGEST:
+        raise ValueError("tokens must be texts")
+    if not all(type(i) is int and 0 <= i < LARGEST for i in ids):
+        raise ValueError(f"ids must be numbers from 0 to {LARGEST - 1}")
+    last = max([len(tokens) - 1, *special.values()])
+    if max(ids[len(special) :]) > last:
+        raise ValueError(f"unknown, start, end or stop is an id above the last, {last}")
+    if spec["normalizer"] not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"the normalizer is {spec['normalizer']!r}")
+    for pattern in spec["split"]:
+        check_pattern(pattern)
+    if spec["chat"] is not None:
+        _check_frames(spec["chat"])
+
+
+def _check_frames(chat: dict) -> None:
+    """Of `chat.py`."""
+    sizes = {"user": 2, "assistant": 3} | ({"system": 2} if chat["system"] is not None else {})
+    texts = [chat["default"], *(text for role in sizes for text in chat[role])]
+    fits = all(isinstance(chat[role], list) and len(chat[role]) == size for role, size in sizes.items())
+    if not fits or not all(isinstance(text, str) for text in texts) or type(chat["trim"]) is not bool:
+        raise ValueError("chat must have the frames of system, user and assistant")
+
+
+@functools.lru_cache(maxsize=64)
+def check_pattern(pattern: str) -> None:
+    """Raises ValueError for a split pattern that takes a power of the text's length.
+
+    It is tried on runs of its own letters and of others.
+    """
+    try:
+        compiled = regex.compile(pattern)
+        units = {*" a1\n!é漢", *pattern, *re.findall(r"\w{2,}", pattern)}
+        end = "\x00" + "".join(sorted({*pattern}))  # a match that looks possible to the last
+        for unit in sorted(units)[:200]:
+            for _ in compiled.finditer(unit * (400 // len(unit)) + end, timeout=1):
+                pass
+    except regex.error as error:
+        raise ValueError(f"the split pattern {pattern[:200]!r} can't be used: {error}") from None
+    except (TimeoutError, RecursionError, MemoryError):
+        raise ValueError(f"the split pattern {pattern[:200]!r} takes too many steps") from None
 
 
 def fingerprint(spec: dict) -> str:

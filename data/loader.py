@@ -14,6 +14,7 @@ the few left over differ from epoch to epoch.
 B batch, T time = block_size, W world_size, n blocks or examples in the split.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.tokenizer import read_meta
+from data.folder import Column, damaged, read_data_meta, read_index
 
 
 @dataclass(frozen=True)
@@ -66,27 +67,32 @@ class Loader:
         self.folder, self.split, self.path = Path(folder), split, Path(folder) / f"{split}.bin"
         self.B, self.T, self.W, self.accum = batch_size, block_size, world_size, accum
         self.seed, self.rank = seed, rank
-        self.meta = read_meta(folder)
-        try:
-            self.kind, self.vocab_size = self.meta["kind"], int(self.meta["vocab_size"])
-            dtype, n_tokens = np.dtype(self.meta["dtype"]), int(self.meta["tokens"][split])
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged(self.folder / "meta.json", f"{type(error).__name__}: {error}") from None
-        self.tokens = self._map("", dtype, n_tokens)
+        self.meta = read_data_meta(folder)
+        self.kind, self.vocab_size = self.meta["kind"], self.meta["vocab_size"]
+        if split not in self.meta["tokens"]:
+            raise damaged(self.folder / "meta.json", f"it has no tokens of {split!r}")
+        dtype, n_tokens = np.dtype(self.meta["dtype"]), self.meta["tokens"][split]
+        self.column = Column(self.path, dtype, n_tokens, self.vocab_size, self.meta)
         if n_tokens < 2:
-            raise self._damaged(self.path, f"{n_tokens} tokens, but at least 2 are needed")
+            raise damaged(self.path, f"{n_tokens} tokens, but at least 2 are needed")
         # every document ends with <|endoftext|>, every example with a token that stops:
         # it pads too
-        self.end = int(self.tokens[-1])
+        self.end = int(self.column.read(n_tokens - 1, n_tokens)[0])
         if self.kind == "text":
             self.learnt = None
             self.n = max(1, (n_tokens - self.T) // self.T)              # blocks in the grid
             self.n_offsets = min(self.T, n_tokens - self.n * self.T)    # ≤ 0 where no block fits
         else:
-            self.learnt = self._map(".mask", np.dtype(np.uint8), n_tokens)
+            mask = Column(self.folder / f"{split}.mask.bin", np.dtype(np.uint8), n_tokens, 2, self.meta)
+            self.learnt = mask.whole()
             self._find_examples(rows=2 if self.kind == "preference" else 1)
         if split == "train":
             self._require_enough()
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens of the split, checked: the file is read to its end."""
+        return self.column.whole()
 
     # Batches
 
@@ -118,8 +124,8 @@ class Loader:
         ranks (but at least one row is given).
         """
         if self.kind == "text":
-            starts = np.arange(0, len(self.tokens) - 1, self.T)[:, None]
-            stops = np.minimum(starts + self.T + 1, len(self.tokens))
+            starts = np.arange(0, len(self.column) - 1, self.T)[:, None]
+            stops = np.minimum(starts + self.T + 1, len(self.column))
             n_targets = (stops - starts - 1)[:, 0]
         else:
             starts, stops, n_targets = self.starts, self.stops, self.n_targets
@@ -153,11 +159,8 @@ class Loader:
         row = np.full((len(spans), width), self.end, np.int64)
         mask = np.zeros((len(spans), width), np.float32)
         for r, (start, stop) in enumerate(spans):
-            row[r, : stop - start] = self.tokens[start:stop]
+            row[r, : stop - start] = self.column.read(start, stop)
             mask[r, : stop - start] = 1 if self.learnt is None else self.learnt[start:stop]
-        if row.max() >= self.vocab_size:
-            raise ValueError(f"token {row.max()} outside the vocabulary of {self.vocab_size} in {self.path}: "
-                             "prepare again with python -m data.prepare SOURCE --overwrite")
         row, mask = torch.from_numpy(row), torch.from_numpy(mask)
         return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous(), mask[:, 1:].contiguous())
 
@@ -190,10 +193,7 @@ class Loader:
         Those that then teach nothing are left out.
         """
         path = self.folder / f"{self.split}.idx.bin"
-        index = np.fromfile(path, np.int64) if path.exists() else np.zeros(0, np.int64)
-        whole = len(index) > 1 and (len(index) - 1) % rows == 0
-        if not whole or index[0] != 0 or index[-1] != len(self.tokens) or np.diff(index).min() < 2:
-            raise self._damaged(path, "missing, or doesn't fit the tokens")
+        index = read_index(path, len(self.column), rows, self.meta)
         starts, stops = index[:-1], np.minimum(index[1:], index[:-1] + self.T + 1)
         # Sums of the mask over [start + 1, stop): the first token of a row is no
         # target. reduceat wants no end index.
@@ -207,6 +207,9 @@ class Loader:
         self.starts, self.stops = starts.reshape(-1, rows)[useful], stops.reshape(-1, rows)[useful]
         self.n_targets = n_targets[useful].sum(axis=1)
         self.n = len(self.starts)
+        n_cut = int((np.diff(index) > self.T + 1).reshape(-1, rows)[useful].any(axis=1).sum())
+        if self.rank == 0:
+            _say_left_out(str(path), len(useful), n_cut, len(useful) - self.n, self.T)
 
     def _different_rows(self) -> int:
         """How many rows there are of which no two are the same."""
@@ -214,28 +217,15 @@ class Loader:
 
     def _require_enough(self) -> None:
         """Rows of one step must differ: within a rank, and between ranks."""
-        if self.kind == "text" and len(self.tokens) < self.T + 1:
-            raise ValueError(f"{self.path} has {len(self.tokens)} tokens, but one crop of "
+        if self.kind == "text" and len(self.column) < self.T + 1:
+            raise ValueError(f"{self.path} has {len(self.column)} tokens, but one crop of "
                              f"block_size {self.T} needs {self.T + 1}: use a block_size of at most "
-                             f"{len(self.tokens) - 1}, or more data")
+                             f"{len(self.column) - 1}, or more data")
         present, needed = self._different_rows(), self.W * self.B * self.accum
         if present < needed:
             raise ValueError(f"{self.path} has {present} different rows, but one step takes {needed} "
                              f"(batch_size {self.B} · world_size {self.W} · accum {self.accum}): "
                              "use a smaller batch_size, or more data")
-
-    def _map(self, part: str, dtype: np.dtype, n_tokens: int) -> np.ndarray:
-        """A file of the split, one number per token, mapped into memory."""
-        path = self.folder / f"{self.split}{part}.bin"
-        size = path.stat().st_size if path.exists() else 0
-        if size != n_tokens * dtype.itemsize or not size:
-            raise self._damaged(path, f"{size} bytes, but meta.json says {n_tokens} tokens "
-                                      f"of {dtype.itemsize} bytes")
-        return np.memmap(path, dtype, "r")
-
-    def _damaged(self, path: Path, what: str) -> ValueError:
-        remedy = f"run python -m data.prepare SOURCE --out {self.folder} --overwrite"
-        return ValueError(f"{path} is missing or damaged ({what}): {remedy}")
 
 
 def require_rows(states: list | None, expected: list[int], where: str) -> None:
@@ -264,3 +254,14 @@ def _first_tensor(tree) -> torch.Tensor | None:
 def _permutation(n: int, seed: int, stream: int) -> np.ndarray:
     """Stream 0 orders the offsets, stream 1 + e the blocks or examples of epoch e."""
     return np.random.default_rng([seed, stream]).permutation(n)
+
+
+@lru_cache(maxsize=64)  # once in a process
+def _say_left_out(path: str, n: int, cut: int, without: int, T: int) -> None:
+    """On stderr, if there is something to be said."""
+    if cut:
+        print(f"{path}: {cut} of {n} examples are longer than block_size = {T} and are cut before their end",
+              file=sys.stderr)
+    if without:
+        print(f"{path}: {without} of {n} examples are left out: they have nothing to learn within "
+              f"block_size = {T}", file=sys.stderr)

@@ -3,7 +3,9 @@
     python -m data.prepare [SOURCE] [--out data/NAME] [--tokenizer bytes]
                            [--val_fraction 0.1] [--split hash] [--overwrite]
 
-The sources are in `sources.py`; `loader.py` makes batches of the folder.
+SOURCE is pydoc, pydoc-sft, pydoc-dpo, shakespeare, a URL, or a .txt/.md/.jsonl(.gz)
+file, a folder of them, or a pipe: `sources.py`. `loader.py` makes batches of the
+folder.
 
 TOKENIZER is bytes, one of tiktoken's names, or the folder of a model whose own
 tokenizer is to be used.
@@ -14,7 +16,7 @@ The folder, for each half in (train, val):
                      followed by <|endoftext|>
     {half}.mask.bin  uint8 per token, 1 where a token is to be learnt  } supervised and
     {half}.idx.bin   int64 start of each example, and the end: n + 1   } preference only
-    meta.json        kind, tokenizer, vocabulary, dtype, source, counts
+    meta.json        kind, tokenizer, vocabulary, dtype, source, counts, digests
     tokenizer.json   the tokenizer itself, where a name does not say it all
 
 Where the tokenizer has a chat template, prompts and answers, or the messages of a
@@ -30,34 +32,51 @@ the source's order and takes its end for validation, as nanoGPT does; so does a 
 that has too few different documents for chance.
 
 The folder is written under a temporary name and then renamed: it is there complete, or
-not at all.
+not at all (`folder.py`). What of the source is left out is counted in "left_out".
 """
 
-import argparse
+import errno
 import json
 import os
-import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
-
-import numpy as np
-import tiktoken
-from tqdm import tqdm
+from typing import Literal, NamedTuple
 
 if not __package__:  # run as `python data/prepare.py`: make the repository importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from config import cli, run, settings
+import numpy as np
+import tiktoken
+import tyro
+from tqdm import tqdm
+
 from data.chat import Turns, encode_turns
-from data.sources import Example, read
+from data.folder import HALVES, publish, recover, require_replaceable, seal, staging_folder
+from data.records import Example
+from data.sources import fetch, read
 from data.tokenizer import get_tokenizer, opening, save_tokenizer
 
-HALVES = ("train", "val")
 # sources that need no file; the last one is a download
 EMBEDDED = ("pydoc", "pydoc-sft", "pydoc-dpo", "shakespeare")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Assigned = tuple[bool, bytes | int, Example]         # in val?, rank in the order within the half
 Record = tuple[bytes | int, list[tuple[int, int]]]   # rank, (start, stop) of each stored row
+
+
+class Job(NamedTuple):
+    """What is to be tokenized, and where to."""
+
+    source: str
+    path: Path | None        # where `fetch` found it
+    val_fraction: float
+    enc: tiktoken.Encoding
+    folder: Path
+    dtype: np.dtype
+    left_out: Counter
 
 
 # ------------------------------------------------------------------------------------------
@@ -71,45 +90,76 @@ def prepare(source: str | Path, out: str | Path, tokenizer: str = "bytes", val_f
     (`overwrite` replaces a prepared data set, but never a folder with anything else in
     it).
     """
-    source, out = str(source), Path(out)
+    source, out = _checked(str(source), out, val_fraction, split)
+    names = {source, tokenizer} - {*EMBEDDED, "bytes", ""}
+    sources = [Path(os.path.realpath(name)) for name in names if os.path.exists(name)]
+    recover(out)
+    require_replaceable(out, overwrite, sources)
+    enc = get_tokenizer(tokenizer)
+    dtype = np.dtype(np.uint16 if enc.n_vocab <= 2**16 else np.uint32)
+    try:
+        with staging_folder(out) as staging:
+            path = fetch(source, staging)
+            meta = _write_folder(Job(source, path, val_fraction, enc, staging, dtype, Counter()), split)
+            require_replaceable(out, overwrite, sources)     # it may have changed meanwhile
+            publish(staging, out)
+    except MemoryError:
+        raise ValueError(f"{source} needs more memory than there is: --split tail, or a text that repeats "
+                         "itself, is held in memory whole; give it in parts") from None
+    except OSError as error:
+        remedy = "free some space" if error.errno in FULL else "check the path and its permissions"
+        raise ValueError(f"{error.filename or out.parent}: {error.strerror or error}: {remedy}, or choose "
+                         "another --out; what was there is as it was") from None
+    return meta
+
+
+def _checked(source: str, out: str | Path, val_fraction: float, split: str) -> tuple[str, Path]:
+    """The source, and the folder that `out` is, itself or as a link.
+
+    Raises ValueError for values that can't be.
+    """
+    for name, value in (("the source", source), ("--out", str(out))):
+        if not value.strip():
+            raise ValueError(f"{name} is empty: name it, or omit it")
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}, but must be between 0 and 1: try 0.1")
     if split not in ("hash", "tail"):
         raise ValueError(f"split is {split!r}: choose hash or tail")
-    _require_replaceable(out, overwrite)
-    enc = get_tokenizer(tokenizer)
-    dtype = np.dtype(np.uint16 if enc.n_vocab <= 2**16 else np.uint32)
-    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    staging.mkdir(parents=True)
-    try:
-        halves, kind = _tokenize(source, split, val_fraction, enc, staging, dtype)
-        different = {rank for half in halves for rank, _ in half}
-        if split == "hash" and (not all(halves) or len(different) * val_fraction < 1):
-            split = "tail"  # too few different documents to leave it to chance
-            halves, kind = _tokenize(source, split, val_fraction, enc, staging, dtype)
-        if not all(halves):
-            amount = "too little" if any(halves) else "no"
-            raise ValueError(f"{source} has {amount} text for two halves: give it more")
-        meta = {
-            "kind": kind,
-            "tokenizer": enc.name,
-            "vocab_size": enc.n_vocab,
-            "dtype": dtype.name,
-            "source": _with_version(source),
-            "split": split,
-            "val_fraction": val_fraction,
-            "documents": {name: len(half) for name, half in zip(HALVES, halves)},
-            "tokens": {name: _write(half, kind, staging, name, dtype) for name, half in zip(HALVES, halves)},
-        }
-        if kind != "text":
-            meta["format"] = "chat" if getattr(enc, "chat", None) else "plain"
-        for spool in staging.glob("spool.*"):
-            spool.unlink()
-        (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        save_tokenizer(enc, staging)
-        _publish(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    return source, Path(os.path.realpath(out))
+
+
+def _write_folder(job: Job, split: str) -> dict:
+    """Tokenize into the folder of `job` and return its meta.json."""
+    halves, kind = _tokenize(job, split)
+    different = {rank for half in halves for rank, _ in half}
+    if split == "hash" and (not all(halves) or len(different) * job.val_fraction < 1):
+        split = "tail"  # too few different documents to leave it to chance
+        job.left_out.clear()
+        halves, kind = _tokenize(job, split)
+    if not all(halves):
+        amount = "too little" if any(halves) else "no"
+        raise ValueError(f"{job.source} has {amount} text for two halves: give it more")
+    counts = {name: _write(half, kind, job, name) for name, half in zip(HALVES, halves)}
+    meta = {
+        "kind": kind,
+        "tokenizer": job.enc.name,
+        "vocab_size": job.enc.n_vocab,
+        "dtype": job.dtype.name,
+        "source": _with_version(job.source),
+        "split": split,
+        "val_fraction": float(job.val_fraction),
+        "documents": {name: len(half) for name, half in zip(HALVES, halves)},
+        "tokens": counts,
+    }
+    if kind != "text":
+        meta["format"] = "chat" if getattr(job.enc, "chat", None) else "plain"
+    if left_out := {name: n for name, n in sorted(job.left_out.items()) if n}:
+        meta["left_out"] = left_out
+    for spool in job.folder.glob("spool.*"):
+        spool.unlink()
+    (job.folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(job.enc, job.folder)
+    seal(job.folder)
     return meta
 
 
@@ -118,22 +168,15 @@ def _with_version(source: str) -> str:
     return f"{source} of Python {sys.version.split()[0]}" if source.startswith("pydoc") else source
 
 
-def _publish(staging: Path, out: Path) -> None:
-    """Give the finished folder its name, in place of one that has it."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        out.rename(old)
-    staging.rename(out)
-    if old.exists():
-        shutil.rmtree(old)
-
-
 def ensure_prepared(folder: str | Path, tokenizer: str = "bytes") -> None:
     """Prepare an embedded source (or tiny Shakespeare) whose folder is missing.
 
     Raises ValueError for any other folder that is missing.
     """
+    if not str(folder).strip():
+        raise ValueError("the data folder's name is empty: name it")
     folder = Path(folder)
+    recover(Path(os.path.realpath(folder)))
     if folder.exists():
         return
     if folder.name not in EMBEDDED:
@@ -142,41 +185,27 @@ def ensure_prepared(folder: str | Path, tokenizer: str = "bytes") -> None:
     prepare(folder.name, folder, tokenizer)
 
 
-def _require_replaceable(out: Path, overwrite: bool) -> None:
-    """Raises ValueError where something stands that may not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    data = {f"{half}{end}.bin" for half in HALVES for end in ("", ".mask", ".idx")}
-    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    foreign = names - data - {"meta.json", "tokenizer.json"}
-    if "meta.json" not in names or foreign:
-        reason = min(foreign, default="no meta.json")
-        raise ValueError(f"{out} exists and is not (only) a prepared data set ({reason}): "
-                         "choose another --out")
-    if not overwrite:
-        raise ValueError(f"{out} is already prepared: pass --overwrite to replace it, "
-                         "or choose another --out")
-
-
 # ------------------------------------------------------------------------------------------
 # Which half
 
-def _by_hash(examples: Iterable[Example], val_fraction: float) -> Iterator[Assigned]:
+def _by_hash(examples: Iterable[Example], job: Job) -> Iterator[Assigned]:
     """By the hash of the key; ranked by the hash of the texts."""
     for example in examples:
         position = int.from_bytes(_digest(example.key)[:8], "big") / 2**64  # uniform in [0, 1)
-        yield position < val_fraction, _digest("\0".join(example.texts)), example
+        yield position < job.val_fraction, _digest("\0".join(example.texts)), example
 
 
-def _by_tail(examples: Iterable[Example], val_fraction: float) -> Iterator[Assigned]:
-    """The last `val_fraction` of the examples, or of a text's characters.
+def _by_tail(examples: Iterable[Example], job: Job) -> Iterator[Assigned]:
+    """The last `job.val_fraction` of the examples, or of a text's characters.
 
     There the document is cut in two. Needs the source in memory. A document that comes
     again is dropped, for it might be in both halves.
     """
+    examples = list(examples)
     unique = list({(example.texts, example.roles): example for example in examples}.values())
+    job.left_out["documents that come again"] = len(examples) - len(unique)
     sizes = [len(example.texts[0]) if example.kind == "text" else 1 for example in unique]
-    left = min(max(1, int(sum(sizes) * (1 - val_fraction))), sum(sizes) - 1)   # for train
+    left = min(max(1, int(sum(sizes) * (1 - job.val_fraction))), sum(sizes) - 1)   # for train
     for i, (size, example) in enumerate(zip(sizes, unique)):
         if 0 < left < size:
             text = example.texts[0]
@@ -203,6 +232,10 @@ def _encode(example: Example, enc: tiktoken.Encoding) -> list[tuple[list[int], b
         # the next
         start = opening(enc) if opening(enc) != [enc.eot_token] else []
         return [(start + enc.encode_ordinary(example.texts[0]) + [enc.eot_token], b"")]
+    if example.kind == "preference" and example.roles:
+        *before, chosen, rejected = zip(example.roles, example.texts)
+        rows = [_row([*before, ("assistant", answer)], enc) for _, answer in (chosen, rejected)]
+        return [(ids, _last_answer(mask)) for ids, mask in rows]
     if example.roles:
         return [_row(list(zip(example.roles, example.texts)), enc)]
     prompt, *answers = example.texts
@@ -225,22 +258,28 @@ def _row(turns: Turns, enc: tiktoken.Encoding) -> tuple[list[int], bytes]:
     return prompt + answer, bytes(len(prompt)) + b"\1" * len(answer)
 
 
-def _tokenize(source: str, split: str, val_fraction: float, enc: tiktoken.Encoding, folder: Path,
-              dtype: np.dtype) -> tuple[tuple[list[Record], list[Record]], str]:
+def _last_answer(mask: bytes) -> bytes:
+    """Of the answers that are learnt, the last."""
+    start = mask.rindex(0) + 1
+    return bytes(start) + mask[start:]
+
+
+def _tokenize(job: Job, split: str) -> tuple[tuple[list[Record], list[Record]], str]:
     """Write all tokens and masks to spool files in the source's order.
 
     Returns where each half's examples are there, and their kind. Only these records are
     held in memory, so with the hash split a corpus may be larger than memory.
     """
-    examples = (e for e in read(source, whole=split == "tail") if "".join(e.texts).strip())
-    assigned = (_by_hash if split == "hash" else _by_tail)(examples, val_fraction)
+    examples = read(job.source, job.path, split == "tail", job.left_out)
+    assigned = (_by_hash if split == "hash" else _by_tail)(examples, job)
     halves: tuple[list[Record], list[Record]] = [], []
     position, kind = 0, "text"
-    with open(folder / "spool.bin", "wb") as file, open(folder / "spool.mask", "wb") as masks:
-        for in_val, rank, example in tqdm(assigned, source, unit=" documents", disable=None):
+    quiet = None if sys.stderr else True   # None: where it is no terminal
+    with open(job.folder / "spool.bin", "wb") as file, open(job.folder / "spool.mask", "wb") as masks:
+        for in_val, rank, example in tqdm(assigned, job.source, unit=" documents", disable=quiet):
             kind, rows = example.kind, []
-            for ids, mask in _encode(example, enc):
-                file.write(np.array(ids, dtype).tobytes())
+            for ids, mask in _encode(example, job.enc):
+                file.write(np.array(ids, job.dtype).tobytes())
                 masks.write(mask)
                 rows.append((position, position + len(ids)))
                 position += len(ids)
@@ -248,14 +287,15 @@ def _tokenize(source: str, split: str, val_fraction: float, enc: tiktoken.Encodi
     return halves, kind
 
 
-def _write(half: list[Record], kind: str, folder: Path, name: str, dtype: np.dtype) -> int:
+def _write(half: list[Record], kind: str, job: Job, name: str) -> int:
     """Write one half's files in the order of rank; return its number of tokens."""
     rows = [row for _, rows in sorted(half) for row in rows]
     lengths = [stop - start for start, stop in rows]
-    _copy_rows(folder / "spool.bin", dtype, rows, folder / f"{name}.bin")
+    _copy_rows(job.folder / "spool.bin", job.dtype, rows, job.folder / f"{name}.bin")
     if kind != "text":
-        _copy_rows(folder / "spool.mask", np.dtype(np.uint8), rows, folder / f"{name}.mask.bin")
-        np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / f"{name}.idx.bin")
+        _copy_rows(job.folder / "spool.mask", np.dtype(np.uint8), rows, job.folder / f"{name}.mask.bin")
+        index = np.cumsum([0, *lengths], dtype=np.int64)
+        (job.folder / f"{name}.idx.bin").write_bytes(index.tobytes())
     return sum(lengths)
 
 
@@ -269,35 +309,39 @@ def _copy_rows(spool: Path, dtype: np.dtype, rows: list[tuple[int, int]], path: 
 # ------------------------------------------------------------------------------------------
 # The command
 
-def read_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", default="pydoc",
-                        help="pydoc (default), pydoc-sft, pydoc-dpo, shakespeare, a URL, "
-                             "or a .txt/.md/.jsonl(.gz) file or folder")
-    parser.add_argument("--out", help="folder to write (default: data/ and the source's name)")
-    parser.add_argument("--tokenizer", default="bytes",
-                        help="bytes (default), gpt2 or another of tiktoken's names, or a model's folder")
-    parser.add_argument("--val_fraction", "--val-fraction", type=float, default=0.1)
-    parser.add_argument("--split", default="hash",
-                        help="hash (default): by document; tail: the source's end is val")
-    parser.add_argument("--overwrite", action="store_true", help="replace an already prepared folder")
-    return parser.parse_args(argv)
+@settings
+class PrepareConfig:
+    source: tyro.conf.Positional[str] = "pydoc"   # what to read: see sources.py
+    out: str | None = None                 # folder to write; None: data/ and the source's name
+    tokenizer: str = "bytes"               # or gpt2, another of tiktoken's names, a model's folder
+    val_fraction: float = 0.1              # of the documents, for the validation half
+    split: Literal["hash", "tail"] = "hash"    # by document; or the source's end
+    overwrite: bool = False                # replace an already prepared folder
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = read_flags(argv)
-    out = args.out or Path("data") / Path(args.source.rstrip("/")).name.split(".")[0]
+def default_out(source: str) -> Path:
+    name = Path(source.rstrip("/")).name.split(".")[0]
+    if not name and source.strip():
+        raise ValueError(f"{source!r} gives the data set no name: name its folder, --out data/NAME")
+    return Path("data") / name
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = cli(PrepareConfig, argv)
+    out = default_out(cfg.source) if cfg.out is None else cfg.out
     try:
-        meta = prepare(args.source, out, args.tokenizer, args.val_fraction, args.overwrite, args.split)
-    except (ValueError, OSError) as error:
-        print(f"data.prepare: {error}", file=sys.stderr)
-        return 1
+        meta = prepare(cfg.source, out, cfg.tokenizer, cfg.val_fraction, cfg.overwrite, cfg.split)
+    except KeyboardInterrupt:
+        print(f"interrupted: nothing half-made is left; run it again to make {out}", file=sys.stderr)
+        raise KeyboardInterrupt("said") from None
     counts = ", ".join(f"{half} {meta['tokens'][half]:,} tokens in {meta['documents'][half]:,} documents"
                        for half in HALVES)
     print(f"{out}: {meta['kind']}, {counts}; tokenizer {meta['tokenizer']}")
-    return 0
+    if left_out := meta.get("left_out"):
+        most = Counter(left_out).most_common(12)
+        more = [f"{len(left_out) - len(most)} further kinds"] if len(left_out) > len(most) else []
+        print("left out: " + ", ".join([*(f"{n:,} {name}" for name, n in most), *more]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -8,64 +8,85 @@ The default source needs no download, for every Python has a book in it:
 `pydoc_data.topics`, the language manual, and the docstrings of the standard library,
 read with `ast` (nothing is imported). About 2 MB of English; the exact text depends on
 the Python version. Others: tiny Shakespeare, a URL, .txt/.md/.jsonl files (or .gz of
-these), folders of them.
+these), folders of them, pipes. What a line of .jsonl may be is in `records.py`.
 """
 
 import ast
+import codecs
+import errno
 import gzip
 import http.client
-import json
+import os
+import re
+import select
 import shutil
+import stat
 import sysconfig
-import tempfile
 import urllib.parse
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
-KINDS = {
-    "text": ("text",),
-    "supervised": ("prompt", "response"),
-    "preference": ("prompt", "chosen", "rejected"),
-}
-ROLES = ("system", "user", "assistant")  # {"messages": [{"role": "user", "content": "..."}, ...]}
+from data import strict_json
+from data.records import Example, read_record
+
 SUFFIXES = (".txt", ".md", ".jsonl")
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 DOCUMENT = 4096  # characters: running text is cut into documents of about this length
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
-class Example(NamedTuple):
-    key: str                        # the same key goes to the same half of the train/val split
-    texts: tuple[str, ...]          # one text, the fields of the kind in KINDS' order, or messages
-    roles: tuple[str, ...] = ()     # of a conversation: who says each of the messages
+# bytes that are read at once; and of a line of .jsonl, the most
+CHUNK, LONGEST = 2**20, 2**26
+# a .gz file unpacks to at most so many times its size, if to more than a little
+RATIO, LITTLE = 200, 2**23
+MOST_KINDS = 100  # of what is left out
+PYTHON = ("pydoc", "pydoc-sft", "pydoc-dpo")
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}
 
-    @property
-    def kind(self) -> str:
-        return "supervised" if self.roles else list(KINDS)[len(self.texts) - 1]
 
+def fetch(source: str, folder: Path) -> Path | None:
+    """Where the text of `source` lies; None for Python's own.
 
-def read(source: str, whole: bool = False) -> Iterator[Example]:
-    """Every example of `source`, all of one kind. `whole` keeps each text file as one
-    document, not cut up.
-
-    Raises ValueError, always with the file and place, for what can't be found,
-    downloaded, decoded or understood.
+    What can be read only once, a download or a pipe, is first written into `folder`.
+    Raises ValueError, always with its name, for what can't be found or downloaded.
     """
-    if source == "pydoc":
-        return _pydoc()
-    if source == "pydoc-sft":
-        return _pydoc_sft()
-    if source == "pydoc-dpo":
-        return _pydoc_dpo()
+    if source in PYTHON:
+        return None
     if source == "shakespeare":
         source = SHAKESPEARE
     if source.startswith(("http://", "https://")):
-        return _url(source, whole)
-    return _path(Path(source), whole)
+        return _download(source, folder)
+    path = Path(source)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        names = ", ".join([*PYTHON, "shakespeare"])
+        raise ValueError(f"no source {source!r}: use {names}, a URL, a file or a folder") from None
+    except OSError as error:
+        raise _unreadable(source, error) from None
+    if stat.S_ISFIFO(mode) or _is_descriptor(path) and stat.S_ISREG(mode):
+        return _spool(path, folder)
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise ValueError(f"{source} is {kind}: use a file, a folder or a pipe")
+    return path
+
+
+def read(source: str, path: Path | None, whole: bool, left_out: Counter) -> Iterator[Example]:
+    """Every example of `source`, which `fetch` found at `path`, all of one kind.
+
+    `whole` keeps each text file as one document, not cut up. What is not read is
+    counted in `left_out`. Raises ValueError, always with the file and place, for what
+    can't be decoded or understood.
+    """
+    if path is None:
+        return {"pydoc": _pydoc, "pydoc-sft": _pydoc_sft, "pydoc-dpo": _pydoc_dpo}[source]()
+    return _path(source, path, whole, left_out)
 
 
 # ------------------------------------------------------------------------------------------
@@ -77,10 +98,17 @@ def _pydoc() -> Iterator[Example]:
     A module's has its own docstring and its functions'.
     """
     for topic in _topics():
-        yield from (Example(text, (text,)) for text in _cut(topic.splitlines(keepends=True), DOCUMENT))
+        yield from _documents(topic)
     for place, entries in _docstrings():
         page = "\n\n".join([f"# {place}", *(signature + doc for signature, doc in entries)])
-        yield from (Example(place, (text,)) for text in _cut(page.splitlines(keepends=True), DOCUMENT))
+        yield from _documents(page, place)
+
+
+def _documents(text: str, key: str | None = None) -> Iterator[Example]:
+    """The key of a document, unless it is given, is the document."""
+    for part in _cut(text.splitlines(keepends=True), DOCUMENT):
+        if part.strip():
+            yield Example(key or part, (part,))
 
 
 def _pydoc_sft() -> Iterator[Example]:
@@ -175,123 +203,236 @@ def _described(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 # ------------------------------------------------------------------------------------------
-# Files, folders and URLs
+# What can be read only once
 
-def _url(url: str, whole: bool) -> Iterator[Example]:
+def _download(url: str, folder: Path) -> Path:
     name = Path(urllib.parse.urlsplit(url).path).name
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / (name if _is_known(name) else f"{name}.txt")
+    path = folder / ("spool.source" + (_suffix(name) or ".txt"))
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
+            shutil.copyfileobj(response, file)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ValueError(f"cannot download {url} ({error}): fetch the file yourself "
+                         "and give its path") from None
+    return path
+
+
+def _is_descriptor(path: Path) -> bool:
+    """/dev/stdin and the like, behind which there may be a file."""
+    return re.fullmatch(r"/dev/(stdin|fd/\d+)|/proc/\w+/fd/\d+", str(path)) is not None
+
+
+def _spool(path: Path, folder: Path) -> Path:
+    """Write what a pipe gives into a file, whose suffix is the pipe's, or what its
+    first line shows.
+    """
+    copy = folder / "spool.source"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    with open(descriptor, "rb", buffering=0) as pipe, open(copy, "wb") as file:
         try:
-            with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
-                shutil.copyfileobj(response, file)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ValueError(f"cannot download {url} ({error}): fetch the file yourself "
-                             "and give its path") from None
-        yield from _path(path, whole)
+            start = pipe.read(1)    # None: there is a writer, but nothing from it yet
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if start == b"":
+            raise ValueError(f"{path} is empty: if it is a pipe, start first what writes to it")
+        select.select([pipe], [], [])
+        os.set_blocking(descriptor, True)
+        file.write(start or b"")
+        shutil.copyfileobj(pipe, file)
+    suffix = _suffix(path.name)
+    if not suffix:
+        with open(copy, "rb") as file:
+            head = file.readline(LONGEST)
+        suffix = ".txt.gz" if head.startswith(b"\x1f\x8b") else ".jsonl" if _is_object(head) else ".txt"
+    return copy.rename(f"{copy}{suffix}")
 
 
-def _path(path: Path, whole: bool) -> Iterator[Example]:
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(strict_json.loads(line.decode("utf-8-sig"), finite=False), dict)
+    except ValueError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------
+# Files and folders
+
+def _path(source: str, path: Path, whole: bool, left_out: Counter) -> Iterator[Example]:
     """A file, or every file with a known suffix below a folder, in order of name."""
-    if not path.exists():
-        names = "pydoc, pydoc-sft, pydoc-dpo, shakespeare"
-        raise ValueError(f"no source {str(path)!r}: use {names}, a URL, a file or a folder")
     known = "/".join(SUFFIXES) + ", or .gz of these"
-    if path.is_file() and not _is_known(path.name):
+    is_folder = path.is_dir()
+    if not is_folder and not _suffix(path.name):
         raise ValueError(f"{path} is not a {known}: rename or convert it")
-    inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    files = [p for p in inside if _is_known(p.name)]
+    files = [file for file in _files(path, left_out) if _suffix(file.name)] if is_folder else [path]
     if not files:
         raise ValueError(f"the folder {path} holds no {known}")
     # A small text is cut finer, so that something is left for the validation half.
-    size = max(1, min(DOCUMENT, sum(p.stat().st_size for p in files) // 20))
+    size = max(1, min(DOCUMENT, sum(map(_size, files)) // 20))
     kind = ""
     for file in files:
-        if file.name.removesuffix(".gz").endswith(".jsonl"):
-            examples = _jsonl(file)
-        else:
-            texts = ["".join(_lines(file))] if whole else _cut(_lines(file), size)
-            examples = ((file.name, Example(text, (text,))) for text in texts)
-        for place, example in examples:
-            kind = kind or example.kind
+        name = str(file) if is_folder else source
+        is_empty = True
+        for place, example in _examples(file, name, size, whole, left_out):
+            is_empty, kind = False, kind or example.kind
             if example.kind != kind:
                 raise ValueError(f"{place} is {example.kind} data, but what came before it is {kind} data: "
                                  "prepare them as separate data sets")
             yield example
+        left_out["empty files"] += is_empty
 
 
-def _is_known(name: str) -> bool:
-    return name.removesuffix(".gz").endswith(SUFFIXES)
+def _examples(file: Path, name: str, size: int, whole: bool,
+              left_out: Counter) -> Iterator[tuple[str, Example]]:
+    """(place, example), without those of nothing but space."""
+    if ".jsonl" in _suffix(file.name):
+        for place, example in _jsonl(file, name, left_out):
+            if "".join(example.texts).strip():
+                yield place, example
+            else:
+                left_out["blank records"] += 1
+        return
+    for text in ["".join(_lines(file, name))] if whole else _cut(_lines(file, name), size):
+        if text.strip():
+            yield name, Example(text, (text,))
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Example]]:
-    """("file, line n", example) for each line that isn't blank.
-
-    Fields beyond those of the kind are ignored.
+def _files(folder: Path, left_out: Counter) -> list[Path]:
+    """All files below a folder, without going through links to folders, which may lead
+    back.
     """
-    for number, line in enumerate(_lines(path), 1):
-        place = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place} is not JSON ({error}): each line must be one JSON object") from None
-        fields = record if isinstance(record, dict) else {}
-        if "messages" in fields:
-            yield place, _conversation(fields["messages"], place)
-            continue
-        fitting = [names for names in KINDS.values() if fields.keys() >= set(names)]
-        if not fitting:
-            choices = " or ".join("{" + ", ".join(names) + "}" for names in [*KINDS.values(), ("messages",)])
-            raise ValueError(f"{place} has the fields {sorted(fields)}, but needs {choices}")
-        kind = fitting[-1]
-        for name in kind:
-            if not isinstance(fields[name], str):
-                raise ValueError(f"{place}: field {name!r} is {type(fields[name]).__name__}, "
-                                 "but must be a string")
-        yield place, Example(fields[kind[0]], tuple(fields[name] for name in kind))
+    files = []
 
+    def refuse(error: OSError):
+        raise _unreadable(error.filename, error)
 
-def _conversation(messages: object, place: str) -> Example:
-    """An example whose key is the first question.
-
-    So a conversation and a prompt that ask the same are in the same half.
-    """
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise ValueError(f"{place}: messages must be a list of {{role, content}} with the roles "
-                         f"{', '.join(ROLES)} and strings as content")
-    texts = tuple(message["content"] for message in messages)
-    roles = tuple(message["role"] for message in messages)
-    if "assistant" not in roles or "system" in roles[1:]:
-        raise ValueError(f"{place} has the roles {', '.join(roles) or 'of no message'}: at least one "
-                         "assistant is needed, and system may only come first")
-    return Example(texts[roles.index("user") if "user" in roles else 0], texts, roles)
-
-
-def _is_message(message: object) -> bool:
-    if not isinstance(message, dict):
-        return False
-    return message.get("role") in ROLES and isinstance(message.get("content"), str)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The file's lines with "\\n" at their ends, without a byte-order mark.
-
-    A .gz file is unzipped.
-    """
-    offset = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for raw in file:
-                line = raw.decode("utf-8").replace("\r\n", "\n")
-                yield line if offset else line.removeprefix("\ufeff")
-                offset += len(raw)
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise ValueError(f"{path} is not UTF-8 at byte {at}: convert it, "
-                         "for example with iconv -t utf-8") from None
+        for root, folders, names in os.walk(folder, onerror=refuse):
+            left_out["links to folders"] += sum(os.path.islink(os.path.join(root, name)) for name in folders)
+            files += [Path(root, name) for name in names]
+    except RecursionError:
+        raise ValueError(f"{folder} holds folders in folders without end: choose one of them") from None
+    for file in files:
+        if not file.is_file():
+            left_out["links to nothing, pipes and the like"] += 1
+        elif not _suffix(file.name):
+            kind = f"files of the kind {file.suffix[:40]}" if file.suffix else "files without a suffix"
+            _count(left_out, kind)
+    return sorted(file for file in files if file.is_file())
+
+
+def _suffix(name: str) -> str:
+    """.txt, .jsonl.gz ..., in small letters; nothing for other kinds of files."""
+    name = name.lower()
+    return next((end for suffix in SUFFIXES for end in (suffix, f"{suffix}.gz") if name.endswith(end)), "")
+
+
+def _size(path: Path) -> int:
+    """Bytes of the file, unpacked, which shows before all the work whether that can be
+    done.
+    """
+    if not path.name.lower().endswith(".gz"):
+        return path.stat().st_size
+    return sum(map(len, _raw(path, str(path), "read")))
+
+
+def _jsonl(path: Path, name: str, left_out: Counter) -> Iterator[tuple[str, Example]]:
+    """("file, line n", example) for each line that isn't blank."""
+    line, number = "", 0
+    for part in _lines(path, name):
+        line += part
+        place = f"{name}, line {number + 1}"
+        if len(line) > LONGEST:
+            raise ValueError(f"{place} has more than {LONGEST:,} characters: each line must be one record")
+        if not line.endswith("\n"):
+            continue    # there is more of it
+        number += 1
+        if line.strip():
+            yield place, _record(line, place, left_out)
+        else:
+            left_out["blank lines"] += 1
+        line = ""
+    if line.strip():
+        place = f"{name}, line {number + 1}"
+        yield place, _record(line, place, left_out)
+
+
+def _record(line: str, place: str, left_out: Counter) -> Example:
+    try:
+        record = strict_json.loads(line, finite=False)
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON ({error}): each line must be one JSON object") from None
+    example, unread = read_record(record if isinstance(record, dict) else {}, place)
+    for name in unread:
+        _count(left_out, f"fields {name[:40]!r}")
+    return example
+
+
+def _count(left_out: Counter, what: str) -> None:
+    """One more of a kind; beyond MOST_KINDS of them, of no kind of its own."""
+    left_out[what if what in left_out or len(left_out) < MOST_KINDS else "of further kinds"] += 1
+
+
+def _lines(path: Path, name: str) -> Iterator[str]:
+    """The file's lines with "\n" at their ends, without a byte-order mark.
+
+    Of a line longer than CHUNK bytes, one part after the other. A .gz file is unzipped.
+    """
+    decoder, offset, held = codecs.getincrementaldecoder("utf-8")(), 0, ""
+    for raw in _raw(path, name, "readline"):
+        pending = len(decoder.getstate()[0])
+        try:
+            line = held + decoder.decode(raw)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(name, raw if not offset else b"", offset - pending + error.start) from None
+        if b"\0" in raw:
+            raise ValueError(f"{name} has a NUL byte at byte {offset + raw.index(0)}: it is no text, or in "
+                             "another encoding; convert it, for example with iconv -f utf-16 -t utf-8")
+        if not offset:
+            line = line.removeprefix("\ufeff")
+        # "\r\n" may lie across two parts
+        held = "\r" if line.endswith("\r") and len(raw) == CHUNK else ""
+        yield line.removesuffix(held).replace("\r\n", "\n")
+        offset += len(raw)
+    if decoder.getstate()[0]:
+        raise _not_utf8(name, b"", offset - len(decoder.getstate()[0]))
+    if held:
+        yield held
+
+
+def _raw(path: Path, name: str, method: str) -> Iterator[bytes]:
+    """The file's bytes, unpacked, in parts of at most CHUNK, read by "read" or
+    "readline".
+    """
+    is_packed, size = path.name.lower().endswith(".gz"), 0
+    try:
+        limit = max(LITTLE, RATIO * path.stat().st_size) if is_packed else float("inf")
+        with (gzip.open if is_packed else open)(path, "rb") as file:
+            while raw := getattr(file, method)(CHUNK):
+                size += len(raw)
+                if size > limit:
+                    raise ValueError(f"{name} unpacks to more than {RATIO} times its size, as no text does: "
+                                     "if it is one, unpack it yourself")
+                yield raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is a damaged .gz file ({error}): fetch it again") from None
+        raise ValueError(f"{name} is a damaged .gz file ({error}): fetch it again") from None
+    except OSError as error:
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str | Path, error: OSError) -> ValueError:
+    return ValueError(f"{name} can't be read ({error.strerror or error}): check the path and its permissions")
+
+
+def _not_utf8(name: str, start: bytes, at: int) -> ValueError:
+    encoding = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), "")
+    hint, option = (f", but {encoding.upper()}", f"-f {encoding} ") if encoding else ("", "")
+    return ValueError(f"{name} is not UTF-8 at byte {at}{hint}: convert it, "
+                      f"for example with iconv {option}-t utf-8")
 
 
 def _cut(lines: Iterable[str], size: int) -> Iterator[str]:
@@ -302,7 +443,7 @@ def _cut(lines: Iterable[str], size: int) -> Iterator[str]:
     that after a line, failing that anywhere. Newlines around a document are dropped.
     """
     document = ""
-    for part in (line[i : i + size] for line in lines for i in range(0, len(line), size)):
+    for part in _pieces(lines, size):
         if document and len(document) + len(part) > 2 * size:
             yield document.strip("\n")
             document = ""
@@ -311,3 +452,15 @@ def _cut(lines: Iterable[str], size: int) -> Iterator[str]:
             yield document.strip("\n")
             document = ""
     yield document.strip("\n")
+
+
+def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
+    """Each line in pieces of `size` characters, the last one perhaps shorter."""
+    line = ""
+    for part in lines:
+        line += part
+        whole = len(line) if line.endswith("\n") else len(line) - len(line) % size
+        yield from (line[i : i + size] for i in range(0, whole, size))
+        line = line[whole:]
+    if line:
+        yield line

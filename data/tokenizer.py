@@ -12,7 +12,6 @@ special token is just text.
 """
 
 import codecs
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +19,8 @@ from pathlib import Path
 import tiktoken
 
 from config import read_text
-from data.bpe import ByteLevelBPE, fingerprint
+from data.bpe import ByteLevelBPE, Encoding, fingerprint
+from data.folder import read_meta, require_whole
 from data.foreign import read_json, read_tokenizer_json
 
 END = "<|endoftext|>"
@@ -35,6 +35,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
     Raises ValueError for an unknown name, or when its files can't be downloaded.
     """
+    if not name.strip():
+        raise ValueError("--tokenizer is empty: give bytes, one of tiktoken's names, or a model's folder")
     if name == "bytes" or name in tiktoken.list_encoding_names() or not Path(name).is_dir():
         return _named(name)
     is_ours = (Path(name) / "meta.json").exists() or not (Path(name) / "tokenizer.json").exists()
@@ -46,16 +48,19 @@ def _named(name: str) -> tiktoken.Encoding:
         ranks = {bytes([i]): i for i in range(256)}
         # The pattern cuts the text into single characters; with no merges among the
         # ranks each becomes its UTF-8 bytes.
-        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256})
+        return Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256})
     if name not in tiktoken.list_encoding_names():
         choices = ", ".join(["bytes", *tiktoken.list_encoding_names()])
         raise ValueError(f"unknown tokenizer {name!r}: choose one of {choices}, or a model's folder")
     try:
-        return tiktoken.get_encoding(name)
+        original = tiktoken.get_encoding(name)
     except Exception as error:  # requests' errors, a hash mismatch, a full disk: the remedy is the same
         raise ValueError(f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): "
                          "set TIKTOKEN_CACHE_DIR to a folder that has its files, each named by the "
                          "SHA-1 of its URL, or use --tokenizer bytes") from error
+    enc = Encoding.__new__(Encoding)  # the same, without building it a second time
+    enc.__dict__ |= original.__dict__
+    return enc
 
 
 def opening(enc: tiktoken.Encoding) -> list[int]:
@@ -103,8 +108,10 @@ def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
 
     `meta.json` is the caller's.
     """
-    with contextlib.suppress(FileNotFoundError):
-        shutil.copyfile(Path(source) / "tokenizer.json", Path(folder) / "tokenizer.json")
+    path = Path(source) / "tokenizer.json"
+    if path.exists():
+        require_whole(path, read_meta(source))
+        shutil.copyfile(path, Path(folder) / "tokenizer.json")
 
 
 def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
@@ -112,7 +119,8 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
 
     Raises ValueError if its `meta.json` doesn't say.
     """
-    name = read_meta(folder).get("tokenizer")
+    meta = read_meta(folder)
+    name = meta.get("tokenizer")
     if not isinstance(name, str):
         raise ValueError(f'{Path(folder) / "meta.json"} has no "tokenizer": add its name, '
                          'for example "bytes"')
@@ -120,9 +128,10 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
         return _named(name)
     path = Path(folder) / "tokenizer.json"
     spec = read_json(path)
+    require_whole(path, meta)
     try:
         enc = ByteLevelBPE(spec)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): "
                          "copy it from where the folder comes from") from None
     if enc.name != name:
@@ -135,24 +144,6 @@ def _name(name: str, folder: str | Path) -> None:
     path = Path(folder) / "meta.json"
     meta = read_meta(folder) if path.exists() else {}
     path.write_text(json.dumps({**meta, "tokenizer": name}, indent=2) + "\n", encoding="utf-8")
-
-
-def read_meta(folder: str | Path) -> dict:
-    """`folder/meta.json` as a dict.
-
-    Raises ValueError if it is missing or is not a JSON object.
-    """
-    path = Path(folder) / "meta.json"
-    remedy = f"make the folder again (data: python -m data.prepare SOURCE --out {folder} --overwrite)"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} does not exist: {remedy}") from None
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
-        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path} is damaged (not a JSON object): {remedy}")
-    return meta
 
 
 # ------------------------------------------------------------------------------------------

@@ -3,10 +3,16 @@
 import gzip
 import io
 import json
+import os
 import re
+import threading
 import urllib.request
 
-from common_data import documents, examples, small_library  # noqa: F401
+import pytest
+
+from common import one_line
+from common_data import documents, examples, small_library, write_jsonl  # noqa: F401
+from data import sources
 from data.prepare import main, prepare
 
 
@@ -51,12 +57,103 @@ def test_zipped_marked_and_crlf_files_read_like_the_plain_file(tmp_path):
 def test_a_url_is_fetched_and_a_failure_says_to_pass_a_path(tmp_path, monkeypatch, capsys):
     page = b"to be or not to be\n\n" * 30
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(page))
-    assert main(["https://example.org/play", "--out", str(tmp_path / "a")]) == 0
+    main(["https://example.org/play", "--out", str(tmp_path / "a")])
+    assert json.loads((tmp_path / "a" / "meta.json").read_text())["source"] == "https://example.org/play"
 
     def refuse(url, timeout):
         raise OSError("name not resolved")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    assert main(["shakespeare", "--out", str(tmp_path / "b")]) == 1
-    error = capsys.readouterr().err.strip()
-    assert "tinyshakespeare" in error and "give its path" in error and "\n" not in error
+    with pytest.raises(ValueError, match="tinyshakespeare.*give its path") as e:
+        main(["shakespeare", "--out", str(tmp_path / "b")])
+    one_line(e.value)
+
+
+def test_a_source_that_can_be_read_once_is_read_once(tmp_path, monkeypatch):
+    """Two documents are too few for chance, so the text is gone through twice."""
+    pages = [io.BytesIO(b"one and two")]
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: pages.pop())
+    assert prepare("https://example.org/play", tmp_path / "a")["split"] == "tail"
+
+
+def test_suffixes_have_no_case_and_what_is_left_out_is_counted(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.TXT").write_text(f"text {i}")
+    (folder / "Z.Md.GZ").write_bytes(gzip.compress(b"packed"))
+    for name in ("a.pdf", "b.pdf", "c.png", "README"):
+        (folder / name).write_bytes(b"\xff")
+    (folder / "empty.md").touch()
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.txt").symlink_to("nowhere")
+    main([str(folder), "--out", str(tmp_path / "out")])
+    texts = documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")
+    assert sorted(texts) == sorted(["packed", *(f"text {i}" for i in range(30))])
+    left_out = {"files of the kind .pdf": 2, "files of the kind .png": 1, "empty files": 1,
+                "files without a suffix": 1, "links to folders": 1,
+                "links to nothing, pipes and the like": 1}
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["left_out"] == left_out
+    assert "left out: 2 files of the kind .pdf, 1 empty files, " in capsys.readouterr().out
+
+
+def test_what_is_left_out_has_a_hundred_kinds_at_most(tmp_path, capsys):
+    records = [{"text": f"text {i}", f"{i}" + "x" * 99: i} for i in range(300)]
+    main([str(write_jsonl(tmp_path / "a.jsonl", records)), "--out", str(tmp_path / "out")])
+    left_out = json.loads((tmp_path / "out" / "meta.json").read_text())["left_out"]
+    assert len(left_out) == 101 and sum(left_out.values()) == 300 and max(map(len, left_out)) < 60
+    assert "200 of further kinds" in (text := capsys.readouterr().out) and "89 further kinds" in text
+
+
+def test_what_is_left_out_of_records_is_counted(tmp_path):
+    lines = [json.dumps({"text": f"text {i}", "id": i}) for i in range(20)] + ["", " ", '{"text": " "}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    meta = prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    assert meta["left_out"] == {"fields 'id'": 20, "blank lines": 2, "blank records": 1}
+    twice = write_jsonl(tmp_path / "b.jsonl", [{"text": f"text {i % 10}"} for i in range(30)])
+    meta = prepare(twice, tmp_path / "tail", split="tail")
+    assert meta["left_out"] == {"documents that come again": 20}
+
+
+def test_packed_text_is_cut_as_the_text_that_it_unpacks_to(tmp_path):
+    text = "".join(f"paragraph {i} of a text that packs well\n\n" for i in range(20_000)).encode()
+    (tmp_path / "a.txt").write_bytes(text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text))
+    for name in ("a.txt", "b.txt.gz"):
+        prepare(tmp_path / name, tmp_path / "out" / name[0])
+    for half in ("train.bin", "val.bin"):
+        assert (tmp_path / "out/a" / half).read_bytes() == (tmp_path / "out/b" / half).read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"one line\n\n" * 3000, "漢字 ohne Ende ".encode() * 80_000,
+                                     b"x" * (2**20 - 1) + b"\r\n" + "ü\r\n\r\n".encode() * 9])
+def test_a_pipe_gives_what_a_file_gives(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    prepare(tmp_path / "a.txt", tmp_path / "a")
+    read_end, write_end = os.pipe()
+    writer = threading.Thread(target=lambda: os.fdopen(write_end, "wb").write(content))
+    writer.start()
+    prepare(f"/dev/fd/{read_end}", tmp_path / "b")
+    writer.join()
+    os.close(read_end)
+    for half in ("train.bin", "val.bin"):
+        assert (tmp_path / "a" / half).read_bytes() == (tmp_path / "b" / half).read_bytes()
+
+
+def test_what_a_pipe_holds_is_seen_from_its_first_line(tmp_path):
+    lines = "".join(json.dumps({"prompt": f"{i}", "response": "r"}) + "\n" for i in range(40)).encode()
+    for content, kind in ((lines, "supervised"), (gzip.compress(b"text " * 99), "text"), (b"{no", "text")):
+        (tmp_path / "file").write_bytes(content)
+        with open(tmp_path / "file", "rb") as file:
+            meta = prepare(f"/dev/fd/{file.fileno()}", tmp_path / "out", overwrite=True)
+        assert meta["kind"] == kind
+
+
+def test_a_line_is_cut_alike_whether_it_comes_whole_or_in_parts():
+    text = "".join(f"{i} " for i in range(500)) + "\nshort\n\n" + "x" * 1000
+    for size in (1, 7, 100, 300):
+        whole = list(sources._cut(text.splitlines(keepends=True), size))
+        for step in (1, 3, 64, 1000):
+            lines = text.splitlines(keepends=True)
+            parts = [line[i : i + step] for line in lines for i in range(0, len(line), step)]
+            assert list(sources._cut(parts, size)) == whole

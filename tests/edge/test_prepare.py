@@ -3,8 +3,9 @@
 import pytest
 
 import data.prepare
+from common import one_line
 from common_data import text_file  # noqa: F401
-from data.prepare import main, prepare
+from data.prepare import ensure_prepared, main, prepare
 
 
 @pytest.mark.parametrize("names", [["thesis.txt"], ["train.bin"], ["meta.json", "model.safetensors"]])
@@ -33,13 +34,59 @@ def test_a_broken_off_run_changes_nothing(tmp_path, text_file, monkeypatch, befo
     assert sorted(tmp_path.rglob("*")) == files
 
 
-def test_a_full_disk_is_one_clear_line(tmp_path, text_file, monkeypatch, capsys):
+@pytest.mark.parametrize("step", ["_write", "save_tokenizer", "seal", "publish"])
+def test_a_full_disk_is_one_clear_line_and_keeps_what_was_there(tmp_path, text_file, monkeypatch, step):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.prepare, "_write", full)
-    assert main([str(text_file), "--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err == "data.prepare: [Errno 28] No space left on device\n"
+    prepare(text_file, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(data.prepare, step, full)
+    with pytest.raises(ValueError) as e:
+        main([str(text_file), "--out", str(tmp_path / "out"), "--overwrite"])
+    assert one_line(e.value) == (f"{tmp_path}: No space left on device: free some space, or choose another "
+                                 "--out; what was there is as it was")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def test_an_interrupt_ends_in_one_line_and_changes_nothing(tmp_path, text_file, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.prepare, "_write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(text_file), "--out", str(tmp_path / "deep" / "out")])
+    assert "interrupted: nothing half-made is left" in one_line(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("words, complaint", [
+    ([""], "source is empty"),
+    (["a.txt", "--out", ""], "out is empty"),
+    (["a.txt", "--tokenizer", ""], "tokenizer is empty"),
+    ([".."], "gives the data set no name"),
+    (["a.txt", "--vocab_size", "300"], "vocab_size"),
+    (["a.txt", "--vocab-size=300"], "vocab-size"),
+    (["a.txt", "b.txt"], "b.txt"),
+    (["a.txt", "--val_fraction", "nan"], "val_fraction = nan"),
+    (["a.txt", "--val_fraction", "x"], "val.fraction"),
+    (["a.txt", "--split", "middle"], "split"),
+])
+def test_a_command_that_cannot_be_is_one_line(tmp_path, text_file, monkeypatch, words, complaint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=complaint) as e:
+        main(words)
+    one_line(e.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_data_set_without_a_name_is_not_looked_for_where_we_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("", " "):
+        with pytest.raises(ValueError, match="name is empty"):
+            ensure_prepared(folder)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("bad", [{"val_fraction": 0}, {"val_fraction": 1.5}, {"split": "middle"}])
