@@ -20,7 +20,7 @@ from pathlib import Path
 import tiktoken
 
 from data.bpe import ByteLevelBPE, fingerprint
-from data.foreign import read_json, read_tokenizer_json
+from data.foreign import has_tokenizer, read_json, read_tokenizer_json
 
 END = "<|endoftext|>"
 
@@ -36,7 +36,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     """
     if name == "bytes" or name in tiktoken.list_encoding_names() or not Path(name).is_dir():
         return _named(name)
-    is_ours = (Path(name) / "meta.json").exists() or not (Path(name) / "tokenizer.json").exists()
+    is_ours = (Path(name) / "meta.json").exists() or not has_tokenizer(Path(name))
     return load_tokenizer(name) if is_ours else ByteLevelBPE(read_tokenizer_json(name))
 
 
