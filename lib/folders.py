@@ -7,7 +7,7 @@ Loading one runs no pickled code. Whatever is written here appears whole or not 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -80,15 +80,15 @@ def open_model(folder: str | Path) -> tuple[LM, Path]:
                          f"layers some are missing in {file.name}, which has {len(shapes)} tensors")
     cfg = read_config(values, str(config))
     try:
-        model = on_paper(cfg)
+        expected = expected_shapes(cfg)
     except ValueError as e:
         raise ValueError(f"{config} is damaged ({e}): restore it from a checkpoint") from None
-    model.pattern = values.get("mixer", model.cfg.mixer)  # as it was written; see lib/state_file.py
-    expected = stored_shapes(model)
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise ValueError(f"the model at {folder} does not fit its config.json: {name} is "
                              f"{shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}")
+    model = on_paper(cfg)
+    model.pattern = values.get("mixer", cfg.mixer)  # as it was written; see lib/state_file.py
     return model, file
 
 
@@ -176,6 +176,26 @@ def finite(file: Path, name: str) -> Tensor:
         raise ValueError(f"{name} in {file} has infinite values or NaN: it is damaged, or its training "
                          "diverged; restore it from an earlier checkpoint")
     return t
+
+
+def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """`stored_shapes` of a model that is not built: of layers that are alike, one is.
+
+    Layer 0 has a norm more, and the first RWKV-7 has no value residual.
+    """
+    letters, first_of = cfg.mixers, {}
+    kinds = [(i == 0, letter, i == letters.find("r")) for i, letter in enumerate(letters)]
+    for i, kind in enumerate(kinds):
+        first_of.setdefault(kind, i)
+    small = replace(cfg, n_layer=len(first_of), mixer="".join(letters[i] for i in first_of.values()))
+    layers, rest = {kind: {} for kind in first_of}, {}
+    for name, shape in stored_shapes(on_paper(small)).items():
+        _, i, part = name.split(".", 2) if name.startswith("blocks.") else ("", "", name)
+        (layers[list(first_of)[int(i)]] if i else rest)[part] = shape
+    last = {name: rest.pop(name) for name in list(rest) if name.startswith(("ln_out.", "head."))}
+    blocks = {f"blocks.{i}.{part}": shape for i, kind in enumerate(kinds)
+              for part, shape in layers[kind].items()}
+    return rest | blocks | last
 
 
 def stored_shapes(model: LM) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.foreign import brief
-from lib.folders import on_paper, stored_shapes
+from lib.folders import expected_shapes
 from model import ModelConfig
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # torch's: safetensors' name
@@ -141,7 +141,7 @@ def fit_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     cfg, tensors = checkpoint.cfg, checkpoint.shapes
     if cfg.n_layer > len(tensors):
         raise ValueError(f"{cfg.n_layer} layers, but {len(tensors)} tensors: damaged")
-    shapes = all_shapes(cfg)
+    shapes = expected_shapes(cfg)
     needed = {checkpoint.source(name) for name in shapes}
     surplus = {name for name in tensors.keys() - needed if not re.fullmatch(checkpoint.ignored, name)}
     name_some(needed - tensors.keys(), "are missing")
@@ -153,22 +153,6 @@ def fit_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         source = checkpoint.source(name)
         if math.prod(tensors[source]) != numbers[source]:
             raise ValueError(f"{source} is {tensors[source]}, which is no shape for {name}, expected {shape}")
-    return shapes
-
-
-def all_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of all parameters of a model whose mixers are all alike.
-
-    Its layers are alike from the second on: however many there are, two are built.
-    """
-    two = stored_shapes(on_paper(replace(cfg, n_layer=min(cfg.n_layer, 2))))
-    second = [name for name in two if name.startswith("blocks.1.")]
-    shapes = {}
-    for name, shape in two.items():
-        shapes[name] = shape
-        if second and name == second[-1]:
-            for i in range(2, cfg.n_layer):
-                shapes |= {again.replace("1", str(i), 1): two[again] for again in second}
     return shapes
 
 

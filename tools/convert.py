@@ -86,7 +86,11 @@ def import_model(cfg: ImportConfig) -> ModelConfig:
     What stood there is whole until, in one step, the new one stands there. Raises
     ValueError for what is not supported or damaged, and where nothing can be written.
     """
+    if not cfg.out.strip() or "\0" in cfg.out:
+        raise ValueError(f"--out {cfg.out!r} is no name: name the model folder to write")
     path, out = Path(cfg.path), Path(os.path.realpath(cfg.out))
+    if out == Path(out.root):
+        raise ValueError(f"{out} is not (only) a model folder of this program: choose another --out")
     staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         sweep_up(out)
@@ -123,8 +127,6 @@ def check_paths(cfg: ImportConfig, path: Path, out: Path) -> None:
     if not cfg.path or not path.exists():
         raise ValueError(f"there is no {cfg.path!r}: give a Hugging Face folder, a .gguf, a .pth, "
                          "or nanoGPT's ckpt.pt")
-    if not cfg.out.strip():
-        raise ValueError("--out is empty: name the model folder to write")
     if Path(cfg.out).is_symlink() and not out.exists():
         raise ValueError(f"{cfg.out!r} leads nowhere: make the folder {out} first, or choose another --out")
     files = [path, *path.iterdir()] if path.is_dir() else [path]

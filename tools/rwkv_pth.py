@@ -5,6 +5,7 @@ shape of a model by its tensors, the official order of their names, and what tha
 has no place for.
 """
 
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def open_pth(file: Path) -> dict:
     require_file(file)
     try:
         require_stored(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # of what a damaged pickle says of itself
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch, pickle and zipfile raise many kinds here
         raise ValueError(f"damaged, or it holds more than tensors ({type(e).__name__}): "
                          "only a dict of tensors in torch's zip format is read") from None

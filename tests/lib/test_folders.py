@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from common import random_batch, tiny_model
 from common_model import GPT, RWKV, VARIANTS, every_variant, lively, one_line_error, text
-from lib.folders import load_model, save_model
+from lib.folders import expected_shapes, load_model, save_model, stored_shapes
 from model import LM
 
 
@@ -227,12 +227,23 @@ def test_what_the_system_says_of_a_file_is_told(name, tmp_path, monkeypatch):
     one_line_error(lambda: load_model(tmp_path), "config.json can't be read (Permission denied)")
 
 
-def test_a_model_on_paper_takes_no_more_than_its_file_can_fill(tmp_path):
-    """Of 300 tensors, 38 layers could be; the other sizes cost nothing on paper."""
+@every_variant
+@pytest.mark.parametrize("mixer", [None, "a", "r", "ra", "arra", "aarr", "rraa"])
+def test_shapes_are_those_of_the_model_without_building_all_of_it(cfg, mixer):
+    cfg = replace(cfg, mixer=mixer or cfg.mixer, n_layer=7)
+    shapes, built = expected_shapes(cfg), stored_shapes(LM(cfg))
+    assert shapes == built and list(shapes) == list(built)
+
+
+def test_a_model_is_not_built_before_its_file_is_known_to_fill_it(tmp_path, monkeypatch):
+    """Of 300 tensors, 37 layers could be; two are built to see that they are not."""
+    layers = []
+    monkeypatch.setattr("lib.folders.LM", lambda cfg: layers.append(cfg.n_layer) or LM(cfg))
     save_file({f"blocks.{i}.x": torch.zeros(1) for i in range(300)}, tmp_path / "model.safetensors")
     for n_layer, says in ((37, "blocks.0"), (38, "some are missing"), (10**15, "some are missing")):
         (tmp_path / "config.json").write_text(json.dumps({"n_layer": n_layer, "n_embd": 3 * 2**22}))
         one_line_error(lambda: load_model(tmp_path), says)
+    assert layers == [2]
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path):
