@@ -15,7 +15,8 @@ from data.foreign import brief, read_gguf_tokenizer, require_file
 from model import ModelConfig, rope_frequencies
 from tools.checkpoint import TABLE, Checkpoint, refuse, rename, take, unchanged
 
-MOST_STRINGS = 2**21  # in all arrays of a file together: tokens and merges
+MOST_SETTINGS, MOST_TENSORS = 2**12, 2**14
+MOST_ITEMS = 2**22  # in all arrays of a file together: tokens, their types, merges
 
 
 def from_gguf(file: Path) -> Checkpoint:
@@ -84,7 +85,7 @@ def bounded_reader() -> type:
     import gguf
 
     class Reader(gguf.GGUFReader):
-        strings = 0  # in all arrays until now
+        items = 0  # in all arrays until now
 
         def _get(self, offset, dtype, count=1, *args, **kwargs):
             # past the end there are empty arrays, of which it may read 2^64
@@ -95,7 +96,12 @@ def bounded_reader() -> type:
         def _build_fields(self, offset, count):
             if self.byte_order != "I":
                 raise ValueError("written for machines of the other byte order")
+            require_at_most(int(count), MOST_SETTINGS, "settings")
             return super()._build_fields(offset, int(count))
+
+        def _build_tensor_info(self, offset, count):
+            require_at_most(int(count), MOST_TENSORS, "tensors")
+            return super()._build_tensor_info(offset, int(count))
 
         def _get_field_parts(self, offset, kind):
             """(bytes, parts, which of them are the content, types) of a value."""
@@ -103,29 +109,34 @@ def bounded_reader() -> type:
                 return super()._get_field_parts(offset, kind)
             head = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
             kind, n = gguf.GGUFValueType(int(head[0][0])), int(head[1][0])
+            self.items += n
+            require_at_most(self.items, MOST_ITEMS, "items in arrays")
             if kind == gguf.GGUFValueType.STRING:
-                content, size = self._strings(offset + 12, n)
+                content, size = read_strings(np.asarray(self.data), offset + 12, n)
             else:
                 content = [self._get(offset + 12, self.gguf_scalar_to_np[kind], n)]
                 size = content[0].nbytes
             places = list(range(2, 2 + len(content)))
             return 12 + size, [*head, *content], places, [gguf.GGUFValueType.ARRAY, kind]
 
-        def _strings(self, offset, n):
-            """n strings as views of the file, and the bytes that they take."""
-            self.strings += n
-            if self.strings > MOST_STRINGS:
-                raise ValueError(f"{self.strings:,} strings in arrays, more than any vocabulary has")
-            data, at, views = np.asarray(self.data), offset, []
-            for _ in range(n):
-                start = at + 8
-                at = start + int.from_bytes(data[at:start].tobytes(), "little")
-                if max(start, at) > len(data):
-                    raise ValueError("the file ends too early")
-                views.append(data[start:at])
-            return views, at - offset
-
     return Reader
+
+
+def read_strings(data: np.ndarray, offset: int, n: int) -> tuple[list[np.ndarray], int]:
+    """n strings of a file as views of it, and the bytes that they take."""
+    at, views = offset, []
+    for _ in range(n):
+        start = at + 8
+        at = start + int.from_bytes(data[at:start].tobytes(), "little")
+        if max(start, at) > len(data):
+            raise ValueError("the file ends too early")
+        views.append(data[start:at])
+    return views, at - offset
+
+
+def require_at_most(n: int, limit: int, what: str) -> None:
+    if n > limit:
+        raise ValueError(f"{n:,} {what}, more than {limit:,}, which no model has")
 
 
 def require_apart(tensors: list, start: int) -> None:

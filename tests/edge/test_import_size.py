@@ -48,10 +48,13 @@ def gguf_file(settings: list[bytes] = (), tensors: list[bytes] = (), data: bytes
 NESTED = array(9, 1, array(9, 1, array(4, 1, b"\0\0\0\0")))
 OVERLAP = [tensor("a", [8], 0), tensor("b", [8], 16)]
 HOSTILE = {
-    "2^63 settings": (dict(n_settings=2**63), "damaged"),
-    "2^63 tensors": (dict(n_tensors=2**63), "ends too early"),
-    "an array of 2^63": (dict(settings=[setting("llama.x", 9, array(4, 2**63))]), "ends too early"),
-    "2^63 strings": (dict(settings=[setting("llama.x", 9, array(8, 2**63))]), "strings in arrays"),
+    "2^63 settings": (dict(n_settings=2**63), "settings, more than 4,096"),
+    "4,000 settings": (dict(n_settings=4000), "damaged"),
+    "2^63 tensors": (dict(n_tensors=2**63), "tensors, more than 16,384"),
+    "16,000 tensors": (dict(n_tensors=16_000), "ends too early"),
+    "an array of 2^63": (dict(settings=[setting("llama.x", 9, array(4, 2**63))]), "items in arrays"),
+    "an array of a million": (dict(settings=[setting("llama.x", 9, array(4, 10**6))]), "ends too early"),
+    "2^63 strings": (dict(settings=[setting("llama.x", 9, array(8, 2**63))]), "items in arrays"),
     "a million strings that are not there": (dict(settings=[setting("llama.x", 9, array(8, 10**6))]),
                                              "ends too early"),
     "a string of 2^63": (dict(settings=[setting("llama.x", 8, struct.pack("<Q", 2**63))]), "ends too early"),
