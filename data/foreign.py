@@ -374,6 +374,7 @@ def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special
 
 MOST_ADDED = 2**16       # added tokens: they become one pattern
 LONGEST_SPLIT = 2**13    # characters of all split patterns
+MOST_REPEATS = 2**16     # of a part of a pattern, which is compiled as often
 LONGEST_TOKENS = 2**28   # sum of the squares of their lengths, which is the work of merging each
 
 
@@ -381,11 +382,18 @@ def _require_bounds(where: str, vocab: dict, special: dict, added: dict, split: 
     """Raises ValueError for what would take hours or gigabytes to look through."""
     sizes = ((len(special | added), MOST_ADDED, "added tokens"),
              (sum(map(len, split)), LONGEST_SPLIT, "characters of split patterns"),
+             (max(map(_repeats, split), default=1), MOST_REPEATS, "repeats in a split pattern"),
              (sum(len(token) ** 2 for token in vocab), LONGEST_TOKENS, "characters squared of all tokens"))
     for size, limit, what in sizes:
         if size > limit:
             raise ValueError(f"{where} has {size:,} {what}, more than {limit:,}: such a tokenizer "
                              "is not supported")
+
+
+def _repeats(pattern: str) -> int:
+    """How often a part stands in a pattern with all its {n} and {n,m} written out."""
+    counts = re.findall(r"(?<!\\[xu])\{(\d*),?(\d*)\}", pattern)
+    return math.prod(max(1, *(int(n[:9] or 0) for n in pair)) for pair in counts)
 
 
 def _count(where: str, vocab: dict, special: dict, added: dict) -> int:

@@ -73,6 +73,8 @@ def regex_split(pattern: str) -> dict:
     ({"pre_tokenizer": sequence(split_of({"String": " "}, "MergedWithNext"), BYTE_LEVEL)}, "MergedWithNext"),
     ({"pre_tokenizer": regex_split("(")}, "pattern"),
     ({"pre_tokenizer": regex_split("a*")}, "pattern"),
+    ({"pre_tokenizer": regex_split("(((a{100}){0,100}){100,}){100}")}, "100,000,000 repeats"),
+    ({"pre_tokenizer": regex_split("a{" + "9" * 5000 + "}")}, "999,999,999 repeats"),
     ({"pre_tokenizer": regex_split(r"\p{Nonsense}")}, "pattern"),
     ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
     ({"added_tokens": []}, "ends a text"),
