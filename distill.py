@@ -265,9 +265,9 @@ def match_loss(student: LM, batch: Batch, state: tuple | None = None, *, teacher
 
     `state` is (student's, teacher's). The heads run on `kl_chunk` tokens at a time, and
     again in the backward pass, so that all logits of both models never exist together;
-    None: about 2^24. A teacher with more tokens than the student is cut to match.
+    None: about 2^24. Of rows beyond the tokens, KL reads those that both models have.
     """
-    V = student.cfg.vocab_size
+    V = min(student.cfg.vocab_size, teacher.cfg.vocab_size)
     student_state, teacher_state = state or (None, None)
     with torch.no_grad():
         ht, teacher_state = teacher.hidden(batch.x, teacher_state)
@@ -277,7 +277,7 @@ def match_loss(student: LM, batch: Batch, state: tuple | None = None, *, teacher
         with torch.no_grad():
             t = teacher.head(ht)[:, :V]
         s = student.head(hs)
-        kl = (divergence(t, s, kind) * mask).sum()
+        kl = (divergence(t, s[..., :V], kind) * mask).sum()
         ce = (F.cross_entropy(s.float(), y, reduction="none") * mask).sum()
         teacher_ce = (F.cross_entropy(t.float(), y, reduction="none") * mask).sum()
         return kl, ce, teacher_ce

@@ -1,5 +1,5 @@
-"""Strangers' tokenizers: a Hugging Face tokenizer.json, the tokenizer in a GGUF, Jinja
-templates.
+"""Strangers' tokenizers: a Hugging Face tokenizer.json, or vocab.json and merges.txt,
+the tokenizer in a GGUF, Jinja templates.
 
 What is read becomes the `spec` of a `bpe.ByteLevelBPE`, once, when a model is imported.
 
@@ -16,16 +16,20 @@ Other tokenizers are refused by name, and so is whatever would give other ids th
 files' own readers: other splits, normalizers, orders of ids.
 """
 
+import errno
 import json
 import math
+import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import regex
 
 from data.bpe import BYTE, ByteLevelBPE
 from data.chat import Turns, frame
+from data.template import render
 
 # What stood between documents in pretraining, where a model is tuned to end turns
 # otherwise.
@@ -51,36 +55,134 @@ GGUF_MODELS = {"llama": "SentencePiece", "t5": "SentencePiece", "bert": "WordPie
 
 
 # ------------------------------------------------------------------------------------------
+# Files
+
+LARGEST = 2**26  # bytes: twice a tokenizer.json of 262,000 tokens
+
+
+def read_json(path: str | Path, remedy: str = "fetch it again") -> dict:
+    """A JSON object. Raises ValueError, with the remedy, for what is none."""
+    try:
+        values = json.loads(read_whole(path))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged ({brief(error)}): {remedy}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged (not a JSON object): {remedy}")
+    return values
+
+
+def read_whole(path: str | Path) -> bytes:
+    """What a file of settings or tokens holds. Raises ValueError for one that is larger
+    than any.
+    """
+    if require_file(path) > LARGEST:
+        raise ValueError(f"{path} has more than {LARGEST:,} bytes, which no such file has")
+    return Path(path).read_bytes()
+
+
+def require_file(path: str | Path) -> int:
+    """The bytes in a file. Raises OSError where it can't be read, or is a folder, a
+    pipe or a device.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def unreadable(path: str | Path, error: OSError) -> ValueError:
+    """What to raise where the system gives no file: what it said, and the remedy."""
+    return ValueError(f"{path} can't be read ({error.strerror or error}): check the path, "
+                      "and that you may read it")
+
+
+def brief(x: object) -> str:
+    """A value or an error in one line of at most 200 characters."""
+    name = type(x).__name__ if isinstance(x, BaseException) else ""
+    return " ".join(str(x)[:200].split()) or name
+
+
+# ------------------------------------------------------------------------------------------
 # Hugging Face's tokenizer.json
 
+DAMAGE = (KeyError, IndexError, TypeError, AttributeError, OverflowError, UnicodeDecodeError, RecursionError)
+
+
 def read_tokenizer_json(path: str | Path) -> dict:
-    """The `spec` of a Hugging Face tokenizer.json, or of the folder that holds it.
+    """The `spec` of a Hugging Face tokenizer.json, or of the folder that holds it, or
+    vocab.json and merges.txt.
 
     Files beside it, where they are, tell the chat template and which tokens end a text.
     Raises ValueError, in one line that names it, for what is malformed and for whatever
     would give other ids than there.
     """
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    whole = read_json(path)
     beside = {}
-    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
         file = path.with_name(name)
         beside[name] = read_json(file) if file.exists() else {}
     try:
-        return _spec_of_json(path, whole, beside)
-    except (KeyError, IndexError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no tokenizer that can be read ({type(error).__name__}: {error}): "
+        if not path.exists() and path.with_name("vocab.json").exists():
+            path = path.with_name("vocab.json")
+            return _spec_of_json(path, _as_tokenizer_json(path, beside), beside)
+        return _spec_of_json(path, read_json(path), beside)
+    except OSError as error:
+        raise unreadable(error.filename or path, error) from None
+    except DAMAGE as error:
+        raise ValueError(f"{path} is no tokenizer that can be read ({type(error).__name__}: {brief(error)}): "
                          "fetch it again") from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has what `read_tokenizer_json` reads."""
+    older = ("vocab.json", "merges.txt")
+    return (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in older)
+
+
+def _as_tokenizer_json(path: Path, beside: dict[str, dict]) -> dict:
+    """What a tokenizer.json would say where there are vocab.json (`path`), merges.txt
+    and, perhaps, tokenizer_config.json and special_tokens_map.json.
+    """
+    config = beside["special_tokens_map.json"] | beside["tokenizer_config.json"]
+    vocab, merges = read_json(path), path.with_name("merges.txt")
+    family = config.get("tokenizer_class") or "GPT2Tokenizer"
+    if family.removesuffix("Fast") not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        raise ValueError(f"{path}: {brief(family)} without a tokenizer.json is not supported: "
+                         "GPT2Tokenizer and Qwen2Tokenizer are")
+    lines = read_whole(merges).decode("utf-8").split("\n")
+    pairs = [line.rstrip("\r") for line in lines[lines[0].startswith("#version"):] if line.strip()]
+    special = [config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")]
+    special += _listed(config.get("additional_special_tokens"))
+    flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word"), False)
+    names = {"<|endoftext|>", *filter(None, map(_content, special))} & vocab.keys()
+    added = [flags | {"content": name, "id": vocab[name], "special": True} for name in sorted(names)]
+    for i, token in config.get("added_tokens_decoder", {}).items():
+        added.append(flags | token | {"id": int(i) if i.isdecimal() else i})
+    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space"))}
+    split = byte_level
+    if family.startswith("Qwen2"):
+        parts = [{"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated"},
+                 byte_level | {"use_regex": False}]
+        split = {"type": "Sequence", "pretokenizers": parts}
+    whole = {"model": {"type": "BPE", "vocab": vocab, "merges": pairs}, "added_tokens": added,
+             "pre_tokenizer": split, "normalizer": {"type": "NFC"} if split is not byte_level else None}
+    if config.get("add_bos_token"):
+        opening = {"SpecialToken": {"id": _content(config["bos_token"])}}
+        whole["post_processor"] = {"type": "TemplateProcessing", "single": [opening]}
+    return whole
 
 
 def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
     """Of the file's content, and that of the files beside it."""
-    where, model, config = str(path), whole["model"], beside["tokenizer_config.json"]
+    where, model = str(path), whole["model"]
+    config = beside["special_tokens_map.json"] | beside["tokenizer_config.json"]
     _require_byte_level(where, whole)
     added = {token["content"]: token for token in whole.get("added_tokens") or []}
     for name, token in added.items():
         if not token["special"] and (token["lstrip"] or token["rstrip"] or token["single_word"]):
-            raise ValueError(f"{where}: the added token {name!r} looks at what stands around it, "
+            raise ValueError(f"{where}: the added token {brief(repr(name))} looks at what stands around it, "
                              "which is not supported")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token")}
@@ -99,7 +201,7 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
         unknown=model["vocab"].get(model.get("unk_token")),
         start=_opening(whole.get("post_processor"), ids),
         stop=[i for end in (ids.get(names["eos_token"]), *ends) for i in _listed(end)],
-        template=template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template"),
+        template=read_whole(template).decode("utf-8") if template.exists() else config.get("chat_template"),
         names=names,
     )
 
@@ -113,12 +215,12 @@ def _require_byte_level(where: str, whole: dict) -> None:
             kind = "SentencePiece"
         elif kind == "BPE":
             kind = "character-level BPE"
-        raise ValueError(f"{where} is a {kind} tokenizer: only byte-level BPE is supported "
+        raise ValueError(f"{where} is a {brief(kind)} tokenizer: only byte-level BPE is supported "
                          "(GPT-2, Llama 3, Qwen2, SmolLM2, ...)")
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "fuse_unk"):
         harmless = key == "fuse_unk" and model.get("unk_token") is None
         if model.get(key) and not harmless:
-            raise ValueError(f"{where} has {key} = {model[key]!r}, which is not supported")
+            raise ValueError(f"{where} has {key} = {brief(repr(model[key]))}, which is not supported")
 
 
 def _content(token: dict | str | None) -> str | None:
@@ -152,7 +254,7 @@ def _normalizer(part: dict | None, where: str) -> str | None:
         return part and "NFC"
     if part["type"] == "Sequence" and len(part["normalizers"]) < 2:
         return _normalizer(next(iter(part["normalizers"]), None), where)
-    raise ValueError(f"{where}: the normalizer {part['type']} is not supported, only NFC")
+    raise ValueError(f"{where}: the normalizer {brief(part['type'])} is not supported, only NFC")
 
 
 def _opening(part: dict | None, ids: dict[str, int]) -> int | None:
@@ -169,19 +271,6 @@ def _listed(x: object) -> list:
     return x if isinstance(x, list) else [x]
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises ValueError, with the remedy, for what is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} can't be read ({error.strerror}): check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged (not a JSON object): fetch it again")
-    return values
-
-
 # ------------------------------------------------------------------------------------------
 # GGUF
 
@@ -190,16 +279,24 @@ def read_gguf_tokenizer(fields: dict) -> dict:
 
     Raises ValueError as `read_tokenizer_json` does.
     """
+    try:
+        return _spec_of_gguf(fields)
+    except DAMAGE as error:
+        raise ValueError(f"the GGUF's tokenizer is damaged ({type(error).__name__}: {brief(error)}): "
+                         "fetch it again") from None
+
+
+def _spec_of_gguf(fields: dict) -> dict:
     def get(key: str):
         return fields[f"tokenizer.{key}"].contents() if f"tokenizer.{key}" in fields else None
 
     if get("ggml.model") != "gpt2":
-        kind = GGUF_MODELS.get(get("ggml.model"), repr(get("ggml.model")))
+        kind = GGUF_MODELS.get(get("ggml.model"), brief(repr(get("ggml.model"))))
         raise ValueError(f"the GGUF has a {kind} tokenizer: only byte-level BPE is supported "
                          "(tokenizer.ggml.model = gpt2)")
     pre = get("ggml.pre") or "default"
     if pre not in GGUF_SPLITS:
-        raise ValueError(f"the GGUF's tokenizer.ggml.pre is {pre!r}, which is not supported: "
+        raise ValueError(f"the GGUF's tokenizer.ggml.pre is {brief(repr(pre))}, which is not supported: "
                          f"known are {', '.join(GGUF_SPLITS)}")
     tokens, types, merges = get("ggml.tokens"), get("ggml.token_type"), get("ggml.merges")
     expected = ((tokens, str), (types, int), (merges, str))
@@ -215,7 +312,7 @@ def read_gguf_tokenizer(fields: dict) -> dict:
     names = {}
     for name in ("bos", "eos"):
         i = get(f"ggml.{name}_token_id")
-        names[f"{name}_token"] = tokens[i] if i is not None and i < len(tokens) else None
+        names[f"{name}_token"] = tokens[i] if i is not None and 0 <= i < len(tokens) else None
     llama3, starts = pre in LLAMA3_NAMES, get("ggml.add_bos_token")
     if starts is None:
         starts = llama3
@@ -246,6 +343,9 @@ def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special
 
     Raises ValueError for one that no ByteLevelBPE can be.
     """
+    _require_bounds(where, vocab, special, added, split)
+    if any(len(pair) != 2 for pair in merges):
+        raise ValueError(f"{where} is damaged (a merge is no pair of tokens): fetch it again")
     size = _count(where, vocab, special, added)
     # a config.json may name an id that only its class's default tokenizer ends with
     stop = [i for i in stop if i in special.values()]
@@ -267,8 +367,33 @@ def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special
             raise ValueError("it matches nothing, too")
         ByteLevelBPE(spec)
     except (ValueError, regex.error) as error:
-        raise ValueError(f"{where}: a split pattern of {split} can't be used ({error})") from None
+        raise ValueError(f"{where}: a split pattern of {brief(split)} can't be used "
+                         f"({brief(error)})") from None
     return spec
+
+
+MOST_ADDED = 2**16       # added tokens: they become one pattern
+LONGEST_SPLIT = 2**13    # characters of all split patterns
+MOST_REPEATS = 2**16     # of a part of a pattern, which is compiled as often
+LONGEST_TOKENS = 2**28   # sum of the squares of their lengths, which is the work of merging each
+
+
+def _require_bounds(where: str, vocab: dict, special: dict, added: dict, split: list) -> None:
+    """Raises ValueError for what would take hours or gigabytes to look through."""
+    sizes = ((len(special | added), MOST_ADDED, "added tokens"),
+             (sum(map(len, split)), LONGEST_SPLIT, "characters of split patterns"),
+             (max(map(_repeats, split), default=1), MOST_REPEATS, "repeats in a split pattern"),
+             (sum(len(token) ** 2 for token in vocab), LONGEST_TOKENS, "characters squared of all tokens"))
+    for size, limit, what in sizes:
+        if size > limit:
+            raise ValueError(f"{where} has {size:,} {what}, more than {limit:,}: such a tokenizer "
+                             "is not supported")
+
+
+def _repeats(pattern: str) -> int:
+    """How often a part stands in a pattern with all its {n} and {n,m} written out."""
+    counts = re.findall(r"(?<!\\[xu])\{(\d*),?(\d*)\}", pattern)
+    return math.prod(max(1, *(int(n[:9] or 0) for n in pair)) for pair in counts)
 
 
 def _count(where: str, vocab: dict, special: dict, added: dict) -> int:
@@ -278,12 +403,12 @@ def _count(where: str, vocab: dict, special: dict, added: dict) -> int:
     """
     for name, i in (special | added).items():
         if vocab.get(name, i) != i:
-            raise ValueError(f"{where}: the added token {name!r} has the id {i}, but {vocab[name]} "
-                             "in the vocabulary")
+            raise ValueError(f"{where}: the added token {brief(repr(name))} has the id {brief(i)}, but "
+                             f"{brief(vocab[name])} in the vocabulary")
     ids = list((vocab | special | added).values())
-    if not all(isinstance(i, int) and 0 <= i < 2**24 for i in ids) or len(set(ids)) < len(ids):
+    if not all(type(i) is int and 0 <= i < 2**22 for i in ids) or len(set(ids)) < len(ids):
         raise ValueError(f"{where} is damaged (the ids of its tokens are not different numbers in "
-                         "0 ... 2^24): fetch it again")
+                         "0 ... 2^22): fetch it again")
     return 1 + max(ids)
 
 
@@ -306,13 +431,13 @@ def _mergeable(where: str, vocab: dict[str, int], merges: list[tuple[str, str]],
             if ignore_merges and len(parts) > 2 and token not in added:
                 yield token
             elif ignore_merges and len(parts) == 2:
-                raise ValueError(f"{where}: the token {token!r} stands for whole pieces only, "
+                raise ValueError(f"{where}: the token {brief(repr(token))} stands for whole pieces only, "
                                  "which is not supported")
             continue
         if len(token) > 1:
             if rank < before_rank:
-                raise ValueError(f"{where}: the token {token!r} is merged before {before!r}, "
-                                 "but has a larger id, which is not supported")
+                raise ValueError(f"{where}: the token {brief(repr(token))} is merged before "
+                                 f"{brief(repr(before))}, but has a larger id, which is not supported")
             before, before_rank = token, rank
         yield token
 
@@ -341,45 +466,43 @@ SYSTEM, ASK, ANSWER, AGAIN = ("system", S), ("user", U), ("assistant", A), ("use
 def read_template(template: str | list | None, names: dict, special: dict[str, int]) -> dict | None:
     """The frames (`chat.py`) of a Jinja `template`, or of the one called default.
 
-    Hugging Face and GGUF keep a template as a Jinja program. It is run once, in Jinja's
-    sandbox and on messages of a text that is rare; what stands between them is the
-    frames. None where there is no template, or more than frames in it. `names` are the
-    other variables it may use: bos_token, eos_token. `special` are the tokenizer's
-    tokens.
+    Hugging Face and GGUF keep a template as a Jinja program. It is run once, with
+    limits (`template.py`), on messages of a text that is rare; what stands between them
+    is the frames. None where there is no template, or more than frames in it. `names`
+    are the other variables it may use: bos_token, eos_token. `special` are the
+    tokenizer's tokens.
     """
     if isinstance(template, list):
         template = {t["name"]: t["template"] for t in template}.get("default")
     if not isinstance(template, str):
         return None
-    render = _Template(template, names)
+    rendered = _rendered(template, names)
     try:
-        chat, before = _frames(render, special)
-        if frame(chat, [ASK, ANSWER, AGAIN]) != render([ASK, ANSWER, AGAIN], reply=True):
+        chat, before = _frames(rendered, special)
+        if frame(chat, [ASK, ANSWER, AGAIN]) != rendered([ASK, ANSWER, AGAIN], reply=True):
             return None
-    except Exception:
-        # no such splits, no token that stops; its own refusal, or whatever else a
-        # stranger's program runs into
-        return None
+    except (ValueError, IndexError):
+        return None  # it failed; or no such splits, no token that stops
     try:
-        opening, before_question, _ = re.split(f"{S}|{U}", render([SYSTEM, ASK]))
+        opening, before_question, _ = re.split(f"{S}|{U}", rendered([SYSTEM, ASK]))
         with_system = chat | {"system": [opening, before_question.removesuffix(before)]}
         talk = [SYSTEM, ASK, ANSWER, AGAIN]
-        if frame(with_system, talk) == render(talk, reply=True):
+        if frame(with_system, talk) == rendered(talk, reply=True):
             return with_system
-    except Exception:
+    except ValueError:
         pass
     return chat
 
 
-def _frames(render, special: dict[str, int]) -> tuple[dict, str]:
-    """The frames of what `render` gives, and what stands before a question.
+def _frames(rendered: Callable[..., str], special: dict[str, int]) -> tuple[dict, str]:
+    """The frames of what `rendered` gives, and what stands before a question.
 
     Those of a system message are still left open.
     """
-    opening, _, before_again, reply = re.split(f"{U}|{A}|{V}", render([ASK, ANSWER, AGAIN], reply=True))
-    after_question = render([ASK]).partition(U)[2]
-    after_answer = render([ASK, ANSWER]).partition(A)[2]
-    trim = render([("user", f"\n {U} \n")]) == render([ASK])
+    opening, _, before_again, reply = re.split(f"{U}|{A}|{V}", rendered([ASK, ANSWER, AGAIN], reply=True))
+    after_question = rendered([ASK]).partition(U)[2]
+    after_answer = rendered([ASK, ANSWER]).partition(A)[2]
+    trim = rendered([("user", f"\n {U} \n")]) == rendered([ASK])
     stop = min((token for token in special if token in after_answer), key=after_answer.index)
     before = before_again.removeprefix(after_answer)
     end = after_answer.index(stop) + len(stop)
@@ -393,23 +516,23 @@ def _frames(render, special: dict[str, int]) -> tuple[dict, str]:
     return chat, before
 
 
-class _Template:
-    """A Jinja program in a sandbox, called with the messages of a conversation."""
+def _rendered(template: str, names: dict) -> Callable[..., str]:
+    """A function of turns, and whether a reply is to follow, that gives what the
+    template makes of them: of those that are looked at here.
 
-    def __init__(self, template: str, names: dict):
-        import jinja2.ext  # comes with torch; only an import of a model needs it
-        import jinja2.sandbox
+    It raises ValueError where the template fails.
+    """
+    talks = [([ASK], False), ([ASK, ANSWER], False), ([SYSTEM, ASK], False),
+             ([("user", f"\n {U} \n")], False),
+             ([ASK, ANSWER, AGAIN], True), ([SYSTEM, ASK, ANSWER, AGAIN], True)]
+    variables = [{"messages": [{"role": role, "content": text} for role, text in turns],
+                  "add_generation_prompt": reply} for turns, reply in talks]
+    texts = render(template, names, variables)
 
-        def refuse(message: str):
-            raise jinja2.TemplateError(message)
+    def of(turns: Turns, reply: bool = False) -> str:
+        text = texts[talks.index((turns, reply))]
+        if text is None:
+            raise ValueError("the template gives no text")
+        return text
 
-        self.template = template
-        self.env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-        self.names = {name: token or "" for name, token in names.items()}
-        self.names |= {"raise_exception": refuse, "tools": None, "documents": None}
-
-    def __call__(self, turns: Turns, reply: bool = False) -> str:
-        messages = [{"role": role, "content": text} for role, text in turns]
-        program = self.env.from_string(self.template)
-        return program.render(messages=messages, add_generation_prompt=reply, **self.names)
+    return of

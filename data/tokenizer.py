@@ -21,7 +21,7 @@ import tiktoken
 from config import read_text
 from data.bpe import ByteLevelBPE, Encoding, fingerprint
 from data.folder import read_meta, require_whole
-from data.foreign import read_json, read_tokenizer_json
+from data.foreign import has_tokenizer, read_json, read_tokenizer_json
 
 END = "<|endoftext|>"
 
@@ -39,7 +39,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         raise ValueError("--tokenizer is empty: give bytes, one of tiktoken's names, or a model's folder")
     if name == "bytes" or name in tiktoken.list_encoding_names() or not Path(name).is_dir():
         return _named(name)
-    is_ours = (Path(name) / "meta.json").exists() or not (Path(name) / "tokenizer.json").exists()
+    is_ours = (Path(name) / "meta.json").exists() or not has_tokenizer(Path(name))
     return load_tokenizer(name) if is_ours else ByteLevelBPE(read_tokenizer_json(name))
 
 

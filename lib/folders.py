@@ -8,18 +8,25 @@ import json
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from config import as_type
+from data.foreign import brief, read_json, require_file, unreadable
 from data.loader import Loader
 from data.tokenizer import read_meta
 from lib.hybrid import is_letters, mixer_letters
 from model import LM, ModelConfig
+
+TENSORS_PER_LAYER = 8      # at least: two norms, q, k, v, o, and two of the feed-forward layer
+LARGEST_HEADER = 2**24     # bytes of names and shapes in a .safetensors file: 150,000 tensors
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
@@ -98,52 +105,94 @@ def open_model(folder: str | Path) -> tuple[LM, Path]:
     has them all.
 
     Raises ValueError, in one line, for a folder that is missing, damaged or of another
-    shape.
+    shape. What the weights' file holds is read first: no larger model is built.
     """
     folder = Path(folder)
-    file = folder / "model.safetensors"
+    file, config = folder / "model.safetensors", folder / "config.json"
+    for path in (config, file):
+        try:
+            require_file(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(missing(folder, path)) from None
+        except OSError as e:
+            raise unreadable(path, e) from None
+    values = read_json(config, "restore it from a checkpoint")
+    shapes = read_shapes(file, "restore it from a checkpoint")
+    n_layer = values.get("n_layer")
+    if isinstance(n_layer, int) and n_layer * TENSORS_PER_LAYER > len(shapes):
+        raise ValueError(f"the model at {folder} does not fit its config.json: of n_layer = {brief(n_layer)} "
+                         f"layers some are missing in {file.name}, which has {len(shapes)} tensors")
+    cfg = read_config(values, str(config))
     try:
-        values = json.loads((folder / "config.json").read_text())
-        model = on_paper(read_config(values, f"{folder}/config.json"))
-        model.pattern = values.get("mixer", model.cfg.mixer)  # as it was written; see lib/state_file.py
-        with safe_open(file, "pt") as f:
-            shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-    except FileNotFoundError as e:
-        raise ValueError(
-            f"no model at {folder}: {Path(e.filename or file).name} is missing; train one first, "
-            "or check the path"
-        ) from None
-    except NotADirectoryError:
-        raise ValueError(f"no model at {folder}: it is a file; give the folder that holds config.json "
-                         "and model.safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, TypeError, AttributeError) as e:
-        raise ValueError(f"the model at {folder} is damaged ({e}): restore it from a checkpoint") from None
-    expected = stored_shapes(model)
+        expected = expected_shapes(cfg)
+    except ValueError as e:
+        raise ValueError(f"{config} is damaged ({e}): restore it from a checkpoint") from None
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise ValueError(f"the model at {folder} does not fit its config.json: {name} is "
                              f"{shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}")
+    model = on_paper(cfg)
+    model.pattern = values.get("mixer", cfg.mixer)  # as it was written; see lib/state_file.py
     return model, file
 
 
-def read_config(values: dict, name: str) -> ModelConfig:
-    """The settings in a config.json.
+def missing(folder: Path, path: Path) -> str:
+    """What to say of a model folder without the file `path`."""
+    if folder.is_file():
+        return (f"no model at {folder}: it is a file; give the folder that holds config.json "
+                "and model.safetensors")
+    return f"no model at {folder}: {path.name} is missing; train one first, or check the path"
 
-    Older ones have a pattern such as "all" where letters stand today.
+
+def read_shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a .safetensors file; no tensor is read.
+
+    Raises ValueError, with the remedy, where it can't be read or is damaged.
     """
-    unknown = set(values) - {f.name for f in fields(ModelConfig)}
+    try:
+        require_file(file)
+        with open(file, "rb") as f:
+            header = int.from_bytes(f.read(8), "little")
+        if header > LARGEST_HEADER:
+            raise ValueError(f"its header claims {header:,} bytes, more than any model's")
+        with safe_open(file, "pt") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    except OSError as e:
+        raise unreadable(file, e) from None
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{file} is damaged ({brief(e)}): {remedy}") from None
+
+
+def read_config(values: dict, name: str) -> ModelConfig:
+    """The settings in a config.json, which `name` names.
+
+    Older ones have a pattern such as "all" where letters stand today. Raises ValueError
+    for keys, types and values that no model has.
+    """
+    hints = get_type_hints(ModelConfig)
+    unknown = set(values) - set(hints)
     if unknown:
-        raise ValueError(f"{name} has unknown keys: {', '.join(sorted(unknown))}")
-    pattern = values.get("mixer", "a")
-    if isinstance(pattern, str) and not is_letters(pattern):
-        values = values | {"mixer": mixer_letters(ModelConfig(**values | {"mixer": "a"}), pattern)}
-    return ModelConfig(**values)
+        raise ValueError(f"{name} has unknown keys: {brief(', '.join(sorted(unknown)))}")
+    try:
+        values = {key: as_type(value, hints[key], key) for key, value in values.items()}
+        pattern = values.get("mixer", "a")
+        if not is_letters(pattern):
+            values |= {"mixer": mixer_letters(ModelConfig(**values | {"mixer": "a"}), pattern)}
+        return ModelConfig(**values)
+    except (ValueError, OverflowError) as e:
+        raise ValueError(f"{name} is damaged ({brief(e)}): restore it from a checkpoint") from None
 
 
 def on_paper(cfg: ModelConfig) -> LM:
-    """The model with shapes, but without memory and initial values."""
-    with torch.device("meta"):
-        return LM(cfg)
+    """The model with shapes, but without memory and initial values.
+
+    Raises ValueError for sizes that no tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            return LM(cfg)
+    except (RuntimeError, TypeError, OverflowError) as e:
+        raise ValueError(f"no tensor can be as large as these settings say ({brief(e)})") from None
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:
@@ -153,7 +202,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:
     """
     model, file = open_model(folder)
     weights = {
-        name: read_tensor(file, name).to(device, torch.float32, copy=True) for name in stored_shapes(model)
+        name: finite(file, name).to(device, torch.float32, copy=True) for name in stored_shapes(model)
     }
     model.load_state_dict(weights, strict=False, assign=True)
     for name, left_out in model.named_buffers():                      # zeros, which no file has
@@ -162,6 +211,35 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LM:
     if model.cfg.tied:
         model.head.weight = model.emb.weight
     return model
+
+
+def finite(file: Path, name: str) -> Tensor:
+    """One tensor of a model's file. Raises ValueError for infinite values, and NaN."""
+    t = read_tensor(file, name)
+    if not t.isfinite().all():
+        raise ValueError(f"{name} in {file} has infinite values or NaN: it is damaged, or its training "
+                         "diverged; restore it from an earlier checkpoint")
+    return t
+
+
+def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """`stored_shapes` of a model that is not built: of layers that are alike, one is.
+
+    Layer 0 has a norm more, and the first RWKV-7 has no value residual.
+    """
+    letters, first_of = cfg.mixers, {}
+    kinds = [(i == 0, letter, i == letters.find("r")) for i, letter in enumerate(letters)]
+    for i, kind in enumerate(kinds):
+        first_of.setdefault(kind, i)
+    small = replace(cfg, n_layer=len(first_of), mixer="".join(letters[i] for i in first_of.values()))
+    layers, rest = {kind: {} for kind in first_of}, {}
+    for name, shape in stored_shapes(on_paper(small)).items():
+        _, i, part = name.split(".", 2) if name.startswith("blocks.") else ("", "", name)
+        (layers[list(first_of)[int(i)]] if i else rest)[part] = shape
+    last = {name: rest.pop(name) for name in list(rest) if name.startswith(("ln_out.", "head."))}
+    blocks = {f"blocks.{i}.{part}": shape for i, kind in enumerate(kinds)
+              for part, shape in layers[kind].items()}
+    return rest | blocks | last
 
 
 def stored_shapes(model: LM) -> dict[str, tuple[int, ...]]:
@@ -191,16 +269,22 @@ def read_tensor(file: str | Path, name: str) -> Tensor:
 # Do model and data belong together?
 
 def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
-    """Raises ValueError where data, student and teacher do not have the same tokens."""
-    if loader.vocab_size > student.cfg.vocab_size:
-        raise ValueError(
-            f"{loader.folder} has {loader.vocab_size} tokens, the student {student.cfg.vocab_size}: "
-            "prepare the data with the model's tokenizer"
-        )
-    if teacher.cfg.vocab_size < student.cfg.vocab_size:
-        raise ValueError(f"the teacher has {teacher.cfg.vocab_size} tokens, fewer than the student's "
-                         f"{student.cfg.vocab_size}: it cannot teach them; choose a teacher with the same "
-                         "tokenizer")
+    """Raises ValueError where the data have tokens that student or teacher have not.
+
+    A tokenizer may have more: it is the ids in the data that count. And models may have
+    more rows than it has tokens, one more than the other.
+    """
+    for model, name in ((student, "student"), (teacher, "teacher")):
+        if loader.vocab_size > model.cfg.vocab_size and largest_id(loader) >= model.cfg.vocab_size:
+            raise ValueError(f"{loader.folder} has {loader.vocab_size} tokens, the {name} "
+                             f"{model.cfg.vocab_size}, and token {largest_id(loader)} occurs: prepare the "
+                             "data with the model's tokenizer, without texts that spell its added tokens")
+
+
+def largest_id(loader: Loader) -> int:
+    """Of all tokens in a data folder, in every split."""
+    files = [loader.folder / f"{split}.bin" for split in loader.meta["tokens"]]
+    return max(int(np.memmap(file, loader.meta["dtype"], "r").max()) for file in files if file.stat().st_size)
 
 
 def same_tokenizer(loader: Loader, *folders: str | Path) -> None:

@@ -97,6 +97,21 @@ def edit(folder: Path, **changes) -> None:
 
 
 # ------------------------------------------------------------------------------------------
+# nanoGPT
+
+def nanogpt(gpt2: torch.nn.Module, prefix: str = "", **changes) -> dict:
+    """What nanoGPT's train.py would save of transformers' GPT-2."""
+    c = gpt2.config
+    weights = {prefix + name: p.T.contiguous() if ".h." in name and p.ndim == 2 else p
+               for name, p in gpt2.state_dict().items()}
+    shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, bias=True,
+                 vocab_size=c.vocab_size, dropout=0.0)
+    return {"model": weights, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []},
+            "model_args": shape | changes, "iter_num": 7, "best_val_loss": torch.tensor(3.0),
+            "config": {"out_dir": "out", "compile": True}}
+
+
+# ------------------------------------------------------------------------------------------
 # GGUF
 
 LLAMA_CPP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",

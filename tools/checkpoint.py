@@ -12,14 +12,17 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from lib.folders import on_paper, stored_shapes
+from data.foreign import brief
+from lib.folders import expected_shapes
 from model import ModelConfig
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # torch's: safetensors' name
@@ -56,7 +59,7 @@ class Checkpoint:
     """
 
     cfg: ModelConfig
-    names: set[str]                                # of all its tensors
+    shapes: dict[str, tuple[int, ...]]             # of all its tensors, by their names
     source: Callable[[str], str]                   # parameter's name -> tensor's name
     read: Callable[[str], Tensor]                  # tensor's name -> tensor
     arrange: Callable[[str, Tensor], Tensor]       # parameter's name, tensor -> parameter
@@ -72,6 +75,25 @@ def rename(name: str, table: dict[str, str]) -> str:
     """
     block, module, end = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(\w+)", name).groups()
     return (block or "").replace("blocks", table["blocks"]) + f"{table[module]}.{end}"
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Their names there, by those without what compilers and trainers put around them.
+
+    _orig_mod.model.norm.weight -> model.norm.weight. Raises ValueError for a LoRA
+    adapter, which is no model, and where two would bear one name.
+    """
+    plain = {}
+    for name in names:
+        if re.search(r"\.(lora_\w+|base_layer)\.", name):
+            raise ValueError(f"{brief(name)} belongs to a LoRA adapter: merge it into its model first, "
+                             "with peft's merge_and_unload, and import that")
+        short = name.replace("_orig_mod.", "")
+        short = re.sub(r"^((module|_forward_module|base_model\.model)\.)+", "", short)
+        if short in plain:
+            raise ValueError(f"{brief(short)} is there twice, also as {brief(name)}: which is meant?")
+        plain[short] = name
+    return plain
 
 
 def unchanged(name: str, t: Tensor) -> Tensor:
@@ -90,13 +112,13 @@ def take(values: dict, key: str, kind: type, default: object = ...):
     value = values.get(key)
     if value is None and default is not ...:
         return default
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not kind:
         shown = "missing" if value is None else repr(value)[:60]
         raise ValueError(f"{key} is {shown}, expected {kind.__name__}")
     if kind is int and value > 2**24:
-        raise ValueError(f"{key} = {value}: no size is so large; the file is damaged")
+        raise ValueError(f"{key} = {brief(value)}: no size is so large; the file is damaged")
     return value
 
 
@@ -113,15 +135,24 @@ def refuse(values: dict, harmless: tuple, meaning: str, *keys: str) -> None:
 def fit_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Name and shape of all our parameters.
 
-    Raises ValueError unless each parameter has its tensor, and each tensor a parameter.
+    Raises ValueError unless each parameter has its tensor, each tensor a parameter, and
+    as many numbers. No number is read.
     """
-    if checkpoint.cfg.n_layer > len(checkpoint.names):
-        raise ValueError(f"{checkpoint.cfg.n_layer} layers, but {len(checkpoint.names)} tensors: damaged")
-    shapes = stored_shapes(on_paper(checkpoint.cfg))
+    cfg, tensors = checkpoint.cfg, checkpoint.shapes
+    if cfg.n_layer > len(tensors):
+        raise ValueError(f"{cfg.n_layer} layers, but {len(tensors)} tensors: damaged")
+    shapes = expected_shapes(cfg)
     needed = {checkpoint.source(name) for name in shapes}
-    surplus = {name for name in checkpoint.names - needed if not re.fullmatch(checkpoint.ignored, name)}
-    name_some(needed - checkpoint.names, "are missing")
+    surplus = {name for name in tensors.keys() - needed if not re.fullmatch(checkpoint.ignored, name)}
+    name_some(needed - tensors.keys(), "are missing")
     name_some(surplus, "have no place in such a model")
+    numbers = Counter()
+    for name, shape in shapes.items():
+        numbers[checkpoint.source(name)] += math.prod(shape)
+    for name, shape in shapes.items():
+        source = checkpoint.source(name)
+        if math.prod(tensors[source]) != numbers[source]:
+            raise ValueError(f"{source} is {tensors[source]}, which is no shape for {name}, expected {shape}")
     return shapes
 
 
@@ -129,17 +160,20 @@ def name_some(names: set[str], what: str) -> None:
     """Raises ValueError for these tensors, if there are any, naming the first four."""
     if names:
         more = " ..." * (len(names) > 4)
-        raise ValueError(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:4])}{more}")
+        raise ValueError(f"{len(names)} tensors {what}: {brief(', '.join(sorted(names)[:4]))}{more}")
 
 
 def parameter(checkpoint: Checkpoint, name: str) -> Tensor:
     """Our parameter `name`, read now.
 
-    Raises ValueError for a tensor that cannot be taken apart or put in order as it
-    should be.
+    Raises ValueError for a tensor that cannot be read, taken apart or put in order as
+    it should be.
     """
     source = checkpoint.source(name)
-    t = checkpoint.read(source)
+    try:
+        t = checkpoint.read(source)
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as e:
+        raise ValueError(f"{source} can't be read ({brief(e)}): fetch the checkpoint again") from None
     try:
         return checkpoint.arrange(name, t)
     except (RuntimeError, IndexError):
@@ -176,6 +210,6 @@ def as_dtype(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -
                          "floating-point numbers")
     t = t.to(dtype).contiguous()
     if not t.isfinite().all():
-        raise ValueError(f"{name} has infinite values as {dtype}: choose another --dtype, "
+        raise ValueError(f"{name} has infinite values or NaN as {dtype}: choose another --dtype, "
                          "or the checkpoint is damaged")
     return t

@@ -1,31 +1,37 @@
-"""Real weights in, real weights out: Hugging Face, GGUF and the official RWKV-7.
+"""Real weights in, real weights out: Hugging Face, GGUF, nanoGPT, official RWKV-7.
 
 A checkpoint of the world becomes a model folder, a pure RWKV-7 an official .pth.
 
     python -m tools.convert import PATH --out out/teacher
-        a Hugging Face folder, a .gguf file, or an RWKV-7 .pth
+        a Hugging Face folder, a .gguf file, an RWKV-7 .pth, or nanoGPT's ckpt.pt
     python -m tools.convert export out/rwkv --format rwkv-pth
         writes out/rwkv.pth, as the PyPI package `rwkv` reads it
 
-Each format has a file of its own: from_huggingface.py, from_gguf.py, rwkv_pth.py. It
-tells the model's shape and where each of our parameters stands; checkpoint.py reads,
-arranges and writes them one by one. It is exact or it refuses: every tensor of a
-checkpoint has its place, and what model.py cannot compute is named. What it is not: a
-downloader. No code of a stranger is run, and nothing but tensors unpickled.
+Each format has a file of its own: from_huggingface.py, from_gguf.py, from_nanogpt.py,
+rwkv_pth.py. It tells the model's shape and where each of our parameters stands;
+checkpoint.py reads, arranges and writes them one by one. It is exact or it refuses:
+every tensor of a checkpoint has its place, and what model.py cannot compute is named.
+What it is not: a downloader. No code of a stranger is run, and nothing but tensors and
+plain values unpickled.
 
     gpt2                          q, k and v stand in one matrix; matrices (in, out);
                                   learned positions
     llama, mistral, qwen2, qwen3  qwen2 has biases on q, k and v, qwen3 norms on q and k
     .gguf of llama, qwen2, qwen3  quantised; llama's q and k rows are in the order that
                                   interleaved rope wants
+    nanoGPT's ckpt.pt             a GPT-2 with matrices (out, in); biases or none
     .pth of RWKV-7                as it is: our names are the official ones
 """
 
+import contextlib
+import ctypes
+import glob
 import json
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -36,15 +42,17 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional
 
+from data.foreign import brief, read_json, unreadable
 from data.tokenizer import get_tokenizer, save_tokenizer, write_tokenizer
-from lib.folders import open_model, read_tensor, write_whole
+from lib.folders import open_model, read_config, read_tensor, write_whole
 from model import LM, ModelConfig
 from tools.checkpoint import Checkpoint, as_dtype, fit_shapes, parameter, write_safetensors
 from tools.from_gguf import from_gguf
 from tools.from_huggingface import from_hugging_face
-from tools.rwkv_pth import from_pth, not_official, official_names
+from tools.from_nanogpt import from_nanogpt, is_nanogpt
+from tools.rwkv_pth import from_pth, not_official, official_names, open_pth
 
-# A model folder. config.json comes last: without it there is no model.
+# A model folder.
 FILES = ("tokenizer.json", "meta.json", "model.safetensors", "config.json")
 USAGE = ("say what to do: python -m tools.convert import PATH --out FOLDER, or python -m tools.convert "
          "export FOLDER; each has its --help")
@@ -53,7 +61,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @settings
 class ImportConfig:
-    path: Positional[str] = ""       # a Hugging Face folder, a .gguf file or an RWKV-7 .pth
+    path: Positional[str] = ""       # a Hugging Face folder, a .gguf, an RWKV-7 .pth or nanoGPT's ckpt.pt
     out: str = "out/teacher"         # the model folder to write
     dtype: Dtype = "float32"         # of the weights on disk. In memory models are float32
     tokenizer: str | None = None     # None = the checkpoint's own; else bytes, gpt2, ... or a model folder
@@ -75,47 +83,86 @@ class ExportConfig:
 def import_model(cfg: ImportConfig) -> ModelConfig:
     """Write the checkpoint `cfg.path` as a model folder, weight by weight.
 
-    Raises ValueError for what is not supported or damaged.
+    What stood there is whole until, in one step, the new one stands there. Raises
+    ValueError for what is not supported or damaged, and where nothing can be written.
     """
-    path, out = Path(cfg.path), Path(cfg.out).absolute()
-    check_paths(cfg, path, out)
+    if not cfg.out.strip() or "\0" in cfg.out:
+        raise ValueError(f"--out {cfg.out!r} is no name: name the model folder to write")
+    path, out = Path(cfg.path), Path(os.path.realpath(cfg.out))
+    if out == Path(out.root):
+        raise ValueError(f"{out} is not (only) a model folder of this program: choose another --out")
     staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        sweep_up(out)
+        check_paths(cfg, path, out)
+    except OSError as e:
+        raise unreadable(e.filename or path, e) from None
     try:
         checkpoint = open_checkpoint(path)
         shapes = fit_shapes(checkpoint)
         tokenizer = choose_tokenizer(cfg.tokenizer, checkpoint)
-        sweep_up(out)
-        staging.mkdir(parents=True)
-        write_safetensors(staging / "model.safetensors", shapes, getattr(torch, cfg.dtype),
-                          lambda name: parameter(checkpoint, name))
-        (staging / "config.json").write_text(json.dumps(asdict(checkpoint.cfg), indent=1) + "\n")
-        (staging / "meta.json").write_text(json.dumps({"source": cfg.path}) + "\n")
-        add_tokenizer(tokenizer, staging, path)
-        publish(staging, out)
+        with written(cfg.out):
+            staging.mkdir(parents=True)
+            write_safetensors(staging / "model.safetensors", shapes, getattr(torch, cfg.dtype),
+                              lambda name: parameter(checkpoint, name))
+            (staging / "config.json").write_text(json.dumps(asdict(checkpoint.cfg), indent=1) + "\n")
+            (staging / "meta.json").write_text(json.dumps({"source": cfg.path}) + "\n")
+            add_tokenizer(tokenizer, staging)
+            publish(staging, out)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    except OSError as e:
+        raise unreadable(e.filename or path, e) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    tell(cfg.tokenizer, tokenizer, checkpoint)
     return checkpoint.cfg
 
 
 def check_paths(cfg: ImportConfig, path: Path, out: Path) -> None:
-    """Raises ValueError where nothing can be read, or nothing may be written."""
+    """Raises ValueError where nothing can be read, or nothing may be written.
+
+    `out` is the folder that `cfg.out` leads to.
+    """
     if not cfg.path or not path.exists():
-        raise ValueError(f"there is no {cfg.path!r}: give a Hugging Face folder, a .gguf or a .pth file")
-    present = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    would_overwrite_source = path.resolve() in (out.resolve(), *out.resolve().parents)
-    if out.is_file() or present - set(FILES) or would_overwrite_source:
-        raise ValueError(f"{out} is not (only) a model folder, or it is what is to be read: "
-                         "choose another --out")
-    if present and not cfg.overwrite:
-        raise ValueError(f"{out} holds a model already: replace it with --overwrite, or choose another --out")
+        raise ValueError(f"there is no {cfg.path!r}: give a Hugging Face folder, a .gguf, a .pth, "
+                         "or nanoGPT's ckpt.pt")
+    if Path(cfg.out).is_symlink() and not out.exists():
+        raise ValueError(f"{cfg.out!r} leads nowhere: make the folder {out} first, or choose another --out")
+    files = [path, *path.iterdir()] if path.is_dir() else [path]
+    sources = [Path(os.path.realpath(file)) for file in files]
+    is_source = any(out in (source, *source.parents) for source in sources) or sources[0] in out.parents
+    if is_source or out.exists() and not is_model(out):
+        raise ValueError(f"{cfg.out} is not (only) a model folder of this program, or it is what is "
+                         "to be read: choose another --out")
+    if out.exists() and any(out.iterdir()) and not cfg.overwrite:
+        raise ValueError(f"{cfg.out} holds a model already: replace it with --overwrite, or choose another "
+                         "--out")
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds nothing, or only a model of ours, damaged or not."""
+    if not folder.is_dir() or any(p.name not in FILES or p.is_dir() for p in folder.iterdir()):
+        return False
+    config, meta = folder / "config.json", folder / "meta.json"
+    try:
+        if config.exists() and read_config(read_json(config), str(config)):
+            return True
+    except ValueError:
+        pass
+    try:
+        return not any(folder.iterdir()) or not {"tokenizer", "source"}.isdisjoint(read_json(meta))
+    except ValueError:
+        return False
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return from_hugging_face(path)
-    return from_gguf(path) if path.suffix.lower() == ".gguf" else from_pth(path)
+    if path.suffix.lower() == ".gguf":
+        return from_gguf(path)
+    content = open_pth(path)
+    return from_nanogpt(content, path.parent) if is_nanogpt(content) else from_pth(content)
 
 
 def choose_tokenizer(name: str | None, checkpoint: Checkpoint) -> tiktoken.Encoding | dict | None:
@@ -124,50 +171,96 @@ def choose_tokenizer(name: str | None, checkpoint: Checkpoint) -> tiktoken.Encod
     None where it has none.
     """
     if name:
-        tokenizer = get_tokenizer(name)
-        if tokenizer.n_vocab > checkpoint.cfg.vocab_size:
-            print(f"tokenizer {name} has {tokenizer.n_vocab} tokens, the model {checkpoint.cfg.vocab_size}: "
-                  "texts with the others will be refused")
-        return tokenizer
+        return get_tokenizer(name)
     try:
         return checkpoint.tokenizer() if checkpoint.tokenizer else None
     except ValueError as e:
         raise ValueError(f"{e}. Give another tokenizer with --tokenizer, or bytes") from None
 
 
-def add_tokenizer(tokenizer: tiktoken.Encoding | dict | None, folder: Path, path: Path) -> None:
-    """Put the tokenizer into the model folder, and say what the folder will lack."""
+def add_tokenizer(tokenizer: tiktoken.Encoding | dict | None, folder: Path) -> None:
     if isinstance(tokenizer, tiktoken.Encoding):
         save_tokenizer(tokenizer, folder)
-    elif tokenizer is None:
-        print(f"{path} has no tokenizer: import it again with --tokenizer before data are prepared for it")
-    else:
+    elif tokenizer is not None:
         write_tokenizer(tokenizer, folder)
-        if not tokenizer.get("chat"):
-            print("it has no chat template that only frames the messages: "
-                  "python -m tools.chat will not work with it")
+
+
+def tell(name: str | None, tokenizer: tiktoken.Encoding | dict | None, checkpoint: Checkpoint) -> None:
+    """Say what the folder lacks, once it is there."""
+    if tokenizer is None:
+        print("it has no tokenizer: import it again with --tokenizer before data are prepared for it")
+        return
+    size = len(tokenizer["tokens"]) if isinstance(tokenizer, dict) else tokenizer.n_vocab
+    if size > checkpoint.cfg.vocab_size:
+        print(f"tokenizer {name or 'of the checkpoint'} has {size} tokens, the model "
+              f"{checkpoint.cfg.vocab_size}: texts with the others will be refused")
+    if isinstance(tokenizer, dict) and not tokenizer.get("chat"):
+        print("it has no chat template that only frames the messages: "
+              "python -m tools.chat will not work with it")
+
+
+# ------------------------------------------------------------------------------------------
+# In the place of what was there
+
+@contextlib.contextmanager
+def written(out: str) -> Iterator[None]:
+    """What the system says while `out` is written, in one line with the remedy."""
+    try:
+        yield
+    except OSError as e:
+        raise ValueError(f"{out} can't be written ({e.strerror or brief(e)}); what was there is kept: "
+                         "make room, or choose another --out") from None
+
+
+def publish(new: Path, out: Path) -> None:
+    """Put the folder `new` in the place of `out`, which may hold a model.
+
+    At every moment one of them, whole, is at `out`: two folders change their names in
+    one step where the system can do it (Linux). Elsewhere `sweep_up` puts the old one
+    back if the program was killed between two steps.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        os.rename(new, out)
+    elif not exchange(new, out):
+        old = out.with_name(f".{out.name}.{os.getpid()}.old")
+        os.rename(out, old)
+        try:
+            os.rename(new, out)
+        except OSError:
+            os.rename(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Let two folders change their names at once; False where that can't be done."""
+    here, at_once = -100, 2                                     # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), at_once) == 0
+    except (AttributeError, OSError):
+        return False
 
 
 def sweep_up(out: Path) -> None:
-    """Remove what an import that was killed has left beside `out`."""
-    for folder in out.parent.glob(f".{out.name}.*.partial"):
-        process = Path("/proc") / folder.suffixes[-2][1:]
-        if Path("/proc/self").exists() and not process.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove what an import that was killed has left beside `out`, or put it back."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        process, _, kind = folder.name.removeprefix(f".{out.name}.").partition(".")
+        if kind not in ("partial", "old") or not process.isdecimal() or is_running(int(process)):
+            continue
+        if kind == "old" and not out.exists():
+            os.rename(folder, out)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(staging: Path, out: Path) -> None:
-    """Move the files into their folder. config.json is removed first and comes last.
-
-    So nobody takes half a model for a whole one.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").unlink(missing_ok=True)
-    for name in FILES:
-        if (staging / name).exists():
-            os.replace(staging / name, out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
+def is_running(process: int) -> bool:
+    """Whether another process has this number."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return process != os.getpid()
 
 
 # ------------------------------------------------------------------------------------------
@@ -181,22 +274,34 @@ def export_model(cfg: ExportConfig) -> Path:
     if not cfg.folder:
         raise ValueError("name the model folder to export")
     folder = Path(cfg.folder)
-    out = Path(cfg.out or f"{folder}.pth")
-    if out.suffix != ".pth" or out.is_dir():
-        raise ValueError(f"{out} must be a file whose name ends in .pth")
+    out = Path(os.path.realpath(cfg.out or f"{folder}.pth"))
+    if out.suffix != ".pth" or out.is_dir() or cfg.out == "":
+        raise ValueError(f"{cfg.out or out} must be a file whose name ends in .pth")
     if out.exists() and not cfg.overwrite:
         raise ValueError(f"{out} exists already: replace it with --overwrite, or choose another --out")
     model, file = open_model(folder)
     reasons = not_official(model.cfg)
     if reasons:
         raise ValueError(f"{folder} cannot be written as an official RWKV-7: it has {'; '.join(reasons)}")
+    if out.exists():
+        require_official(out)
     tensors = official_tensors(model, file, cfg.dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_whole(out, lambda part: torch.save(tensors, part))
-    except (RuntimeError, OSError) as e:  # torch's writer says "enforce fail" of a full disk
-        raise ValueError(f"{out} could not be written ({str(e)[:80]}): is the disk full?") from None
+        with written(str(out)):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(out, lambda part: torch.save(tensors, part))
+    except RuntimeError as e:  # torch's writer says "enforce fail" of a full disk
+        raise ValueError(f"{out} could not be written ({brief(e)}): is the disk full?") from None
     return out
+
+
+def require_official(file: Path) -> None:
+    """Raises ValueError for a file that --overwrite may not replace."""
+    try:
+        from_pth(open_pth(file))
+    except (ValueError, OSError):
+        raise ValueError(f"{file} is no RWKV-7 of this format, so it is not replaced: "
+                         "choose another --out") from None
 
 
 def official_tensors(model: LM, file: Path, dtype: str | None) -> dict[str, Tensor]:

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.foreign import read_gguf_tokenizer
+from data.foreign import brief, read_gguf_tokenizer, require_file
 from model import ModelConfig, rope_frequencies
 from tools.checkpoint import TABLE, Checkpoint, refuse, rename, take, unchanged
+
+MOST_SETTINGS, MOST_TENSORS = 2**12, 2**14
+MOST_ITEMS = 2**22  # in all arrays of a file together: tokens, their types, merges
 
 
 def from_gguf(file: Path) -> Checkpoint:
@@ -21,11 +24,12 @@ def from_gguf(file: Path) -> Checkpoint:
 
     Raises ValueError for what is not supported or damaged.
     """
+    require_file(file)
     reader, values = open_gguf(file)
     tensors = {t.name: t for t in reader.tensors}
     arch = take(values, "general.architecture", str)
     if arch not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"architecture {arch!r} is not supported: llama, qwen2 and qwen3 are")
+        raise ValueError(f"architecture {brief(repr(arch))} is not supported: llama, qwen2 and qwen3 are")
     values = {key.removeprefix(arch + "."): value for key, value in values.items()}
     refuse(values, (0, 1), "a mixture of experts", "expert_count")
     refuse(values, (0,), "a sliding window", "attention.sliding_window")
@@ -45,7 +49,8 @@ def from_gguf(file: Path) -> Checkpoint:
         return read_gguf_tokenizer(reader.fields)
 
     has_tokenizer = "tokenizer.ggml.model" in reader.fields
-    return Checkpoint(cfg, set(tensors), lambda name: rename(name, TABLE["gguf"]),
+    shapes = {name: tuple(map(int, reversed(t.shape))) for name, t in tensors.items()}
+    return Checkpoint(cfg, shapes, lambda name: rename(name, TABLE["gguf"]),
                       lambda name: read_gguf_tensor(file, tensors[name]),
                       uninterleave if arch == "llama" else unchanged,
                       ignored="rope_freqs.weight", tokenizer=tokenizer if has_tokenizer else None)
@@ -58,26 +63,89 @@ def open_gguf(file: Path) -> tuple:
     Raises ValueError where the file is damaged, or the package is missing.
     """
     try:
-        import gguf
+        reader_class = bounded_reader()
     except ImportError:
         raise ValueError("GGUF files are read by the package gguf: pip install gguf") from None
+    try:
+        with np.errstate(all="raise"):
+            reader = reader_class(file)
+        settings = [key for key in reader.fields if not key.startswith("tokenizer.")]
+        values = {key: reader.fields[key].contents() for key in settings}
+        require_apart(reader.tensors, reader.data_offset)
+    except Exception as e:  # gguf and numpy raise many kinds here; each means the same to the user
+        raise ValueError(f"damaged, or not a GGUF file ({type(e).__name__}: {brief(e)})") from None
+    return reader, values
+
+
+def bounded_reader() -> type:
+    """A GGUFReader whose time and memory are bounded by the file's size.
+
+    gguf's own takes a kilobyte for each element of an array, and lets it hold others.
+    """
+    import gguf
 
     class Reader(gguf.GGUFReader):
+        items = 0  # in all arrays until now
+
         def _get(self, offset, dtype, count=1, *args, **kwargs):
             # past the end there are empty arrays, of which it may read 2^64
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError("the file ends too early")
             return super()._get(offset, dtype, count, *args, **kwargs)
 
-    try:
-        reader = Reader(file)
-        settings = [key for key in reader.fields if not key.startswith("tokenizer.")]
-        values = {key: reader.fields[key].contents() for key in settings}
-        if reader.byte_order != "I":
-            raise ValueError("written for machines of the other byte order")
-    except Exception as e:  # gguf and numpy raise many kinds here; each means the same to the user
-        raise ValueError(f"damaged, or not a GGUF file ({type(e).__name__}: {e})") from None
-    return reader, values
+        def _build_fields(self, offset, count):
+            if self.byte_order != "I":
+                raise ValueError("written for machines of the other byte order")
+            require_at_most(int(count), MOST_SETTINGS, "settings")
+            return super()._build_fields(offset, int(count))
+
+        def _build_tensor_info(self, offset, count):
+            require_at_most(int(count), MOST_TENSORS, "tensors")
+            return super()._build_tensor_info(offset, int(count))
+
+        def _get_field_parts(self, offset, kind):
+            """(bytes, parts, which of them are the content, types) of a value."""
+            if kind != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(offset, kind)
+            head = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
+            kind, n = gguf.GGUFValueType(int(head[0][0])), int(head[1][0])
+            self.items += n
+            require_at_most(self.items, MOST_ITEMS, "items in arrays")
+            if kind == gguf.GGUFValueType.STRING:
+                content, size = read_strings(np.asarray(self.data), offset + 12, n)
+            else:
+                content = [self._get(offset + 12, self.gguf_scalar_to_np[kind], n)]
+                size = content[0].nbytes
+            places = list(range(2, 2 + len(content)))
+            return 12 + size, [*head, *content], places, [gguf.GGUFValueType.ARRAY, kind]
+
+    return Reader
+
+
+def read_strings(data: np.ndarray, offset: int, n: int) -> tuple[list[np.ndarray], int]:
+    """n strings of a file as views of it, and the bytes that they take."""
+    at, views = offset, []
+    for _ in range(n):
+        start = at + 8
+        at = start + int.from_bytes(data[at:start].tobytes(), "little")
+        if max(start, at) > len(data):
+            raise ValueError("the file ends too early")
+        views.append(data[start:at])
+    return views, at - offset
+
+
+def require_at_most(n: int, limit: int, what: str) -> None:
+    if n > limit:
+        raise ValueError(f"{n:,} {what}, more than {limit:,}, which no model has")
+
+
+def require_apart(tensors: list, start: int) -> None:
+    """Raises ValueError where tensors overlap, or lie before the data's `start`."""
+    end = int(start)
+    for t in sorted(tensors, key=lambda t: (t.data_offset, t.n_bytes)):
+        if t.data_offset < end:
+            raise ValueError(f"the numbers of {brief(t.name)} lie where others are")
+        end = t.data_offset + int(t.n_bytes)
 
 
 def read_gguf_tensor(file: Path, place) -> Tensor:
@@ -107,7 +175,7 @@ def gguf_config(values: dict, tensors: dict) -> ModelConfig:
            "attention.value_length", "rope.dimension_count")
     embedding = tensors.get("token_embd.weight")
     return ModelConfig(
-        vocab_size=len(embedding.data) if embedding else 1,
+        vocab_size=embedding.data.shape[0] if embedding and embedding.data.ndim else 1,
         block_size=take(values, "context_length", int),
         n_layer=take(values, "block_count", int),
         n_embd=n_embd,
@@ -142,10 +210,11 @@ def gguf_rope(values: dict, tensors: dict, N: int) -> dict:
         rope |= {"rope_scaling": "linear", "rope_factor": take(values, "rope.scaling.factor", float)}
     if "rope_freqs.weight" not in tensors:
         return rope
-    factors = torch.tensor(tensors["rope_freqs.weight"].data).flatten().float()
-    if kind != "none" or len(factors) != max(1, N // 2):
-        raise ValueError(f"rope_freqs.weight has {len(factors)} factors for heads of {N}, beside the "
+    stored = tensors["rope_freqs.weight"].data
+    if kind != "none" or stored.size != max(1, N // 2):
+        raise ValueError(f"rope_freqs.weight has {stored.size} factors for heads of {N}, beside the "
                          f"rope scaling {kind!r}: not supported")
+    factors = torch.tensor(stored).flatten().float()
     rope |= {"rope_scaling": "llama3", "rope_factor": factors.max().item(),
              "rope_low": 1.0, "rope_high": 4.0, "rope_original": 8192}
     scaled = rope_frequencies(ModelConfig(**rope), N, "cpu")

@@ -5,20 +5,17 @@
     llama, mistral, qwen2, qwen3  qwen2 has biases on q, k and v, qwen3 norms on q and k
 """
 
-import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.foreign import read_tokenizer_json
-from lib.folders import read_tensor
+from data.foreign import brief, has_tokenizer, read_json, read_tokenizer_json
+from lib.folders import read_shapes, read_tensor
 from model import ModelConfig
-from tools.checkpoint import TABLE, Checkpoint, refuse, rename, take, unchanged
+from tools.checkpoint import TABLE, Checkpoint, plain_names, refuse, rename, take, unchanged
 
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}  # gpt2's: ours
 DEFAULTS = {  # of settings that a file omits, by kind
@@ -34,56 +31,76 @@ def from_hugging_face(folder: Path) -> Checkpoint:
 
     Raises ValueError for what is not supported, missing or damaged.
     """
-    config = read_json(folder / "config.json")
+    config = read_settings(folder)
     refuse(config, (0, 1), "a mixture of experts", "num_local_experts", "num_experts", "n_routed_experts")
     kind = take(config, "model_type", str)
     if kind not in ("gpt2", *DEFAULTS):
-        raise ValueError(f"model_type {kind!r} is not supported: gpt2, llama, mistral, qwen2 and qwen3 are")
-    refuse(config, (), "a quantised checkpoint", "quantization_config")
+        raise ValueError(f"model_type {brief(repr(kind))} is not supported: gpt2, llama, mistral, qwen2 and "
+                         "qwen3 are")
+    refuse(config, ({},), "a quantised checkpoint", "quantization_config")
     refuse(config, (), "soft-capping of logits", "attn_logit_softcapping", "final_logit_softcapping")
 
-    places = find_tensors(folder)
+    places, shapes = find_tensors(folder, "transformer." if kind == "gpt2" else "")
     if kind == "gpt2":
         cfg, table, arrange = gpt2_config(config), TABLE["gpt2"], split_conv1d
         ignored = r"h\.\d+\.attn\.(masked_)?bias"        # causal masks
     else:
         cfg, table, arrange = llama_config(config, kind), TABLE["llama"], unchanged
         ignored = r".*\.rotary_emb\.inv_freq"            # rotary frequencies
-    emb, head = places.get(f"{table['emb']}.weight"), places.get(f"{table['head']}.weight")
-    if cfg.tied and emb and head and not torch.equal(read_tensor(*emb), read_tensor(*head)):
+
+    def read(name: str) -> Tensor:
+        return read_tensor(*places[name])
+
+    emb, head = f"{table['emb']}.weight", f"{table['head']}.weight"
+    if cfg.tied and emb in places and head in places and not torch.equal(read(emb), read(head)):
         cfg = replace(cfg, tied=False)  # the file has a head of its own, whatever its config says
     if cfg.tied:
         ignored += r"|lm_head\.weight"
-    return Checkpoint(cfg, set(places), lambda name: rename(name, table),
-                      lambda name: read_tensor(*places[name]), arrange, ignored, tokenizer_beside(folder))
+    tokenizer = (lambda: read_tokenizer_json(folder)) if has_tokenizer(folder) else None
+    return Checkpoint(cfg, shapes, lambda name: rename(name, table), read, arrange, ignored, tokenizer)
 
 
-def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
-    """(file, name there) of each tensor, by its name without GPT-2's prefix."""
+def read_settings(folder: Path) -> dict:
+    """config.json. Raises ValueError where there is none; an adapter has none."""
+    file = folder / "config.json"
+    if not file.exists() and (folder / "adapter_config.json").exists():
+        raise ValueError("it is a LoRA adapter: merge it into its model first, with peft's merge_and_unload, "
+                         "and import that")
+    if not file.exists():
+        raise ValueError("there is no config.json: give a Hugging Face folder, a .gguf, a .pth, or nanoGPT's "
+                         "ckpt.pt")
+    return read_json(file)
+
+
+def find_tensors(folder: Path, prefix: str) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[int, ...]]]:
+    """(file, name there) and shape of each tensor, by its plain name.
+
+    Of a llama that begins with model., which a headless model's file leaves out;
+    GPT-2's `prefix` is left out here.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = []
-    if single.exists():
-        files = [single.name]
-    elif index.exists():
-        files = sorted(set(map(str, take(read_json(index), "weight_map", dict).values())))
+    weight_map = {}
+    if not single.exists() and index.exists():
+        weight_map = take(read_json(index), "weight_map", dict)
+    files = [single.name] if single.exists() else sorted(set(map(str, weight_map.values())))
     if not files:
         raise ValueError("there is no model.safetensors and no model.safetensors.index.json; "
                          "a .bin may hold code: save it as safetensors first")
-    places = {}
+    places, shapes = {}, {}
     for name in files:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{name!r}, named by {index.name}, is no file of this folder")
-        try:
-            with safe_open(folder / name, "pt") as tensors:
-                places |= {key.removeprefix("transformer."): (folder / name, key) for key in tensors.keys()}
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{name} is damaged ({e})") from None
-    return places
-
-
-def tokenizer_beside(folder: Path) -> Callable[[], dict] | None:
-    """Reads the folder's tokenizer; None where it has none."""
-    return (lambda: read_tokenizer_json(folder)) if (folder / "tokenizer.json").exists() else None
+        if Path(name).name != name or not (folder / name).exists() or (folder / name).is_dir():
+            raise ValueError(f"{brief(repr(name))}, named by {index.name}, is no file of this folder")
+        found = read_shapes(folder / name, "fetch it again")
+        # a tensor in two shards is the one that the index names
+        mine = [key for key in found if weight_map.get(key, name) == name]
+        places |= {key: folder / name for key in mine}
+        shapes |= {key: found[key] for key in mine}
+    plain = {short.removeprefix(prefix): key for short, key in plain_names(places).items()}
+    if not prefix and not any(short.startswith("model.") for short in plain):
+        plain = {short if short.startswith("lm_head.") else f"model.{short}": key
+                 for short, key in plain.items()}
+    return ({short: (places[key], key) for short, key in plain.items()},
+            {short: shapes[key] for short, key in plain.items()})
 
 
 # ------------------------------------------------------------------------------------------
@@ -116,7 +133,7 @@ def llama_config(config: dict, kind: str) -> ModelConfig:
 
     Settings that a file omits have the default of their kind.
     """
-    refuse(config, ("silu",), "this activation", "hidden_act")
+    refuse(config, ("silu", "swish"), "this activation", "hidden_act")
     refuse(config, (1,), "partial rotation", "partial_rotary_factor")
     defaults = DEFAULTS[kind]
     complete = defaults | config
@@ -152,12 +169,14 @@ def refuse_windows(config: dict, kind: str, block_size: int) -> None:
     window = None
     if config.get("sliding_window", 4096) is not None:
         window = take(config, "sliding_window", int, 4096)
-    switched_on = config.get("layer_types") is None and config.get("use_sliding_window")
-    if not (others or kind == "mistral" or switched_on):
+    # qwen's windows begin at layer max_window_layers
+    n_layer, first = take(config, "num_hidden_layers", int), take(config, "max_window_layers", int, 28)
+    switched_on = config.get("layer_types") is None and config.get("use_sliding_window") and first < n_layer
+    if not (others or kind == "mistral" or kind.startswith("qwen") and switched_on):
         return
     # a window as long as the context changes nothing
     if others - {"sliding_attention"} or window is not None and window < block_size:
-        attention = ", ".join(sorted(others)) or f"a sliding window of {window}"
+        attention = brief(", ".join(sorted(others))) or f"a sliding window of {window}"
         raise ValueError(f"attention of {attention}, in a context of {block_size}, is not supported")
 
 
@@ -165,31 +184,58 @@ def rope_config(config: dict) -> dict:
     """The rotary settings.
 
     Since transformers 5 they are all in rope_parameters, before in rope_theta and
-    rope_scaling.
+    rope_scaling. Raises ValueError where they say different things.
     """
-    values = take(config, "rope_parameters", dict, take(config, "rope_scaling", dict, {}))
-    if values != take(config, "rope_scaling", dict, values):
+    forms = [take(config, key, dict, {}) for key in ("rope_parameters", "rope_scaling")]
+    scalings = [rope_scaling(form) for form in forms if form.keys() - {"rope_theta"}]
+    if scalings and scalings[0] != scalings[-1]:
         raise ValueError("rope_parameters and rope_scaling are both there and differ: "
                          "leave one of them in config.json")
-    kind = values.get("rope_type", values.get("type", "default"))
-    by_layer = any(isinstance(value, dict) for value in values.values())
-    if kind not in ("default", "linear", "llama3") or by_layer:
-        raise ValueError(f"rope scaling {kind!r} is not supported: default, linear and llama3 are, "
-                         "the same for all layers")
-    refuse(values, (1,), "partial rotation", "partial_rotary_factor")
-    theta = take(values, "rope_theta", float, take(config, "rope_theta", float, 10000.0))
-    rope = {"rope_theta": theta, "rope_scaling": kind}
-    if kind != "default":
-        rope["rope_factor"] = take(values, "factor", float)
-    if kind == "llama3":
-        rope["rope_low"] = take(values, "low_freq_factor", float)
-        rope["rope_high"] = take(values, "high_freq_factor", float)
-        rope["rope_original"] = take(values, "original_max_position_embeddings", int)
+    rope = {"rope_theta": agreed("rope_theta", float, config, *forms) or 10000.0, "rope_scaling": "default"}
+    rope |= scalings[0] if scalings else {}
+    if rope["rope_scaling"] == "llama3":
+        original = agreed("original_max_position_embeddings", int, config, *forms)
+        rope["rope_original"] = original or take(config, "max_position_embeddings", int, 2048)
     return rope
 
 
+def rope_scaling(form: dict) -> dict:
+    """Our settings of the scaling in one of the two forms. Scaling by 1 is none."""
+    kinds = {str(form[key]) for key in ("rope_type", "type") if form.get(key) is not None}
+    if any(isinstance(value, dict) for value in form.values()):
+        kinds = {"by layer"}
+    elif not kinds and form.get("factor") not in (None, 1):
+        raise ValueError(f"rope_type is missing beside factor = {brief(form['factor'])}: "
+                         "name it in config.json")
+    kind = " or ".join(sorted(kinds)) or "default"
+    refuse(form, (1,), "partial rotation", "partial_rotary_factor")
+    by_one = form.get("factor") == 1 and form.get("attention_factor") in (None, 1)
+    if kind == "default" or kind in ("linear", "llama3", "dynamic", "yarn") and by_one:
+        return {"rope_scaling": "default"}
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"rope scaling {brief(repr(kind))} is not supported: default, linear and llama3 "
+                         "are, the same for all layers")
+    scaling = {"rope_scaling": kind, "rope_factor": take(form, "factor", float)}
+    if kind == "llama3":
+        scaling["rope_low"] = take(form, "low_freq_factor", float)
+        scaling["rope_high"] = take(form, "high_freq_factor", float)
+    return scaling
+
+
+def agreed(key: str, kind: type, *places: dict) -> object:
+    """The value of a setting that may stand in several places; None where it does not.
+
+    Raises ValueError where they differ.
+    """
+    values = {take(place, key, kind, None) for place in places} - {None}
+    if len(values) > 1:
+        raise ValueError(f"{key} is {' and '.join(map(str, sorted(values)))} in two places of config.json: "
+                         "leave one of them")
+    return values.pop() if values else None
+
+
 # ------------------------------------------------------------------------------------------
-# Arrangement, files
+# Arrangement
 
 def split_conv1d(name: str, t: Tensor) -> Tensor:
     """GPT-2's Conv1D is a linear map with its matrix (in, out).
@@ -200,17 +246,3 @@ def split_conv1d(name: str, t: Tensor) -> Tensor:
         t = t.T
     part = re.search(r"att\.([qkv])_proj", name)
     return t.chunk(3)["qkv".index(part[1])] if part else t
-
-
-def read_json(file: Path) -> dict:
-    """Raises ValueError for a file that is missing or is not a JSON object."""
-    try:
-        values = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"there is no {file.name}: give a Hugging Face folder, "
-                         "a .gguf or a .pth file") from None
-    except (ValueError, RecursionError) as e:  # bad JSON and bad UTF-8 alike
-        raise ValueError(f"{file.name} is damaged ({e})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file.name} is damaged: not a JSON object")
-    return values

@@ -5,23 +5,25 @@ shape of a model by its tensors, the official order of their names, and what tha
 has no place for.
 """
 
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data.foreign import brief, require_file
 from model import ModelConfig
-from tools.checkpoint import Checkpoint, unchanged
+from tools.checkpoint import Checkpoint, plain_names, unchanged
 
 
-def from_pth(file: Path) -> Checkpoint:
-    """The checkpoint in a file. Its tensors are mapped into memory, and read when they
-    are wanted.
+def from_pth(content: dict) -> Checkpoint:
+    """The checkpoint in what `open_pth` gives.
 
     Widths, heads and ranks are those of its tensors; layer 0 has no use for a value
     residual.
     """
-    tensors = open_pth(file)
+    tensors = state_dict(content)
 
     def shape(name: str, n: int) -> torch.Size:
         if name not in tensors or tensors[name].ndim != n:
@@ -47,25 +49,48 @@ def from_pth(file: Path) -> Checkpoint:
         ffn="channelmix",
         ffn_size=shape("blocks.0.ffn.key.weight", 2)[0],
     )
-    return Checkpoint(cfg, set(tensors), lambda name: name, tensors.get, unchanged, r"blocks\.0\.att\.v[012]")
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    return Checkpoint(cfg, shapes, lambda name: name, tensors.get, unchanged, r"blocks\.0\.att\.v[012]")
 
 
-def open_pth(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory.
+def open_pth(file: Path) -> dict:
+    """What torch.save has written, its tensors mapped into memory, and read when they
+    are wanted.
 
-    Raises ValueError for a file that is damaged or holds anything else; no code in it
-    is run.
+    Raises ValueError for a file that is damaged or holds more than tensors and plain
+    values; no code in it is run.
     """
+    require_file(file)
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        require_stored(file)
+        with warnings.catch_warnings(action="ignore"):  # of what a damaged pickle says of itself
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch, pickle and zipfile raise many kinds here
         raise ValueError(f"damaged, or it holds more than tensors ({type(e).__name__}): "
                          "only a dict of tensors in torch's zip format is read") from None
-    items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
-    if not all(isinstance(name, str) and is_plain(t) for name, t in items):
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors: "
+                         "save model.state_dict() alone")
+    return content
+
+
+def require_stored(file: Path) -> None:
+    """Raises ValueError for a zip that would become larger than it is."""
+    with zipfile.ZipFile(file) as archive:
+        packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"{brief(packed[0].filename)} is compressed, which torch does not do")
+
+
+def state_dict(values: dict) -> dict[str, Tensor]:
+    """The tensors by their plain names.
+
+    Raises ValueError for anything but a flat dict of tensors.
+    """
+    if not all(isinstance(name, str) and is_plain(t) for name, t in values.items()):
         raise ValueError("it is not a flat dict of tensors that hold their own numbers: "
                          "save model.state_dict() alone")
-    return tensors
+    return {short: values[name] for short, name in plain_names(values).items()}
 
 
 def is_plain(t: object) -> bool:

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers
 
 from common import one_line
-from common_bpe import CHATML, LLAMA, PAGE, PRE, SPECIAL, gguf_fields, ids, imported, save, scraps, train
+from common_bpe import (CHATML, LLAMA, MIXED, PAGE, PRE, SPECIAL, gguf_fields, ids, imported, save, scraps,
+                        train)
 from data.bpe import ByteLevelBPE, fingerprint
 from data.foreign import read_gguf_tokenizer, read_tokenizer_json
 from data.tokenizer import get_tokenizer
@@ -117,3 +118,55 @@ def test_a_named_template_and_one_in_a_file_of_its_own_are_found(tmp_path):
     (tmp_path / "b" / "chat_template.jinja").write_text(CHATML)
     alone = imported(original, tmp_path / "c", chat_template=CHATML)
     assert listed.chat == get_tokenizer(str(tmp_path / "b")).chat == alone.chat
+
+
+# ------------------------------------------------------------------------------------------
+# vocab.json and merges.txt
+
+def save_parts(original: Tokenizer, folder, **config) -> None:
+    folder.mkdir()
+    original.model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("pre, config", [
+    ("GPT-2", {}),
+    ("GPT-2", {"tokenizer_class": "GPT2Tokenizer", "eos_token": {"content": "<|im_end|>"}}),
+    ("Qwen2", {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<|im_start|>"]}),
+    ("Qwen2", {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": "<|im_end|>"}),
+])
+def test_vocab_and_merges_are_the_tokenizer_that_they_were_saved_from(pre, config, tmp_path):
+    original = train(pre, normalizer=normalizers.NFC() if pre == "Qwen2" else None)
+    save_parts(original, tmp_path / "m", **config)
+    enc = get_tokenizer(str(tmp_path / "m"))
+    # what tokenizer_config.json does not name is text
+    plain = original.__class__.from_str(original.to_str().replace("<|im_", "<#im_"))
+    for words in MIXED:
+        assert enc.encode_ordinary(words) == ids(plain, words.replace("<|endoftext|>", "")) or "<|" in words
+    assert enc.eot_token == original.token_to_id("<|endoftext|>")
+    last = original.token_to_id("<|im_end|>")
+    assert (last in enc.spec["stop"]) == ("eos_token" in config)
+
+
+def test_added_tokens_and_what_opens_a_text_come_from_the_files_beside(tmp_path):
+    original = train("GPT-2")
+    added = {"1500": {"content": "<tool>", "special": False}, "1501": {"content": "[PAD]", "special": True}}
+    save_parts(original, tmp_path / "m", added_tokens_decoder=added, add_bos_token=True)
+    (tmp_path / "m" / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|endoftext|>"}))
+    enc = get_tokenizer(str(tmp_path / "m"))
+    assert enc.spec["start"] == 0 and enc.spec["added"] == {"<tool>": 1500}
+    assert enc.spec["special"] == {"<|endoftext|>": 0, "[PAD]": 1501} and enc.n_vocab == 1502
+    assert enc.encode_ordinary("a<tool>b")[1] == 1500
+
+
+@pytest.mark.parametrize("config, word", [
+    ({"tokenizer_class": "RobertaTokenizer"}, "RobertaTokenizer without a tokenizer.json is not supported"),
+    ({"add_prefix_space": True}, "add_prefix_space"),
+    ({"tokenizer_class": 3}, "vocab.json is no tokenizer"),
+    ({"added_tokens_decoder": {"x": {}}}, "no tokenizer"),
+])
+def test_other_vocabularies_with_merges_are_refused_by_name(config, word, tmp_path):
+    save_parts(train("GPT-2"), tmp_path / "m", **config)
+    with pytest.raises(ValueError, match=word) as e:
+        read_tokenizer_json(tmp_path / "m")
+    assert str(tmp_path) in one_line(e.value)

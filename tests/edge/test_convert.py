@@ -14,7 +14,7 @@ from common_convert import COMMON, KINDS, WIDE, edit, original, refused, rwkv, w
 from lib.folders import save_model
 from tools.convert import ExportConfig, ImportConfig, export_model, import_model, main
 
-WINDOWED = dict(use_sliding_window=True, sliding_window=64)
+WINDOWED = dict(use_sliding_window=True, sliding_window=64, max_window_layers=0)
 MIXED_LAYERS = ["full_attention", "sliding_attention", "full_attention"]
 
 
@@ -53,6 +53,10 @@ MIXED_LAYERS = ["full_attention", "sliding_attention", "full_attention"]
     ("mistral", dict(sliding_window=64, layer_types=["full_attention"] * 3), ["sliding window of 64"]),
     ("llama", dict(rope_scaling={"rope_type": "linear", "factor": 2.0}),
      ["rope_parameters and rope_scaling", "differ"]),
+    ("llama", dict(rope_theta=1e6), ["rope_theta is 10000.0 and 1000000.0", "leave one"]),
+    ("llama", dict(rope_scaling={"factor": 8.0}), ["rope_type is missing beside factor = 8.0"]),
+    ("llama", dict(rope_scaling={"type": "linear", "rope_type": "llama3", "factor": 2.0}),
+     ["rope scaling 'linear or llama3'"]),
     ("llama", dict(rms_norm_eps=float("nan")), ["norm_eps = nan"]),
     ("qwen2", dict(layer_types=["linear_attention"] * 3), ["linear_attention"]),
     ("qwen3", dict(num_experts=64), ["mixture of experts"]),

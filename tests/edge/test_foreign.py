@@ -58,6 +58,13 @@ def regex_split(pattern: str) -> dict:
     ({"model_vocab": {"a": 10**12}}, "not different"),
     ({"model_vocab": None}, "no tokenizer"),
     ({"model_merges": [1]}, "no tokenizer"),
+    ({"model_merges": ["a b c"]}, "a merge is no pair"),
+    ({"model_vocab": {"a" * 20_000: 0}}, "characters squared of all tokens"),
+    ({"added_tokens": [LSTRIP | {"id": i, "content": f"<{i}>", "special": True} for i in range(66_000)]},
+     "66,000 added tokens"),
+    ({"added_tokens": [LSTRIP | {"id": 2**22, "content": "</s>", "special": True}]}, "2\\^22"),
+    ({"pre_tokenizer": regex_split("(?:a|b)" * 2000)}, "characters of split patterns"),
+    ({"model_vocab": {"a": float("nan")}}, "not different"),
     ({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}, "SentencePiece"),
     ({"pre_tokenizer": None}, "character-level"),
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
@@ -66,6 +73,8 @@ def regex_split(pattern: str) -> dict:
     ({"pre_tokenizer": sequence(split_of({"String": " "}, "MergedWithNext"), BYTE_LEVEL)}, "MergedWithNext"),
     ({"pre_tokenizer": regex_split("(")}, "pattern"),
     ({"pre_tokenizer": regex_split("a*")}, "pattern"),
+    ({"pre_tokenizer": regex_split("(((a{100}){0,100}){100,}){100}")}, "100,000,000 repeats"),
+    ({"pre_tokenizer": regex_split("a{" + "9" * 5000 + "}")}, "999,999,999 repeats"),
     ({"pre_tokenizer": regex_split(r"\p{Nonsense}")}, "pattern"),
     ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
     ({"added_tokens": []}, "ends a text"),
@@ -76,6 +85,19 @@ def test_other_tokenizers_are_refused_by_name(tmp_path, changes, word):
     with pytest.raises(ValueError, match=word) as e:
         read_tokenizer_json(edited(tmp_path, **changes))
     assert "tokenizer.json" in one_line(e.value)
+
+
+def test_a_file_larger_than_any_tokenizer_is_not_read(tmp_path):
+    """Ten million tokens have 180 MB; here they are a hole in a file."""
+    for name in ("tokenizer.json", "vocab.json"):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(180_000_000)
+        with pytest.raises(ValueError, match=f"{name} has more than 67,108,864 bytes"):
+            read_tokenizer_json(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"merges.txt can't be read \(No such file"):
+        read_tokenizer_json(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"{}", b"\xff", b'{"model": 3}',
@@ -100,6 +122,9 @@ def test_a_malformed_file_is_one_clear_line(tmp_path, content):
     ({"ggml.token_type": [1]}, "damaged"),
     ({"ggml.merges": None}, "damaged"),
     ({"ggml.tokens": "x"}, "damaged"),
+    ({"ggml.eos_token_id": "x"}, "damaged"),
+    ({"ggml.pre": ["x"]}, "damaged"),
+    ({"ggml.pre": "x" * 10_000}, "not supported"),
 ])
 def test_other_ggufs_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word) as e:
@@ -122,6 +147,12 @@ def test_other_ggufs_are_refused_by_name(changes, word):
     CHATML.replace("m['role'] + '\n'", "loop.index | string + '\n'"),
     "{{ messages.__class__.__mro__[1].__subclasses__() }}",
     "{% for i in range(10**9) %}x{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + CHATML,
+    "{{ lipsum(1000000) }}" + CHATML,
+    "{{ 'x' * 10**11 }}" + CHATML,
+    "{% set x = namespace(s='xx') %}{% for i in range(60) %}{% set x.s = x.s + x.s %}{% endfor %}" + CHATML,
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + CHATML,
+    "{{ '%1000000000d' % 1 }}" + CHATML,
 ])
 def test_a_template_that_is_more_than_frames_is_none(template):
     names = {"bos_token": None, "eos_token": None}

@@ -1,5 +1,6 @@
 """Model folders: what is saved is what is loaded, and damage is named."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from common import random_batch, tiny_model
 from common_model import GPT, RWKV, VARIANTS, every_variant, lively, one_line_error, text
-from lib.folders import load_model, save_model
+from lib.folders import expected_shapes, load_model, save_model, stored_shapes
 from model import LM
 
 
@@ -175,6 +176,23 @@ DAMAGE = {
         "ln_out.bias is (31,), expected (32,)",
     ),
     "no tensors": (edit_tensors(lambda t: t.clear()), "missing"),
+    "NaN": (edit_tensors(lambda t: t["ln_out.bias"][3:4].fill_(float("nan"))), "ln_out.bias"),
+    "infinite": (edit_tensors(lambda t: t["head.weight"][:1].fill_(float("-inf"))), "head.weight"),
+    "null": (edit_config(mixer=None), "mixer = None: expected str"),
+    "another type": (edit_config(tied=1), "tied = 1: expected bool"),
+    "infinity": (edit_config(vocab_size=float("inf")), "vocab_size = inf"),
+    "not a number": (edit_config(rope_theta=float("nan")), "rope_theta = nan"),
+    "a list": (edit_config(n_embd=[3] * 10_000), "n_embd = [3"),
+    "an integer of 400 digits": (edit_config(n_embd=10**399), "no tensor can be as large"),
+    "one where a float stands": (edit_config(rope_theta=10**399), "damaged"),
+    "one of 5,000 digits": (write("config.json", b'{"n_embd": 1' + b"0" * 5000 + b"}"), "damaged"),
+    "nested 100,000 deep": (write("config.json", b'{"n_embd": ' + b"[" * 100_000), "damaged"),
+    "a billion layers": (edit_config(n_layer=10**9), "n_layer = 1000000000 layers some are missing"),
+    "more layers than tensors": (edit_config(n_layer=100, mixer="auto:99"), "100 layers some are missing"),
+    "absurd width": (edit_config(n_embd=2**50, rwkv_size=2**50), "config.json"),
+    "absurd vocabulary": (edit_config(vocab_size=2**50), "emb.weight"),
+    "a header of a terabyte": (write("model.safetensors", b"\0\0\0\0\0\1\0\0{}"), "header claims"),
+    "a header of 100 MB": (write("model.safetensors", (10**8).to_bytes(8, "little") + b" " * 99), "claims"),
 }
 
 
@@ -189,6 +207,43 @@ def test_a_tied_folder_without_its_embedding_is_refused(tmp_path):
     save_model(LM(VARIANTS["gpt2"]), tmp_path, {})
     edit_tensors(lambda t: t.pop("emb.weight"))(tmp_path)
     one_line_error(lambda: load_model(tmp_path), "emb.weight is missing")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_the_system_says_of_a_file_is_told(name, tmp_path, monkeypatch):
+    """A folder, a pipe without a writer, and a file that may not be read, are there."""
+    save_model(LM(RWKV), tmp_path, {})
+    os.rename(tmp_path / name, tmp_path / "kept")
+    for make in (os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        make(tmp_path / name)
+        one_line_error(lambda: load_model(tmp_path), f"{tmp_path / name} can't be read", "no regular file")
+        os.rename(tmp_path / name, tmp_path / f"other {len(os.listdir(tmp_path))}")
+    os.rename(tmp_path / "kept", tmp_path / name)
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    one_line_error(lambda: load_model(tmp_path), "config.json can't be read (Permission denied)")
+
+
+@every_variant
+@pytest.mark.parametrize("mixer", [None, "a", "r", "ra", "arra", "aarr", "rraa"])
+def test_shapes_are_those_of_the_model_without_building_all_of_it(cfg, mixer):
+    cfg = replace(cfg, mixer=mixer or cfg.mixer, n_layer=7)
+    shapes, built = expected_shapes(cfg), stored_shapes(LM(cfg))
+    assert shapes == built and list(shapes) == list(built)
+
+
+def test_a_model_is_not_built_before_its_file_is_known_to_fill_it(tmp_path, monkeypatch):
+    """Of 300 tensors, 37 layers could be; two are built to see that they are not."""
+    layers = []
+    monkeypatch.setattr("lib.folders.LM", lambda cfg: layers.append(cfg.n_layer) or LM(cfg))
+    save_file({f"blocks.{i}.x": torch.zeros(1) for i in range(300)}, tmp_path / "model.safetensors")
+    for n_layer, says in ((37, "blocks.0"), (38, "some are missing"), (10**15, "some are missing")):
+        (tmp_path / "config.json").write_text(json.dumps({"n_layer": n_layer, "n_embd": 3 * 2**22}))
+        one_line_error(lambda: load_model(tmp_path), says)
+    assert layers == [2]
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path):

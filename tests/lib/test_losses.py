@@ -59,6 +59,20 @@ def test_kl_in_chunks_of_tokens_is_plain_kl_in_value_and_gradient(kind):
             assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
 
 
+@pytest.mark.parametrize("kind", ["forward", "reverse", "adaptive"])
+def test_kl_reads_the_rows_that_both_models_have(kind):
+    """Padding rows belong to no token: one model may have more of them than another."""
+    teacher, student = tiny_model(3, vocab_size=250), tiny_model(mixer="r")
+    batch = random_batch(vocab=250)
+    cut = tiny_model(mixer="r", vocab_size=250)
+    weights = {name: p[:250] if name in ("emb.weight", "head.weight") else p
+               for name, p in student.state_dict().items()}
+    cut.load_state_dict(weights)
+    loss, same = (match_loss(model, batch, teacher=teacher, kind=kind)[0] for model in (student, cut))
+    assert torch.equal(loss["kl"], same["kl"]) and torch.equal(loss["teacher_ce"], same["teacher_ce"])
+    assert loss["ce"] > same["ce"]      # the student's own loss is over all its rows
+
+
 def test_kl_chunks_bound_the_largest_tensor_of_logits():
     """With chunks of 8 tokens, nothing that the backward pass keeps is as large as 9
     tokens' logits.

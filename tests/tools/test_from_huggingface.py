@@ -1,5 +1,7 @@
 """Hugging Face folders: each kind gives the logits of transformers."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,6 +51,71 @@ def test_older_files_of_the_same_models_are_read(tmp_path):
     masks = {name: torch.ones(1, 1, 128, 128) for name in names}
     save_file({k.removeprefix("transformer."): v for k, v in load_file(file).items()} | masks, file)
     assert relative(bring(tmp_path / "gpt2", tmp_path)(text())[0], model(text()).logits) < 1e-4
+
+
+ELSEWHERE = ("rope_type", "rope_theta", "original_max_position_embeddings")
+OLD = {key: value for key, value in LLAMA3.items() if key not in ELSEWHERE}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [
+    dict(rope_scaling=LLAMA3),
+    dict(rope_scaling=OLD | {"type": "llama3"}, rope_theta=5000.0, original_max_position_embeddings=32),
+    dict(rope_parameters={"rope_theta": 5000}, rope_scaling=LLAMA3 | {"type": "llama3"}),
+    dict(rope_parameters=OLD | {"rope_type": "llama3"}, rope_theta=5000, original_max_position_embeddings=32),
+    dict(rope_scaling=None, attention_dropout=0.0, sliding_window=None, quantization_config={}),
+])
+def test_settings_that_mean_the_same_are_the_same(changes, tmp_path):
+    model = original(*KINDS[GROUPED])
+    model.save_pretrained(tmp_path / "llama")
+    edit(tmp_path / "llama", **changes)
+    assert relative(bring(tmp_path / "llama", tmp_path)(text())[0], model(text()).logits) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [
+    dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e6, "factor": 1.0}),
+    dict(rope_parameters=LLAMA3 | {"rope_theta": 1e6, "factor": 1}),
+    dict(rope_parameters=..., rope_theta=1e6, rope_scaling={"type": "yarn", "factor": 1.0}),
+    dict(rope_scaling={"type": "linear", "factor": 1.0}),
+    dict(use_sliding_window=True, sliding_window=64, max_window_layers=3, layer_types=...),
+    dict(use_sliding_window=False, sliding_window=64, layer_types=...),
+    dict(use_sliding_window=True, sliding_window=128, max_window_layers=0, layer_types=...),
+])
+def test_settings_that_do_nothing_are_none(changes, tmp_path):
+    """Scaling by one; windows that no layer has, or that are as long as the context."""
+    model = original(*KINDS["qwen2, untied"])
+    model.save_pretrained(tmp_path / "original")
+    edit(tmp_path / "original", **changes)
+    assert relative(bring(tmp_path / "original", tmp_path)(text())[0], model(text()).logits) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gpt2", "llama, linear scaling, biases, tied"])
+@pytest.mark.parametrize("rename", [
+    lambda name: "_orig_mod." + name,
+    lambda name: "module." + name,
+    lambda name: "base_model.model." + name,
+    lambda name: "base_model.model._orig_mod." + name,
+    lambda name: name.removeprefix("model.").removeprefix("transformer."),
+    lambda name: name.replace(".h.1.", ".h.1._orig_mod.").replace("layers.1.", "layers.1._orig_mod."),
+])
+def test_names_are_read_without_what_others_put_around_them(kind, rename, tmp_path):
+    model = original(*KINDS[kind])
+    model.save_pretrained(tmp_path / "original")
+    file = tmp_path / "original" / "model.safetensors"
+    save_file({rename(name): t for name, t in load_file(file).items()}, file)
+    assert relative(bring(tmp_path / "original", tmp_path)(text())[0], model(text()).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_a_tensor_in_two_shards_is_the_one_that_the_index_names(tmp_path):
+    model, folder = original(*KINDS["llama"]), tmp_path / "original"
+    model.save_pretrained(folder, max_shard_size="20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    other = next(name for name in index.values() if name != index["model.norm.weight"])
+    save_file(load_file(folder / other) | {"model.norm.weight": torch.zeros(48)}, folder / other)
+    assert relative(bring(folder, tmp_path)(text())[0], model(text()).logits) < 1e-4
 
 
 @torch.no_grad()
