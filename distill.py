@@ -43,7 +43,8 @@ from lib.processes import joined, setup
 from lib.report import report_stages
 from lib.runs import Run, RunConfig, restore
 from lib.scores import HeldOut, mean_terms
-from lib.stages import check_student, first_tokens, load_teacher, open_loaders, prepare_data
+from lib.stages import (check_student, first_tokens, frozen_parts, introduce, load_teacher, open_loaders,
+                        prepare_data)
 from lib.start import copy_linear, look_at_teacher, spread_decay
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
 from train import FitConfig, cross_entropy_loss, fit
@@ -260,12 +261,13 @@ def divergence(t: Tensor, s: Tensor, kind: str) -> Tensor:
 
 def match_loss(student: LM, batch: Batch, state: tuple | None = None, *, teacher: LM,
                kind: str = "forward", kl_weight: float = 1.0, ce_weight: float = 0.0,
-               kl_chunk: int | None = None) -> tuple[dict, tuple]:
+               kl_chunk: int | None = None, temperature: float = 1.0) -> tuple[dict, tuple]:
     """kl_weight KL + ce_weight CE over the targets, and the teacher's own CE beside it.
 
-    `state` is (student's, teacher's). The heads run on `kl_chunk` tokens at a time, and
-    again in the backward pass, so that all logits of both models never exist together;
-    None: about 2^24. Of rows beyond the tokens, KL reads those that both models have.
+    `state` is (student's, teacher's). KL is of logits / temperature, times its square,
+    so that its gradient keeps its size (arXiv 1503.02531), over the tokens that both
+    models have. The heads run on `kl_chunk` tokens at a time (None: about 2^24 logits),
+    and again in the backward pass: all logits of both models never exist together.
     """
     V = min(student.cfg.vocab_size, teacher.cfg.vocab_size)
     student_state, teacher_state = state or (None, None)
@@ -277,7 +279,7 @@ def match_loss(student: LM, batch: Batch, state: tuple | None = None, *, teacher
         with torch.no_grad():
             t = teacher.head(ht)[:, :V]
         s = student.head(hs)
-        kl = (divergence(t, s[..., :V], kind) * mask).sum()
+        kl = (divergence(t / temperature, s[:, :V] / temperature, kind) * mask).sum() * temperature**2
         ce = (F.cross_entropy(s.float(), y, reduction="none") * mask).sum()
         teacher_ce = (F.cross_entropy(t.float(), y, reduction="none") * mask).sum()
         return kl, ce, teacher_ce
@@ -305,6 +307,7 @@ class DistillConfig:
     kl_kind: Literal["forward", "reverse", "adaptive"] = "forward"
     kl_weight: float = at_least(0.0, 1.0)
     ce_weight: float = at_least(0.0, 0.0)
+    kl_temperature: float = at_least(0.01, 1.0)        # above 1, unlikely tokens matter more
     kl_chunk: int | None = at_least(1, None)           # tokens whose logits exist at once
     logit_teacher: str | None = None                   # another, larger model with the same tokens, for match
     freeze: str = ""                                   # in match, parts of names that do not train: emb,head
@@ -361,8 +364,8 @@ def open_stage(name: str, cfg: DistillConfig, student: LM, teacher: LM, logit_te
         return Stage(partial(align_loss, kind=cfg.align_kind), teacher, trains=(".att.student.",))
     if name == "match":
         loss = partial(match_loss, teacher=logit_teacher, kind=cfg.kl_kind, kl_weight=cfg.kl_weight,
-                       ce_weight=cfg.ce_weight, kl_chunk=cfg.kl_chunk)
-        return Stage(loss, frozen=tuple(filter(None, cfg.freeze.split(","))))
+                       ce_weight=cfg.ce_weight, kl_chunk=cfg.kl_chunk, temperature=cfg.kl_temperature)
+        return Stage(loss, frozen=frozen_parts(cfg, student))
     if kind == "preference":
         reference = copy.deepcopy(student).eval().requires_grad_(False)
         return Stage(partial(dpo_loss, reference=reference, beta=cfg.dpo_beta, kind=cfg.dpo_kind,
@@ -383,8 +386,7 @@ def distill(cfg: DistillConfig) -> dict:
     check_student(cfg, student)
     loaders = open_loaders(cfg, student, logit_teacher, T, rank, world)
     meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
-    sizes = f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}"
-    run.begin(student, meta, cfg, sizes, describe(student.cfg, T))
+    run.begin(student, meta, cfg, introduce(cfg, teacher, student), describe(student.cfg, T))
 
     held_out = HeldOut(teacher, student, loaders["val"], cfg.eval_tokens, cfg.match.bptt_chunk)
 

@@ -33,7 +33,7 @@ from tyro.conf import OmitArgPrefixes
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from lib.bptt import backward_in_pieces
-from lib.folders import check_vocabulary, load_model, same_tokenizer
+from lib.folders import check_start, check_vocabulary, load_model, same_tokenizer
 from lib.hybrid import describe, mixer_letters
 from lib.processes import data_parallel, joined, main_first, setup
 from lib.runs import Meter, Progress, Run, RunConfig
@@ -68,6 +68,12 @@ class FitConfig:
     eps: float = at_least(0.0, 1e-8)
     clip: float | None = at_least(0.0, 1.0)                 # of the gradient's norm
     eval_every: int | None = at_least(1, 500)               # steps
+
+    def __post_init__(self):
+        if self.weight_decay_end is not None and not self.weight_decay:
+            raise ValueError("weight_decay_end: without a weight_decay it would do nothing")
+        if self.learning_rate_end is not None and self.schedule == "constant":
+            raise ValueError("learning_rate_end: with the schedule constant it would do nothing")
 
 
 # ------------------------------------------------------------------------------------------
@@ -228,7 +234,7 @@ def train(cfg: TrainConfig) -> dict:
     run = Run(cfg.run, rank, "train", reads=[cfg.init, cfg.data])
     start = load_model(cfg.init) if cfg.init else None
     shape = start.cfg if start else cfg.shape
-    check(cfg, shape)
+    check_start(cfg, shape)
     with main_first(rank):
         ensure_prepared(cfg.data, cfg.init or "bytes")
     how = (cfg.fit, shape.block_size, cfg.run.seed, rank, world)
@@ -251,14 +257,6 @@ def train(cfg: TrainConfig) -> dict:
     line = "held-out loss {val_loss:.4f} nats per token after {tokens:,} tokens and {minutes:.1f} minutes"
     run.say(f"{cfg.run.out}: {line.format(**result)}")
     return result
-
-
-def check(cfg: TrainConfig, shape: ModelConfig) -> None:
-    same = replace(cfg.shape, vocab_size=shape.vocab_size) == replace(shape, mixer=shape.mixers)
-    if cfg.init and not same and (cfg.mixer or cfg.model != ModelConfig()):
-        raise ValueError(f"--init takes the model of {cfg.init} as it is: omit flags that describe another")
-    if cfg.fit.bptt_truncate and "a" in shape.mixers:
-        raise ValueError("bptt_truncate: attention's state would grow without end; it is for --mixer r alone")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -55,7 +55,7 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
     write_json(folder / "config.json", asdict(model.cfg))
     write_json(folder / "meta.json", meta)
     checksums = {name: checksum(weight) for name, weight in stored.items()}
-    metadata = {"format": "pt", "crc32": json.dumps(checksums)}
+    metadata = {"crc32": json.dumps(checksums)}        # one entry alone: several come in any order
     write_whole(folder / "model.safetensors", lambda part: save_file(stored, part, metadata))
 
 
@@ -267,6 +267,17 @@ def read_tensor(file: str | Path, name: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------------
 # Do model and data belong together?
+
+def check_start(cfg, shape: ModelConfig) -> None:
+    """Raises ValueError where a TrainConfig describes another model than --init has, or
+    one that its loop cannot train.
+    """
+    same = replace(cfg.shape, vocab_size=shape.vocab_size) == replace(shape, mixer=shape.mixers)
+    if cfg.init and not same and (cfg.mixer or cfg.model != ModelConfig()):
+        raise ValueError(f"--init takes the model of {cfg.init} as it is: omit flags that describe another")
+    if cfg.fit.bptt_truncate and "a" in shape.mixers:
+        raise ValueError("bptt_truncate: attention's state would grow without end; it is for --mixer r alone")
+
 
 def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
     """Raises ValueError where the data have tokens that student or teacher have not.

@@ -5,13 +5,13 @@ first checkpoint is whole; until then that one lives in OUT/.new. settings.json 
 what a run was started with, and a resumed one goes on with the same.
 """
 
-import json
 import os
 import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.foreign import read_json
 from lib.folders import fingerprint, write_json
 
 try:
@@ -276,12 +276,5 @@ def told(name: str, before: dict, values: dict) -> str:
 
 def read_settings(file: Path) -> dict:
     """What `Home.enter` wrote; nothing for a run of before, which did not."""
-    if not file.exists():
-        return {}
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is damaged: remove it, and --resume goes on without comparing settings")
-    return values
+    remedy = "remove it, and --resume goes on without comparing settings"
+    return read_json(file, remedy) if file.exists() else {}

@@ -58,10 +58,32 @@ def check_student(cfg, student: LM) -> None:
             f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand, "
             "name layers such as first:1, or use auto:T with T above the teacher's block_size"
         )
+    names = [name for name, _ in student.named_parameters(remove_duplicate=False)]     # a tied head has one
     for part in filter(None, cfg.freeze.split(",")):
-        if not any(part in name for name, _ in student.named_parameters()):
+        if not any(part in name for name in names):
             raise ValueError(f"freeze = {cfg.freeze!r}: no parameter has {part!r} in its name; try emb, att, "
                              "ffn, ln or head")
+    if all(any(part in name for part in frozen_parts(cfg, student)) for name in names):
+        raise ValueError(f"freeze = {cfg.freeze!r}: nothing would be left to train")
+    for name in ("align", "finish"):
+        if getattr(cfg, name).eval_every:
+            raise ValueError(f"{name}.eval_every: only match is evaluated while it trains; omit it")
+
+
+def frozen_parts(cfg, student: LM) -> tuple[str, ...]:
+    """The parts of names that do not train in `match`: a tied head is the embedding."""
+    parts = tuple(filter(None, cfg.freeze.split(",")))
+    if student.cfg.tied and any(part in "head.weight" for part in parts):
+        return *parts, "emb.weight"
+    return parts
+
+
+def introduce(cfg, teacher: LM, student: LM) -> str:
+    """Who is distilled into whom, in a line or two."""
+    line = f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}"
+    if student.cfg.tied and any(part in "emb.weight" for part in frozen_parts(cfg, student)):
+        line += "\nmatch: embedding and head are one, and frozen both"
+    return line
 
 
 def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: int) -> dict[str, Loader]:

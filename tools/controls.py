@@ -8,11 +8,11 @@ OUT/controls, a folder each, and into its report. What is there already goes on,
 read back.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from config import at_least, cli, run as run_script, settings
+from data.foreign import read_json
 from data.loader import Loader
 from distill import DistillConfig, distill
 from lib.folders import load_model
@@ -88,7 +88,7 @@ def add_controls(cfg: ControlsConfig) -> dict:
         if not (out / "report.json").exists():
             raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
     controls = run_controls(cfg)
-    report = json.loads((out / "report.json").read_text()) | {"controls": controls}
+    report = read_json(out / "report.json", "distil again") | {"controls": controls}
     if rank == 0:
         curves = {"teacher": Path(cfg.teacher)} | {name: out / name for name in cfg.named}
         write_report(out, report, {name: folder / "metrics.jsonl" for name, folder in curves.items()})
