@@ -66,7 +66,8 @@ def check_student(cfg, student: LM) -> None:
     if all(any(part in name for part in frozen_parts(cfg, student)) for name in names):
         raise ValueError(f"freeze = {cfg.freeze!r}: nothing would be left to train")
     for name in ("align", "finish"):
-        if getattr(cfg, name).eval_every:
+        loop = getattr(cfg, name)
+        if loop.eval_every not in (None, type(loop)().eval_every):
             raise ValueError(f"{name}.eval_every: only match is evaluated while it trains; omit it")
 
 
