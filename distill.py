@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tyro.conf import OmitArgPrefixes
 
 from data.loader import Batch, Loader
-from lib.hybrid import describe, mixer_letters
+from lib.hybrid import mixer_letters
 from lib.preference import dpo_loss
 from lib.processes import joined, setup
 from lib.report import report_stages
@@ -386,7 +386,7 @@ def distill(cfg: DistillConfig) -> dict:
     check_student(cfg, student)
     loaders = open_loaders(cfg, student, logit_teacher, T, rank, world)
     meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
-    run.begin(student, meta, cfg, introduce(cfg, teacher, student), describe(student.cfg, T))
+    run.begin(student, meta, replace(cfg, block_size=T), introduce(cfg, teacher, student, T))
 
     held_out = HeldOut(teacher, student, loaders["val"], cfg.eval_tokens, cfg.match.bptt_chunk)
 

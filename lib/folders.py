@@ -64,13 +64,10 @@ def checksum(x: Tensor) -> int:
     return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
 
 
-def digests_of(file: str | Path) -> dict[str, int]:
-    """The checksums that `save_model` wrote into a .safetensors file; others have none.
-    """
-    with safe_open(file, "pt") as f:
-        text = (f.metadata() or {}).get("crc32", "{}")
+def checksums_in(f, file: str | Path) -> dict[str, int]:
+    """What `save_model` wrote into the open .safetensors file; others have none."""
     try:
-        return dict(json.loads(text))
+        return dict(json.loads((f.metadata() or {}).get("crc32", "{}")))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{file} is damaged: its checksums are; restore it from a checkpoint") from None
 
@@ -82,7 +79,8 @@ def fingerprint(folder: str | Path) -> int | None:
     """
     folder = Path(folder)
     if (folder / "model.safetensors").exists():
-        known = digests_of(folder / "model.safetensors")
+        with safe_open(folder / "model.safetensors", "pt") as f:
+            known = checksums_in(f, folder / "model.safetensors")
         files = ["model.safetensors"]
     elif (folder / "meta.json").exists():
         meta = read_meta(folder)
@@ -257,8 +255,7 @@ def read_tensor(file: str | Path, name: str) -> Tensor:
     ValueError where it has the tensor's checksum, and that is another.
     """
     with safe_open(file, "pt") as f:
-        x = f.get_tensor(name)
-    expected = digests_of(file).get(name)
+        x, expected = f.get_tensor(name), checksums_in(f, file).get(name)
     if expected is not None and expected != checksum(x):
         raise ValueError(f"{file} is damaged: {name} has another checksum than when it was saved; restore it "
                          "from a checkpoint, or from a copy")

@@ -99,21 +99,32 @@ def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], 
                          "choose another --out")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
+    for name in writes:
+        if (out / name).is_symlink() and (overwrite or not (out / name).exists()):
+            raise ValueError(f"{out / name} is a link to {os.readlink(out / name)}, which "
+                             + ("--overwrite would not empty" if (out / name).exists() else "does not exist")
+                             + ": make or remove it, or choose another --out")
     for folder in filter(None, reads):
         if would_replace(out, writes, Path(folder).resolve()):
             raise ValueError(f"{folder} is read by this run and would be replaced by it: choose another "
                              "--out")
     if (out / foreign).exists():
         raise ValueError(f"{out} holds a run of another script: choose another --out")
-    present = [name for name in writes if (out / name).exists() and name != "settings.json"]
+    present = [name for name in writes if name != "settings.json" and is_full(out / name)]
+    moving = (out / NEW).exists() or (out / OLD).exists()      # a killed process had one replaced
     if resume and "model.safetensors" in present and not any(out.glob("**/checkpoints")):
         raise ValueError(f"{out} holds a model but no checkpoints: there is nothing to resume; choose "
                          "another --out, or start from it with --init")
-    if present and all(name in MODEL for name in present):
+    if present and not moving and all(name in MODEL for name in present):
         raise ValueError(f"{out} holds {present[0]}, but no run that it could be of: choose another --out")
-    if present and not resume and not overwrite:
+    if (present or moving) and not resume and not overwrite:
         raise ValueError(f"{out} holds another run: go on with --resume, replace it with --overwrite, or "
                          "choose another --out")
+
+
+def is_full(path: Path) -> bool:
+    """A file, or a folder with something in it."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def would_replace(out: Path, writes: Sequence[str], folder: Path) -> bool:
@@ -146,10 +157,8 @@ def lock(out: Path):
 # One run in another's place
 
 def tidy(out: Path, writes: Sequence[str]) -> None:
-    """Finish what a killed process had begun, or undo it, and sweep what it left."""
-    if any(checkpoint.name[5:].isdigit() for checkpoint in (out / NEW).glob("**/checkpoints/step_*")):
-        replace(out, writes)
-    elif (out / OLD).exists() and (out / NEW).exists():
+    """Finish the replacement that a killed process had begun, and sweep what it left."""
+    if (out / OLD).exists() and (out / NEW).exists():
         replace(out, writes)
     shutil.rmtree(out / NEW, ignore_errors=True)
     shutil.rmtree(out / OLD, ignore_errors=True)
@@ -211,7 +220,9 @@ def flatten(settings: dict, world: int) -> dict:
         prefix = name.removesuffix("batch_size")
         rows = values.pop(name) * values.pop(prefix + "accum") * world
         values[f"{prefix}batch_size * accum * processes"] = rows
-    if "stages" in values:
+    if "stages" not in values:
+        values.pop("eval_tokens", None)            # only watched
+    else:
         T, finish_T = values.pop("block_size"), values.pop("finish_block_size")
         values |= {"align.block_size": T, "match.block_size": T, "finish.block_size": finish_T or T}
     return {name: value for name, value in values.items() if name.rpartition(".")[2] not in HOW}
@@ -234,8 +245,10 @@ def go_on(out: Path, values: dict) -> dict:
         stage, last = owner(name), name.rpartition(".")[2]
         if same(before[name], values[name]) or stage and stage not in begun:
             continue
-        if last == "block_size" and stage in done and not complete:
+        if last == "block_size" and stage in done and (stage != begun[-1] or not complete):
             values[name] = before[name]            # the others may have a longer one
+        elif last in LENGTHS and stage in done and stage not in asked:
+            values[name] = before[name]
         elif last in LENGTHS and stage in done and stage in asked and stage != begun[-1]:
             differences.append(f"{told(name, before, values)} (and {begun[-1]} is built upon it)")
         elif last in LENGTHS and stage in done and stage in asked:

@@ -12,6 +12,7 @@ from torch import Tensor
 from data.loader import Loader
 from data.prepare import ensure_prepared
 from lib.folders import check_vocabulary, load_model, same_tokenizer
+from lib.hybrid import describe
 from lib.processes import main_first
 from model import LM
 
@@ -79,12 +80,12 @@ def frozen_parts(cfg, student: LM) -> tuple[str, ...]:
     return parts
 
 
-def introduce(cfg, teacher: LM, student: LM) -> str:
-    """Who is distilled into whom, in a line or two."""
+def introduce(cfg, teacher: LM, student: LM, T: int) -> str:
+    """Who is distilled into whom, in a few lines."""
     line = f"teacher {cfg.teacher}: {teacher.n_params():,} parameters; student: {student.n_params():,}"
     if student.cfg.tied and any(part in "emb.weight" for part in frozen_parts(cfg, student)):
         line += "\nmatch: embedding and head are one, and frozen both"
-    return line
+    return f"{line}\n{describe(student.cfg, T)}"
 
 
 def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: int) -> dict[str, Loader]:

@@ -158,7 +158,7 @@ def test_only_a_model_of_ours_is_replaced(source, tmp_path):
     for name in ("source", "source/model.safetensors", "source/inside"):
         refused("another --out", call=lambda: bring(source, tmp_path / name, overwrite=True))
     for name in ("", " ", "a\0b", "/"):
-        refused("--out", call=lambda: bring(source, name, overwrite=True))
+        refused("out", call=lambda: bring(source, name, overwrite=True))
     (source / "link.bin").symlink_to(tmp_path / "elsewhere" / "weights.bin")
     save_model(rwkv(), tmp_path / "elsewhere", {"tokenizer": "bytes"})
     refused("another --out", call=lambda: bring(source, tmp_path / "elsewhere", overwrite=True))

@@ -99,7 +99,7 @@ def test_an_array_of_strings_takes_little_more_than_the_file(tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(num_hidden_layers=10**9), ["num_hidden_layers", "damaged"]),
-    (dict(num_hidden_layers=2**24), ["16777216 layers"]),
+    (dict(num_hidden_layers=2**24), ["n_layer = 16777216"]),
     (dict(hidden_size=10**399), ["hidden_size", "damaged"]),
     (dict(hidden_size=2**20, num_attention_heads=2**10), ["embed_tokens.weight is (97, 48)", "1048576"]),
     (dict(intermediate_size=2**24), ["up_proj", "16777216"]),

@@ -116,7 +116,7 @@ def test_what_nobody_needs_any_more_is_swept_and_an_unborn_run_is_forgotten(tmp_
     old = files(out)
     (out / "checkpoints/step_0000009.tmp").mkdir()
     (out / "meta.json.tmp").write_text("half")
-    (out / NEW / "checkpoints/step_0000001.tmp").mkdir(parents=True)
+    (out / NEW / "checkpoints/step_0000001").mkdir(parents=True)        # killed before it was published
     (out / NEW / "metrics.jsonl").write_text("")
     tidy(out, TRAIN)
     assert files(out) == old and not (out / NEW).exists()
@@ -215,8 +215,18 @@ def test_a_distillation_goes_on_with_its_own_teacher_data_and_losses(job, other,
     refused(lambda: distill.distill(replace(whole, align=loop(9))),
             "align.max_steps = 3, not 9 .and match is built upon it")
     longer = distill.distill(replace(whole, match=loop(5)))
+    distill.distill(replace(whole, match=loop(5)))           # and once more, as it is
     tokens = [row["tokens"] for row in longer["stages"]]
     assert tokens[2] * 3 == tokens[1] * 5 > 0                # three steps of align, and now five of match
+
+
+def test_stages_may_have_lengths_of_their_own_and_a_run_says_them_again(job, tmp_path):  # noqa: F811
+    """The block size that is the teacher's is the same, said or not."""
+    distill.distill(job("out", stages="align", block_size=8))
+    whole = job("out", stages="align,match", resume=True)
+    for again in (whole, replace(whole, block_size=16), replace(whole, match=loop(5, batch_size=2))):
+        distill.distill(again)
+    refused(lambda: distill.distill(replace(whole, block_size=4)), "match.block_size = 16, not 4")
 
 
 def test_folders_are_known_by_what_is_in_them(tmp_path, tiny, other):
@@ -286,3 +296,27 @@ def test_the_loss_of_a_run_is_that_of_before(tmp_path, tiny):
     assert a["loss"] == b["loss"]
     rows = (tmp_path / "b/metrics.jsonl").read_text().splitlines()
     assert len(rows) == 3
+
+
+def test_a_run_whose_replacement_was_killed_is_known_as_one(tmp_path, tiny):
+    """Between the two halves of a replacement the folder holds a model and no run."""
+    out = tmp_path / "run"
+    save_model(tiny_model(mixer="r", std=0.05), out, META)
+    run_fit(out / NEW, tiny.text, steps(2))
+    (out / OLD).mkdir()
+    (out / OLD / "moved").touch()
+    refused(lambda: run_fit(out, tiny.text, steps(3), resume=False), "holds another run")
+    run_fit(out, tiny.text, steps(3))
+    run_fit(tmp_path / "whole", tiny.text, steps(3))
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_links_to_nowhere_are_named_and_an_empty_folder_is_no_run(tmp_path, tiny):
+    out, disk = tmp_path / "run", tmp_path / "disk"
+    out.mkdir()
+    (out / "checkpoints").symlink_to(disk)
+    refused(lambda: run_fit(out, tiny.text, steps(2), resume=False), "checkpoints is a link to .*disk, which")
+    disk.mkdir()
+    run_fit(out, tiny.text, steps(2), resume=False)
+    assert (disk / "step_0000002/trainer.pt").exists()
+    refused(lambda: run_fit(out, tiny.text, steps(2), resume=False, overwrite=True), "would not empty")

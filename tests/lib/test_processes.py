@@ -58,7 +58,7 @@ def test_what_was_saved_on_request_is_no_failure(failed):
 
 def test_a_refusal_of_rank_0_is_one_line_of_two_processes(tmp_path):
     """The only other traceback is torchrun's own."""
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "metrics.jsonl").touch()
     run = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY,
                 "--device", "cpu", "--out", tmp_path)
     err = run.communicate(timeout=600)[1]

@@ -135,7 +135,7 @@ def test_the_whole_job_from_nothing_and_again_with_preferences(small_sources, tm
 
 
 def test_what_cannot_be_is_refused_before_a_teacher_is_trained(small_sources, tmp_path):
-    (tmp_path / "out" / "rwkv" / "align").mkdir(parents=True)
+    (tmp_path / "out" / "rwkv" / "align" / "checkpoints").mkdir(parents=True)
     for flags, says in (
         (["--controls", "--stages", "align"], "controls compare with the stages align,match"),
         ([], "holds another run"),
