@@ -8,8 +8,7 @@
     0,2,5                 these; layers count from 0
     auto:T                as many layers stay attention as fit: after T tokens the model
                           may hold no more than it would with attention in every layer
-                          after block_size tokens. They are spread evenly, the last in
-                          the last layer
+                          after block_size tokens. Spread evenly, up to the last layer
 """
 
 import torch

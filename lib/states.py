@@ -63,8 +63,8 @@ def process(
     next, and the state.
 
     Needs memory for the activations of one piece: `piece` tokens of all rows together,
-    but at least 16 of each. Raises ValueError for an empty text or piece, tokens
-    outside the vocabulary, a state of another number of rows or in int8, and as LM.
+    but at least 16 of each. Raises ValueError as LM does, and for an empty text or
+    piece, tokens outside the vocabulary, a state of other than B rows or in int8.
     """
     B, T = tokens.shape
     if B * T == 0 or piece < 1:

@@ -68,7 +68,7 @@ def replacement_costs(student: LM, teacher: LM, val: Loader, max_tokens: int | N
 
 
 def propose(rows: list[dict], keep: int) -> dict:
-    """Leave the `keep` costliest layers attention: costs add up, but only roughly."""
+    """Leave the `keep` costliest layers attention, as if costs added up exactly."""
     attention = sorted(row["layer"] for row in rows[:keep])
     letters = "".join("a" if i in attention else "r" for i in range(len(rows)))
     return {"layers": rows, "keep": keep, "attention": attention, "mixer": letters}
