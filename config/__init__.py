@@ -6,8 +6,7 @@ A script's settings are a frozen dataclass, made by `settings`. A preset is a TO
 with some of its fields, nested dataclasses as tables. `cli` puts the three together and
 refuses what it does not know; `run` ends a script with one line instead of a traceback.
 
-The room's law: settings and presets; it imports nothing of ours, and everybody may
-import it.
+The room's law: settings and presets; it imports nothing of ours, and all may import it.
 """
 
 from config.script import hush, run  # noqa: F401   (before all that takes long, for Ctrl-C: see there)
@@ -127,8 +126,7 @@ def choices_of(hint) -> tuple[str, ...]:
 def cli(cls: type, argv: list[str] | None = None):
     """A `cls` from its defaults, an optional first argument PRESET.toml, and flags.
 
-    Flags are --name value or --name=value. Raises ValueError, in one line, for what is
-    wrong.
+    Flags are --name value or --name=value. What is wrong raises a one-line ValueError.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     default = cls()
@@ -252,8 +250,7 @@ def nearest(key: str, names) -> str:
 
 
 def as_type(value, hint, name: str):
-    """A preset's value as the field's type; an integer is a float where one is wanted.
-    """
+    """A preset's value as the field's type; an integer is a float if one is wanted."""
     kinds = kinds_of(hint)
     if float in kinds and int not in kinds and type(value) is int and abs(value) < 2**63:
         return float(value)

@@ -1,5 +1,4 @@
-"""A script's process: streams that hold, signals that end it, and one line for what was
-wrong.
+"""A script's process: streams that hold, signals that end it, one line for an error.
 
 A script imports `config` before torch: from then on Ctrl-C is one line and no
 traceback. `run` does the same, and more, for the script's main.
@@ -117,8 +116,7 @@ def lasting(fd: int, before: io.TextIOWrapper | None, lost: list[OSError]) -> io
 
 
 def hush(reason: OSError | None = None) -> None:
-    """Nobody reads stdout any more: give what is still printed, and Python's own flush,
-    another place.
+    """Nobody reads stdout any more: send further output, and Python's flush, elsewhere.
 
     A reason other than a reader who left is said.
     """

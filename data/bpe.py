@@ -69,8 +69,7 @@ class ByteLevelBPE(tiktoken.Encoding):
         self._absent = bytes(b for b in range(256) if bytes([b]) not in ranks)
         # tiktoken wants a number for every byte
         ranks |= {bytes([b]): n + i for i, b in enumerate(self._absent)}
-        # tiktoken drops what no match covers; here, as in a split elsewhere, it is a
-        # piece too
+        # tiktoken drops what no match covers: here it's a piece, as in splits elsewhere
         super().__init__(fingerprint(spec), pat_str=rf"{last}|(?>(?:(?!{last})(?s:.))+)",
                          mergeable_ranks=ranks, special_tokens=special)
         self.max_token_value = n - 1
@@ -93,10 +92,9 @@ class ByteLevelBPE(tiktoken.Encoding):
         return ids
 
     def encode(self, text: str, *, allowed_special: str | Collection[str] = ()) -> list[int]:
-        """Ids of `text` where it may spell the special tokens `allowed_special` ("all",
-        or these).
+        """Ids of `text`, which may spell the tokens `allowed_special` ("all" or these).
 
-        The others are text.
+        Other special tokens are text.
         """
         special = self._special if allowed_special == "all" else _finder(allowed_special)
         return self.encode_parts([(text, True)], special)
@@ -104,8 +102,7 @@ class ByteLevelBPE(tiktoken.Encoding):
     def encode_parts(self, parts: list[tuple[str, bool]], special: re.Pattern | None = None) -> list[int]:
         """Ids of all texts as one.
 
-        `special` tokens (all, if None) are read where a text that bears True spells
-        them.
+        `special` tokens (all, if None) are read where a text bearing True spells them.
         """
         ids, pending = [], ""
         for text, spells in parts:

@@ -198,9 +198,7 @@ class Column:
 
 
 def read_index(path: Path, n_tokens: int, rows: int, meta: dict) -> np.ndarray:
-    """Where each example starts, and the end: n + 1 numbers, `rows` examples belong
-    together.
-    """
+    """Where examples start, and the end: n + 1 numbers; `rows` examples go together."""
     size = path.stat().st_size if path.is_file() else 0
     index = np.fromfile(path, np.int64) if size and size % 8 == 0 else np.zeros(0, np.int64)
     if len(index) < 2 or (len(index) - 1) % rows:
@@ -303,8 +301,7 @@ def publish(staging: Path, out: Path) -> None:
     """Give the finished folder its name, in place of one that has it.
 
     Where the system can exchange two names, that is one step, and `staging` is what
-    stood there. Elsewhere there are two, and whoever looks next finds what stood there
-    (`recover`).
+    stood there. Elsewhere there are two, and whoever looks next finds it (`recover`).
     """
     if not out.exists():
         staging.rename(out)

@@ -31,12 +31,10 @@ from data.bpe import BYTE, ByteLevelBPE
 from data.chat import Turns, frame
 from data.template import render
 
-# What stood between documents in pretraining, where a model is tuned to end turns
-# otherwise.
+# What stood between documents in pretraining, where tuning ends turns otherwise.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
-# How text is split into pieces, as the families publish it. No merge crosses a piece's
-# border.
+# How text is split into pieces, as the families publish it. No merge crosses a border.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -74,9 +72,7 @@ def read_json(path: str | Path, remedy: str = "fetch it again") -> dict:
 
 
 def read_whole(path: str | Path) -> bytes:
-    """What a file of settings or tokens holds. Raises ValueError for one that is larger
-    than any.
-    """
+    """What a file of settings or tokens holds. Raises ValueError for one too large."""
     if require_file(path) > LARGEST:
         raise ValueError(f"{path} has more than {LARGEST:,} bytes, which no such file has")
     return Path(path).read_bytes()
@@ -467,10 +463,9 @@ def read_template(template: str | list | None, names: dict, special: dict[str, i
     """The frames (`chat.py`) of a Jinja `template`, or of the one called default.
 
     Hugging Face and GGUF keep a template as a Jinja program. It is run once, with
-    limits (`template.py`), on messages of a text that is rare; what stands between them
-    is the frames. None where there is no template, or more than frames in it. `names`
-    are the other variables it may use: bos_token, eos_token. `special` are the
-    tokenizer's tokens.
+    limits (`template.py`), on messages of a rare text; what stands between them is the
+    frames. None where there is no template, or more than frames in it. `names` are the
+    other variables it may use: bos_token, eos_token. `special`: the tokenizer's tokens.
     """
     if isinstance(template, list):
         template = {t["name"]: t["template"] for t in template}.get("default")

@@ -75,8 +75,7 @@ class Loader:
         self.column = Column(self.path, dtype, n_tokens, self.vocab_size, self.meta)
         if n_tokens < 2:
             raise damaged(self.path, f"{n_tokens} tokens, but at least 2 are needed")
-        # every document ends with <|endoftext|>, every example with a token that stops:
-        # it pads too
+        # a document ends with <|endoftext|>, an example with what stops it: either pads
         self.end = int(self.column.read(n_tokens - 1, n_tokens)[0])
         if self.kind == "text":
             self.learnt = None
@@ -97,8 +96,7 @@ class Loader:
     # Batches
 
     def step(self, i: int) -> tuple[list[Batch], int]:
-        """This rank's `accum` micro-batches of optimiser step `i`, and its number of
-        targets.
+        """This rank's `accum` micro-batches of step `i`, and its number of targets.
 
         That number is the sum of the masks over all ranks and micro-batches (for
         preferences, the number of pairs), so that a summed loss divided by it is an
@@ -116,8 +114,7 @@ class Loader:
         return batches, len(order) if self.kind == "preference" else int(self.n_targets[order].sum())
 
     def windows(self, max_tokens: int | None = None) -> Iterator[Batch]:
-        """This rank's share of the whole split, in order, once: windows of T tokens, or
-        the examples.
+        """This rank's share of the split, in order, once: T-token windows, or examples.
 
         Every rank yields the same number of batches of the same shapes; where rows run
         out they are masked wholly. `max_tokens` limits the number of targets over all
@@ -229,8 +226,7 @@ class Loader:
 
 
 def require_rows(states: list | None, expected: list[int], where: str) -> None:
-    """Raises ValueError unless `states` have as many rows as the micro-batches,
-    `expected`.
+    """Raises ValueError unless `states` have the `expected` rows of the micro-batches.
 
     Each state is (position, layers), layers nested tuples of tensors with a row for
     each text of all processes.

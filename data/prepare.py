@@ -4,8 +4,7 @@
                            [--val_fraction 0.1] [--split hash] [--overwrite]
 
 SOURCE is pydoc, pydoc-sft, pydoc-dpo, shakespeare, a URL, or a .txt/.md/.jsonl(.gz)
-file, a folder of them, or a pipe: `sources.py`. `loader.py` makes batches of the
-folder.
+file, a folder of them, or a pipe: `sources.py`. `loader.py` makes the batches.
 
 TOKENIZER is bytes, one of tiktoken's names, or the folder of a model whose own
 tokenizer is to be used.
@@ -87,8 +86,7 @@ def prepare(source: str | Path, out: str | Path, tokenizer: str = "bytes", val_f
     """Tokenize `source` into the folder `out` and return its meta.json.
 
     Raises ValueError for an unusable source, tokenizer or fraction, and if `out` exists
-    (`overwrite` replaces a prepared data set, but never a folder with anything else in
-    it).
+    (`overwrite` replaces a prepared data set, never a folder with anything else in it).
     """
     source, out = _checked(str(source), out, val_fraction, split)
     names = {source, tokenizer} - {*EMBEDDED, "bytes", ""}
@@ -228,8 +226,7 @@ def _encode(example: Example, enc: tiktoken.Encoding) -> list[tuple[list[int], b
     A text has no mask.
     """
     if example.kind == "text":
-        # where no token of its own opens one, the end of one document is the start of
-        # the next
+        # where no token of its own opens one, a document's end is the start of the next
         start = opening(enc) if opening(enc) != [enc.eot_token] else []
         return [(start + enc.encode_ordinary(example.texts[0]) + [enc.eot_token], b"")]
     if example.kind == "preference" and example.roles:

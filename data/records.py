@@ -37,8 +37,7 @@ class Example(NamedTuple):
 
 
 def read_record(fields: dict, place: str) -> tuple[Example, set[str]]:
-    """The example that the record at `place` is, and the names of fields that are not
-    read.
+    """The example that the record at `place` is, and the names of its unread fields.
 
     Raises ValueError for what is none.
     """

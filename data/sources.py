@@ -122,8 +122,7 @@ def _pydoc_sft() -> Iterator[Example]:
 def _pydoc_dpo() -> Iterator[Example]:
     """The same prompts, with two answers.
 
-    Chosen is the function's own docstring, rejected that of the next function in its
-    place.
+    Chosen is the function's own docstring, rejected that of the next one in its place.
     """
     for place, group in groupby(_pydoc_sft(), key=lambda example: example.key):
         pairs = [example.texts for example in group]
@@ -148,8 +147,7 @@ def _topics() -> Iterator[str]:
 
 
 def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(place, [(signature, docstring), ...]) for the documented standard library, each
-    docstring once.
+    """(place, [(signature, docstring), ...]) of the documented stdlib, each just once.
 
     A place is a module, with its own docstring (signature "") and its functions', or a
     class, with its methods'. It is also the key of the split: the docstrings of one
@@ -302,9 +300,7 @@ def _examples(file: Path, name: str, size: int, whole: bool,
 
 
 def _files(folder: Path, left_out: Counter) -> list[Path]:
-    """All files below a folder, without going through links to folders, which may lead
-    back.
-    """
+    """All files below a folder, not through links to folders, which may lead back."""
     files = []
 
     def refuse(error: OSError):
@@ -332,9 +328,7 @@ def _suffix(name: str) -> str:
 
 
 def _size(path: Path) -> int:
-    """Bytes of the file, unpacked, which shows before all the work whether that can be
-    done.
-    """
+    """Bytes of the file, unpacked: shows before all the work whether it can be done."""
     if not path.name.lower().endswith(".gz"):
         return path.stat().st_size
     return sum(map(len, _raw(path, str(path), "read")))
@@ -405,9 +399,7 @@ def _lines(path: Path, name: str) -> Iterator[str]:
 
 
 def _raw(path: Path, name: str, method: str) -> Iterator[bytes]:
-    """The file's bytes, unpacked, in parts of at most CHUNK, read by "read" or
-    "readline".
-    """
+    """The file's bytes, unpacked, in parts of up to CHUNK, by "read" or "readline"."""
     is_packed, size = path.name.lower().endswith(".gz"), 0
     try:
         limit = max(LITTLE, RATIO * path.stat().st_size) if is_packed else float("inf")
@@ -436,8 +428,7 @@ def _not_utf8(name: str, start: bytes, at: int) -> ValueError:
 
 
 def _cut(lines: Iterable[str], size: int) -> Iterator[str]:
-    """Running text as documents of `size` to 2·`size` characters (the last may be
-    shorter).
+    """Text as documents of `size` to 2·`size` characters (the last may be shorter).
 
     The cut is after the first blank line that makes a document long enough; failing
     that after a line, failing that anywhere. Newlines around a document are dropped.

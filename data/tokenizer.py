@@ -1,5 +1,4 @@
-"""Tokenizers by name: one interface, `tiktoken.Encoding`, and where a folder says which
-one it has.
+"""Tokenizers by name: one interface, `tiktoken.Encoding`, and where folders name one.
 
 `bytes` needs no download: 256 tokens, id = byte value, and `<|endoftext|>` = 256.
 `gpt2`, `cl100k_base`, ... are tiktoken's, fetched once and cached. `bpe-...` is a
@@ -94,8 +93,7 @@ def write_tokenizer(spec: dict, folder: str | Path) -> str:
 def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path) -> None:
     """Make `folder` one of `enc`'s.
 
-    Its name goes into `meta.json`, beside whatever else that file already says, with
-    its files.
+    Its name goes into `meta.json`, beside whatever else is there, with its files.
     """
     if isinstance(enc, ByteLevelBPE):
         write_tokenizer(enc.spec, folder)

@@ -16,9 +16,7 @@ MAX_LOG = 40.0   # the most that log W may fall within a chunk: 1/W must stay in
 
 
 def why_not_triton(r: Tensor) -> str:
-    """Why the Triton kernels can't run on inputs like r (B, T, H, N); empty if they
-    can.
-    """
+    """Why Triton kernels can't run on inputs like r (B, T, H, N); empty if they can."""
     if find_spec("triton") is None:
         return "needs the package triton: pip install triton (Linux)"
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
@@ -36,8 +34,7 @@ def chunk_length(form: str, r: Tensor, w: Tensor, min_w: float | None) -> int:
 
     min_w is a lower bound of w; None reads it from w, for which a GPU must stop. (A
     compiled graph cannot read it: there the Triton operator looks at w itself, and
-    takes chunks of 16.) The faster the decay, the shorter the chunk. Raises ValueError
-    for w > 0.
+    takes chunks of 16.) Faster decay means shorter chunks. Raises ValueError for w > 0.
     """
     T, N = r.shape[1], r.shape[3]
     unread = form == "triton" and torch.compiler.is_compiling()

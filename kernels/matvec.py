@@ -1,8 +1,7 @@
 """A row times a matrix, at the speed at which the matrix can be read.
 
 Decoding one text is such products, of one token with every weight matrix. A BLAS is
-made for many rows; for one, a CPU streams memory faster in the kernel that adds up
-embeddings.
+made for many rows; for one, a CPU is faster in the kernel that adds up embeddings.
 """
 
 import torch
@@ -18,8 +17,7 @@ class Matvec:
     For one text on a CPU W's rows are added up by embedding_bag (mode 0: the sum),
     which streams memory at 1.5 times the speed of the BLAS (measured 32 against 20
     GB/s; in 16 bits 27 against 10 for bfloat16, 1 for float16); from 2^18 numbers on in
-    `parts`, one for each thread (33 to 41 GB/s with two). Otherwise it is a matrix
-    product.
+    `parts`, one per thread (33 to 41 GB/s with two). Otherwise it is a matrix product.
 
     `sparse`, for a single product: rows that meet a zero of x are not read. After relu
     that is half of them, in trained models nine tenths.

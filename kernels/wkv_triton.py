@@ -17,8 +17,7 @@ keys; the terms cancel among keys,
 
     R = r~ + A_rb P            F = A_rk + A_rb E          K = k~ + E^T b~
 
-in near float32. What is left touches values, in the inputs' precision
-(docs/chunking.md, 8):
+in near float32. What is left touches values, in their precision (docs/chunking.md, 8):
 
     y = R S^T + F v            S_L = (S + (P S^T)^T b~ + v^T K) diag(D)         D = W_L
 
@@ -26,8 +25,7 @@ in near float32. What is left touches values, in the inputs' precision
                 backward pass the state before each chunk
     walk_back   backward: dS in registers, last chunk first; writes the gradient of
                 the state after each chunk
-    gradients   every chunk at once, from the state before it and the gradient of the
-                state after it
+    gradients   every chunk at once, from the state before it and the dS after it
 
 Rows of S, its value channels, never meet in the walks: a program holds BV of them.
 Where heads are too few to fill the chip, the text is also cut into segments that are
@@ -53,8 +51,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)    # TRITON_INTERPRET
 def cast(x, dtype: tl.constexpr):
     """x in `dtype`, rounded to nearest.
 
-    The interpreter would cut bfloat16 off, and slowly: there it is rounded by hand and
-    stays float32.
+    The interpreter would cut bfloat16 off, slowly: rounded by hand, it stays float32.
     """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
@@ -79,8 +76,7 @@ def dot(x, y, MODE: tl.constexpr):
 def dot32(x, y, MODE: tl.constexpr):
     """Among keys: near float32.
 
-    A float32 number is split into a high and a low half of 8 (bfloat16) or 11 bits
-    (tf32x3).
+    A float32 is split into a high and a low half of 8 (bfloat16) or 11 bits (tf32x3).
     """
     if MODE == "bf16":
         x1, y1 = cast(x, tl.bfloat16), cast(y, tl.bfloat16)
@@ -142,8 +138,7 @@ def inverse(A, L: tl.constexpr, MODE: tl.constexpr):
     """X = (I - A)^-1 for A (L, L) strictly lower triangular.
 
     From exact inverses of its diagonal blocks of 1, 2, 4, ... L: two neighbours become
-    one block by X + X O X, where O is the quarter of A that joins them. No power of A
-    is formed.
+    one block by X + X O X, O the quarter of A that joins them. No power of A is formed.
     """
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     X = tl.where(i == j, 1.0, 0.0) + tl.where((i // 2 == j // 2) & (i != j), A, 0.0)
@@ -388,9 +383,8 @@ def forward(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, s
             segments: int, save: bool, look: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the last state, and what the backward pass needs.
 
-    That is the states before each chunk, and the segments' jumps.
-    `look`: first check that w suits chunks of L tokens. Raises ValueError where it does
-    not.
+    That is the states before each chunk, and the segments' jumps. `look`: first check
+    that w suits chunks of L tokens. Raises ValueError where it does not.
     """
     if look:
         low, high = (x.item() for x in torch.aminmax(w))
@@ -470,13 +464,12 @@ forward.register_autograd(differentiate, setup_context=save_for_backward)
 
 def wkv7_triton(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor, L: int,
                 segments: int | None = None, look: bool = False) -> tuple[Tensor, Tensor]:
-    """`wkv7` for inputs that it has checked.
+    """`wkv7` for inputs that it has checked: (B, T, H, N), r's dtype in MODES.
 
-    (B, T, H, N), r's dtype in MODES; state float32 (B, H, N, N).
-    L: kernels.triton_chunk; `look` at w first, which raises ValueError where L is too
-    long for it. segments: None as launch_plan has them. Saved for the backward pass:
-    the inputs, a state per chunk, in bfloat16 with L = 32 and N = 64 a third of their
-    size, and jumps.
+    state: float32 (B, H, N, N). L: kernels.triton_chunk; `look` at w first, which
+    raises ValueError where L is too long for it. segments: None as launch_plan has
+    them. Saved for the backward pass: the inputs, a state per chunk, in bfloat16 with
+    L = 32 and N = 64 a third of their size, and jumps.
     """
     B, T, H, N = r.shape
     BV, planned = launch_plan(B * H, T, L, N, r.dtype, r.device)

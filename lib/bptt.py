@@ -1,5 +1,4 @@
-"""Backpropagation through time in pieces: sequences of any length with the activations
-of one piece.
+"""Backpropagation through time in pieces: any length with the activations of one piece.
 
 A model that remembers takes a piece of the text x_i and its state S_i to a loss and the
 next state, (l_i, S_{i+1}) = f(x_i, S_i). Ordinary backpropagation of l_1 + ... + l_n
@@ -13,16 +12,14 @@ keeps the activations of all n pieces. Here only the states at the borders are k
 
 dS_{i+1} = d(l_{i+1} + ... + l_n) / dS_{i+1} is a constant here, so that the sum's
 gradient is the chain rule, and nothing is approximated. With n = 1 this is ordinary
-backpropagation. The price is one more forward pass (of n - 1 pieces of n), the same
-price as activation checkpointing, which still keeps every layer's input for every
-token.
+backpropagation. The price is one more forward pass (of n - 1 pieces of n), as for
+activation checkpointing, which still keeps every layer's input for every token.
 
 A "state" is here any nest of tuples, State and tensors. For RWKV-7 it is of constant
 size. Attention's is its cache, and the gradient of a cached key is what all later
 pieces want of it. As caches only grow, the last one holds all others.
 
-What it is not: truncated backpropagation, which forgets dS: that is lib/streams.py,
-between steps.
+What it is not: truncated. lib/streams.py is, between steps, where it forgets dS.
 """
 
 import torch
@@ -43,8 +40,7 @@ def drop_caches(state, after):
 
 
 def restore_caches(state, last):
-    """Each dropped cache, (B, Hkv, T, N), cut from the one in `last`, the last border.
-    """
+    """Each dropped cache, (B, Hkv, T, N), cut from that in `last`, the last border."""
     return tree_map(lambda s, a: a[:, :, : s.shape[2]] if s.is_meta else s, state, last)
 
 

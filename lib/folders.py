@@ -1,5 +1,4 @@
-"""Model folders: config.json, model.safetensors, and meta.json, which names the
-tokenizer.
+"""Model folders: config.json, model.safetensors, and meta.json, naming the tokenizer.
 
 Loading one runs no pickled code. Whatever is written here appears whole or not at all.
 """
@@ -30,9 +29,7 @@ LARGEST_HEADER = 2**24     # bytes of names and shapes in a .safetensors file: 1
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file under another name, then rename it: it is there whole or not at
-    all.
-    """
+    """`write` a file under another name, then rename it: it is whole or not there."""
     part = file.with_name(file.name + ".tmp")
     try:
         write(part)
@@ -99,8 +96,7 @@ def fingerprint(folder: str | Path) -> int | None:
 
 
 def open_model(folder: str | Path) -> tuple[LM, Path]:
-    """The model of a folder without its weights, on the meta device, and the file that
-    has them all.
+    """A folder's model without weights, on the meta device, and the file of them all.
 
     Raises ValueError, in one line, for a folder that is missing, damaged or of another
     shape. What the weights' file holds is read first: no larger model is built.
@@ -241,9 +237,7 @@ def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_shapes(model: LM) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight that a model folder holds: a tied head is not
-    among them.
-    """
+    """Name and shape of every weight in a model folder; a tied head is not stored."""
     tied = {"head.weight"} if model.cfg.tied else set()
     return {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied}
 
@@ -296,9 +290,7 @@ def largest_id(loader: Loader) -> int:
 
 
 def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
-    """Raises ValueError where a model folder was made for another tokenizer than the
-    loader's.
-    """
+    """Raises ValueError where a model folder's tokenizer is not the loader's."""
     for folder in folders:
         names = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
         if names[0] != names[1]:

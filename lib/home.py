@@ -95,7 +95,7 @@ def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], 
     if resume and overwrite:
         raise ValueError("--resume and --overwrite contradict each other: choose one")
     if out.is_symlink() and not out.exists():
-        raise ValueError(f"{out} is a link to {os.readlink(out)}, which does not exist: make that folder, or "
+        raise ValueError(f"{out} is a link to {os.readlink(out)}, which does not exist: make that folder or "
                          "choose another --out")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
@@ -157,7 +157,7 @@ def lock(out: Path):
 # One run in another's place
 
 def tidy(out: Path, writes: Sequence[str]) -> None:
-    """Finish the replacement that a killed process had begun, and sweep what it left."""
+    """Finish a replacement in which a process was killed, and sweep what it left."""
     if (out / OLD).exists() and (out / NEW).exists():
         replace(out, writes)
     shutil.rmtree(out / NEW, ignore_errors=True)

@@ -8,8 +8,7 @@
     0,2,5                 these; layers count from 0
     auto:T                as many layers stay attention as fit: after T tokens the model
                           may hold no more than it would with attention in every layer
-                          after block_size tokens. They are spread evenly, the last in
-                          the last layer
+                          after block_size tokens. Spread evenly, up to the last layer
 """
 
 import torch
@@ -27,8 +26,7 @@ def is_letters(pattern: str) -> bool:
 def mixer_letters(cfg: ModelConfig, pattern: str) -> str:
     """The pattern as one letter per layer of cfg.
 
-    Raises ValueError for what is no pattern, and for layers that the model does not
-    have.
+    Raises ValueError for what is no pattern, and for layers the model does not have.
     """
     L = cfg.n_layer
     if L > MOST_LAYERS or len(pattern) > 8 * MOST_LAYERS:
@@ -46,9 +44,7 @@ def mixer_letters(cfg: ModelConfig, pattern: str) -> str:
 
 
 def named_layers(cfg: ModelConfig, pattern: str) -> set[int] | None:
-    """The RWKV-7 layers of a pattern that is not letters; None where there is no such
-    pattern.
-    """
+    """The RWKV-7 layers of a pattern that is not letters; None where there is none."""
     L = cfg.n_layer
     name, _, number = pattern.partition(":")
     K = int(number) if number.isdecimal() else 0
@@ -101,8 +97,7 @@ def unit(n: float) -> str:
 
 
 def describe(cfg: ModelConfig, T: int) -> str:
-    """A table for people: layers, parameters and memory of T tokens, of attention and
-    of RWKV-7.
+    """A table to read: attention's and RWKV-7's layers, parameters, memory of T tokens.
 
     Percentages are of the whole model's parameters, and of the memory of all mixers, in
     float32. The memory in the first line also counts ChannelMix's last x. Raises

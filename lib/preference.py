@@ -9,9 +9,7 @@ from model import LM, State
 
 
 def sequence_logp(model: LM, batch: Batch, state: State | None = None) -> tuple[Tensor, State]:
-    """Per row, the sum over its targets of log p(target), (B,), and the state after
-    them.
-    """
+    """The sum of each row's log p(target), (B,), and the state after its targets."""
     logits, state = model(batch.x, state)
     logp = logits.float().log_softmax(-1).gather(-1, batch.y[..., None])[..., 0]
     return (logp * batch.mask).sum(1), state
@@ -19,8 +17,7 @@ def sequence_logp(model: LM, batch: Batch, state: State | None = None) -> tuple[
 
 def dpo_loss(policy: LM, batch: Batch, state: tuple | None = None, *, reference: LM, beta: float = 0.1,
              kind: str = "sigmoid", smoothing: float = 0.0) -> tuple[dict[str, Tensor], tuple]:
-    """Stage 3 on preferences; the first half of the rows is chosen, the second
-    rejected.
+    """Stage 3 on preferences; the first half of the rows is chosen, the other rejected.
 
     With d = beta (log-ratio of chosen - log-ratio of rejected), ratios of policy to
     reference, and label smoothing e: (1-e) f(d) + e f(-d), where f(d) is -log s(d) for
@@ -45,8 +42,7 @@ def dpo_loss(policy: LM, batch: Batch, state: tuple | None = None, *, reference:
 def preference_terms(
     ratio: Tensor, targets: Tensor, beta: float, kind: str, smoothing: float
 ) -> dict[str, Tensor]:
-    """The loss, how often the chosen is ahead, and by how much, summed over the pairs.
-    """
+    """The loss, how often the chosen is ahead, and by how much, summed over pairs."""
     chosen, rejected = ratio.chunk(2)
     d = beta * (chosen - rejected)
     if kind == "sigmoid":

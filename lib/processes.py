@@ -14,8 +14,7 @@ LOST = "onnection (closed|reset|refused)|by peer|Broken pipe|Socket Timeout|remo
 
 
 def setup(device: str = "auto") -> tuple[int, int, torch.device]:
-    """(rank, world size, device) from torchrun's environment; alone it is (0, 1,
-    device).
+    """(rank, world size, device) from torchrun's environment; alone, (0, 1, device).
 
     NCCL on GPUs, gloo on CPUs. Raises ValueError as `pick_device`.
     """
@@ -31,8 +30,7 @@ def setup(device: str = "auto") -> tuple[int, int, torch.device]:
 
 
 def pick_device(device: str = "auto", local: int = 0) -> torch.device:
-    """The device called so; auto is this process's GPU, or the CPU where there is none.
-    """
+    """The device called so; auto is this process's GPU, or the CPU if there is none."""
     gpu = torch.cuda.is_available()
     if device not in ("auto", "cpu") and not (gpu and device.startswith("cuda")):
         raise ValueError(f"device = {device!r}: choose auto, cpu"

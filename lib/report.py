@@ -33,11 +33,10 @@ def unigram_loss(train: Loader, val: Loader) -> float:
 
 @torch.no_grad()
 def layer_errors(teacher: LM, student: LM, batch: Batch) -> list[dict]:
-    """Per replaced layer ||t - s||^2 / ||t||^2 and the cosine of attention's and
-    mixer's outputs.
+    """Per replaced layer ||t - s||^2 / ||t||^2 and the cosine of attention and mixer.
 
-    Both read the teacher's inputs. Of another model's student there is nothing to
-    compare: [].
+    Compared are their outputs where both read the teacher's inputs. Of another model's
+    student there is nothing to compare: [].
     """
     if teacher.cfg.n_embd != student.cfg.n_embd:
         return []
@@ -163,9 +162,7 @@ def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None)
 
 @contextlib.contextmanager
 def figure(path: Path, n: int, width: float = 3.6, height: float = 3.2):
-    """n panels side by side, saved as `path` in the end; None where matplotlib is not
-    installed.
-    """
+    """n panels side by side, saved as `path` in the end; None without matplotlib."""
     try:
         import matplotlib
     except ImportError:

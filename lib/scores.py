@@ -54,9 +54,7 @@ def mean_loss(model: LM, loader: Loader, max_tokens: int | None = None, chunk: i
 @torch.no_grad()
 def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | None = None,
                chunk: int | None = None) -> dict[str, float]:
-    """Every term of a loss, as its mean over the held-out targets (over the pairs, for
-    preferences).
-    """
+    """Every term of a loss, as its mean over held-out targets (preferences: pairs)."""
     model.eval()
     sums, count = {}, torch.zeros((), device=next(model.parameters()).device)
     for batch in loader.windows(max_tokens):
@@ -71,9 +69,7 @@ def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | N
 
 
 def averages(sums: Tensor, count: Tensor) -> list:
-    """sums / count at each position, up to the last that has a target: a short text has
-    no late ones.
-    """
+    """sums / count by position, up to the last with a target: short texts end early."""
     reached = int(count.nonzero().max()) + 1 if count.any() else 0
     return (sums / count.clamp(min=1))[..., :reached].tolist()
 
@@ -81,10 +77,10 @@ def averages(sums: Tensor, count: Tensor) -> list:
 @torch.no_grad()
 def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = None,
             chunk: int | None = None) -> dict:
-    """Losses, gap, KL and agreement over the split, and both losses by position (lists
-    of T floats).
+    """Losses, gap, KL and agreement over the split, and both losses by position.
 
-    Read `chunk` tokens at a time; every process takes its share.
+    The last are lists of T floats. `chunk` tokens are read at a time; every process
+    takes its share.
     """
     device = next(student.parameters()).device
     sums = torch.zeros(5, loader.T, dtype=torch.float64, device=device)    # the five scores, by position
@@ -106,8 +102,7 @@ def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = N
 
 
 def token_scores(t: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """From both models' logits (B, T, V) and targets (B, T), five scores of each token,
-    (5, B, T).
+    """From both logits (B, T, V) and targets (B, T), five scores per token, (5, B, T).
 
     The teacher's loss, the student's, KL(teacher || student), whether both prefer the
     same token (top-1), and whether the teacher's choice is among the student's five
@@ -146,16 +141,12 @@ class HeldOut:
         return measure(self.teacher, self.student, self.loader, self.max_tokens, self.chunk)
 
     def quick(self) -> dict[str, float]:
-        """On few tokens, under other names: in metrics.jsonl "kl" is the training
-        loss's.
-        """
+        """On few tokens, renamed: in metrics.jsonl "kl" is the training loss's."""
         few = min(self.max_tokens or 16384, 16384)
         row = measure(self.teacher, self.student, self.loader, few, self.chunk)
         return {key if key == "val_loss" else f"val_{key}": value for key, value in row.items()}
 
 
 def readable(model: LM, n: int) -> int:
-    """How many of n tokens the model can read: attention with learned positions ends
-    with them.
-    """
+    """How many of n tokens the model can read: attention's learned positions end."""
     return min(n, model.cfg.longest or n)

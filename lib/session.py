@@ -1,6 +1,4 @@
-"""What generating, chatting and batches have in common: a model ready to write, and its
-memory's file.
-"""
+"""What generating, chatting and batches share: a model ready, and its memory's file."""
 
 import contextlib
 import math
@@ -57,8 +55,7 @@ class Session:
 
 @contextlib.contextmanager
 def session(cfg: SessionConfig) -> Iterator[Session]:
-    """The model with the state of load_state; what it remembers in the end goes to
-    save_state.
+    """The model with load_state's state; what it remembers at last goes to save_state.
 
     Whatever reads our output may end early, as `head` does: then that is the end,
     without a word, and what was read by then is kept. Raises ValueError, before
@@ -87,8 +84,7 @@ def session(cfg: SessionConfig) -> Iterator[Session]:
 
 
 def first_tokens(text: str, here: Session, ckpt: str) -> list[int]:
-    """What the model is to read: the text, behind what it has not read yet or a
-    document's opening.
+    """What the model reads: the text, behind what is unread or a document's opening.
 
     After all that was read, and with nothing to continue, another document begins.
     Raises ValueError where the tokenizer has tokens that the model does not know.
@@ -118,9 +114,7 @@ def room(here: Session, prompt: int, where: str = "") -> float:
 
 
 def read_only(prompt: list[int], here: Session) -> None:
-    """Read a prompt but for its last token, which is to be read when there is something
-    to say.
-    """
+    """Read a prompt but its last token, to be read when there is something to say."""
     if len(prompt) > 1:
         tokens = torch.tensor([prompt[:-1]], device=here.decoder.device)
         _, here.state = process(here.decoder.model, tokens, here.state)
@@ -132,8 +126,7 @@ def read_only(prompt: list[int], here: Session) -> None:
 
 
 def report(times: list[float], read_tokens: int, states: list[State], cfg: ModelConfig, B: int) -> None:
-    """Speed and memory of B texts, to stderr. times: of the start, and of every token.
-    """
+    """Speed and memory of B texts, to stderr. times: of the start and every token."""
     n = len(times) - 2
     line = f"prefill {read_tokens} tokens, {read_tokens / (times[1] - times[0]):,.0f} tokens/s"
     if n:

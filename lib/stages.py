@@ -31,8 +31,7 @@ def load_teacher(folder: str, device: torch.device) -> LM:
 
 
 def prepare_data(cfg, rank: int) -> None:
-    """Make the embedded data sets where they are missing, with the teacher's tokenizer.
-    """
+    """Make the embedded data sets where missing, with the teacher's tokenizer."""
     with main_first(rank):
         ensure_prepared(cfg.data, cfg.teacher)
         if "finish" in cfg.named:
@@ -51,9 +50,7 @@ def first_tokens(cfg, T: int, device: torch.device) -> Tensor | None:
 
 
 def check_student(cfg, student: LM) -> None:
-    """Raises ValueError for a student without RWKV-7, and for a freeze that names
-    nothing.
-    """
+    """Raises ValueError for a student without RWKV-7 or a freeze that names nothing."""
     if "r" not in student.cfg.mixers:
         raise ValueError(
             f"mixer = {cfg.student.mixer!r} replaces no layer: put an r where RWKV-7 is to stand, "

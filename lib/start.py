@@ -24,8 +24,7 @@ def spread_decay(m: TimeMixer, longest: int | Tensor) -> Tensor:
     """w0 (1, 1, A) so that a head's channels remember n = 2 ... `longest` tokens,
     evenly in log n.
 
-    e^w = 1 - 1/n, whose powers sum to n. `longest` is one number, or one for each head
-    (H,).
+    e^w = 1 - 1/n, whose powers sum to n. `longest` is a number, or one per head, (H,).
     """
     longest = torch.as_tensor(longest, device=m.w0.device).expand(m.H)[:, None]    # (H, 1)
     n = 2 * (longest / 2) ** torch.linspace(0, 1, m.N, device=m.w0.device)         # (H, N)
@@ -36,8 +35,7 @@ def spread_decay(m: TimeMixer, longest: int | Tensor) -> Tensor:
 
 @torch.no_grad()
 def look_at_teacher(teacher: LM, student: LM, tokens: Tensor, decay: bool, output: bool) -> None:
-    """Set the decay and the output scale of each head by what the attention does with
-    tokens (B, T).
+    """Set each head's decay and output scale by what attention does with tokens (B, T).
 
     As in stage 1, each mixer reads what the teacher's attention reads.
     """
@@ -85,14 +83,13 @@ def lookback(att: CausalSelfAttention, x: Tensor) -> Tensor:
     position = torch.arange(x.shape[1], device=x.device, dtype=q.dtype)
     values = position[:, None].expand_as(k)
     grouped = att.n_kv < att.n_head
-    # (B, H, T)
+    # where each position looks, (B, H, T)
     mean = F.scaled_dot_product_attention(q, k, values, is_causal=True, enable_gqa=grouped)[..., 0]
     return (position - mean).mean((0, 2))
 
 
 def head_scales(y: Tensor, W: Tensor, target: Tensor, H: int) -> Tensor:
-    """The factors (H,) of y's heads that bring the sum of their shares nearest to
-    target (M, C).
+    """The factors (H,) of y's heads that bring their sum nearest to target (M, C).
 
     y (M, H N), W (C, H N); the share of head h is u_h = y_h W_h^T. Least squares: solve
     sum_h <u_g, u_h> c_h = <u_g, target>, drawn a little towards 1.

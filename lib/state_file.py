@@ -101,9 +101,7 @@ def fingerprint(model: LM, mixer: str | None = None) -> str:
 
 
 def fingerprints(model: LM) -> list[str]:
-    """The model's, and the one it had when files held its mixers as they were written
-    ("r", "first:2").
-    """
+    """The model's, and that of old files, with mixers as written ("r", "first:2")."""
     return [fingerprint(model), fingerprint(model, getattr(model, "pattern", model.cfg.mixer))]
 
 
@@ -129,8 +127,7 @@ def digest(parts: dict[str, Tensor], meta: dict[str, str]) -> str:
 
 
 def save_state(file: str | Path, model: LM, state: State, tokenizer: str, unread: Sequence[int] = ()) -> None:
-    """Write a state, compressed or not, as a .safetensors file that appears whole or
-    not at all.
+    """Write a state, compressed or not, as a .safetensors file, whole or not at all.
 
     `unread`: tokens of the text that the state has not read yet, such as the last one
     drawn. Raises ValueError if it can't be written, or would replace what is no state.

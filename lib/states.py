@@ -1,5 +1,4 @@
-"""What a model remembers, as a value: read a text into it, set rows of it side by side,
-copy it.
+"""What a model remembers, as a value: to read a text into, set side by side, and copy.
 
     logits, book = process(model, tokens)              any length, a piece at a time
     a = generate(decoder, question, 100, state=book)   no call changes a state, so
@@ -24,8 +23,7 @@ PIECE = 512      # tokens per call, of all rows: fast matrix products, and small
 # Trees of tensors
 
 def tree_map(fn: Callable, *trees):
-    """fn of the tensors that stand at the same place of trees of one structure, in that
-    structure.
+    """fn of the tensors at the same place of trees of one structure, in that structure.
 
     A tree is a nest of tuples and State; what else stands in it (positions, None) is
     taken from the first.
@@ -49,9 +47,7 @@ def tensors(tree) -> list[Tensor]:
 
 
 def nbytes(tree) -> int:
-    """Bytes of all tensors: constant for RWKV-7's state, growing with the text for
-    attention's.
-    """
+    """Bytes of all tensors: constant for RWKV-7, growing with text for attention."""
     return sum(x.nbytes for x in tensors(tree))
 
 
@@ -67,9 +63,8 @@ def process(
     next, and the state.
 
     Needs memory for the activations of one piece: `piece` tokens of all rows together,
-    but at least 16 of each. Raises ValueError for an empty text or piece, tokens
-    outside the vocabulary, a state of another number of rows or in int8, and what LM
-    raises.
+    but at least 16 of each. Raises ValueError as LM does, and for an empty text or
+    piece, tokens outside the vocabulary, a state of other than B rows or in int8.
     """
     B, T = tokens.shape
     if B * T == 0 or piece < 1:
@@ -121,16 +116,12 @@ def process_rows(model: LM, rows: Sequence[Tensor], state: State | None = None,
 # As values
 
 def copy(state: State) -> State:
-    """The same in memory of its own, and out of autograd: for whoever writes into a
-    state's tensors.
-    """
+    """The same in its own memory and out of autograd, for whoever writes into it."""
     return tree_map(lambda x: x.detach().clone(), state)
 
 
 def reset(state: State) -> State:
-    """As many texts on the same device, of which nothing is read: gives what None
-    gives.
-    """
+    """As many texts on the same device, with nothing read: gives what None gives."""
     def empty(att):
         if len(att) == 2:  # attention's (k, v), each (B, H, T, N)
             return tuple(x[:, :, :0].clone() for x in att)
@@ -141,9 +132,7 @@ def reset(state: State) -> State:
 
 
 def select(state: State, rows: list[int]) -> State:
-    """The texts `rows` of a batch, in this order, in memory of their own; one may come
-    several times.
-    """
+    """A batch's texts `rows`, in this order, in memory of their own; any may repeat."""
     return tree_map(lambda x: x[torch.tensor(rows, dtype=torch.long, device=x.device)], state)
 
 
@@ -172,9 +161,7 @@ def repeat(state: State, n: int) -> State:
 
 
 def memory_line(states: Sequence[State], cfg: ModelConfig, B: int = 1) -> str:
-    """Mean bytes for each of B texts, beside what attention would keep for the longest
-    one.
-    """
+    """Mean bytes of B texts, beside what attention would keep for the longest."""
     T = max(state.position for state in states)
     mine, attention = sum(map(nbytes, states)) // B, cfg.n_layer * cache_bytes(cfg, "a", T)
     return (f"memory of {T:,} tokens: {mine:,} bytes; attention with as many layers and heads keeps "

@@ -1,9 +1,7 @@
-"""Texts that go on from step to step: the state is carried over, the gradient is not
-(bptt_truncate).
+"""Texts go on from step to step: the state is kept, not the gradient (bptt_truncate).
 
 Row r of a step begins where row r of the step before ended. The carried states belong
-to the checkpoint, as plain tuples with the rows of all processes, so that a resumed run
-is the same.
+to the checkpoint, as plain tuples of all processes' rows, so a resumed run is the same.
 """
 
 import numpy as np
@@ -25,9 +23,7 @@ def open_loader(folder: str, half: str, fit, T: int, seed: int, rank: int, world
 
 
 class StreamLoader(Loader):
-    """A Loader of text whose every row goes on where it ended a step ago, until all
-    begin anew.
-    """
+    """A Loader of text: rows go on where the last step ended, until all begin anew."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,9 +55,9 @@ class StreamLoader(Loader):
         return self.n // (self.accum * self.W * self.B)
 
     def _starts(self, i: int) -> np.ndarray:
-        """Where the rows of step i start:
+        """Where the rows of step i start: (accum * W * B,).
 
-        (accum * W * B,). The blocks left over differ between epochs.
+        The blocks left over differ between epochs.
         """
         rows = self.accum * self.W * self.B
         epoch, within = divmod(i, self.length)

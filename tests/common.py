@@ -65,9 +65,7 @@ def tiny_model(seed: int = 0, std: float = 0.3, **changes) -> LM:
 
 @torch.no_grad()
 def shake(model: torch.nn.Module, std: float) -> None:
-    """Add noise to every parameter, so that none has the value (0, 1, ...) that hides
-    what it does.
-    """
+    """Add noise to every parameter, so that no value (0, 1, ...) hides what it does."""
     for p in model.parameters():
         p.add_(std / max(1, p.shape[-1] if p.ndim == 2 else 1) ** 0.5 * torch.randn_like(p))
 
@@ -119,8 +117,7 @@ def newest(out: Path) -> Path:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Model, optimizer moments, random state and logged numbers are equal bit for bit.
-    """
+    """Model, optimizer moments, random state and logs are equal bit for bit."""
     assert newest(a).name == newest(b).name
     assert (Path(a) / "model.safetensors").read_bytes() == (Path(b) / "model.safetensors").read_bytes()
     ours, theirs = moments(newest(a)), moments(newest(b))
@@ -130,9 +127,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def start(*args: str, **kwargs) -> subprocess.Popen:
-    """A script of this repository in a process of its own: start("train.py",
-    "--max_steps", "3").
-    """
+    """A script of ours in its own process: start("train.py", "--max_steps", "3")."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, *map(str, args)],

@@ -145,8 +145,7 @@ def write_gguf(file: Path, model: torch.nn.Module, arch: str, quantise=lambda na
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
-            # llama.cpp turns neighbours: row i of the first half stands beside row i of
-            # the second
+            # llama.cpp turns neighbours: row i of each half stands beside the other's
             rows = p.view(-1, 2, 16, *p.shape[1:])
             p = torch.stack((rows[:, 0], rows[:, 1]), 2).reshape(p.shape)
         for foreign, short in LLAMA_CPP.items():

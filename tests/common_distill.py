@@ -115,9 +115,7 @@ def assert_sum_of_rows(loss: Callable, batch, rows: list, model: LM) -> None:
 
 
 def check_gather(rank: int) -> None:
-    """The gather by hand: x of both ranks on both; my gradient is the sum of both
-    ranks' wishes.
-    """
+    """The gather by hand: both ranks' x on both; my gradient sums both their wishes."""
     x = torch.full((1, 2, 3), 1.0 + rank, requires_grad=True)
     gathered = AllGather.apply(x, None)
     assert gathered[:, 0, 0, 0].tolist() == [1.0, 2.0] and gathered.shape == (2, 1, 2, 3)

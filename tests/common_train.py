@@ -1,8 +1,7 @@
 """What the tests of training share; those of distillation have common_distill.
 
-Short runs, ways to interrupt them, and two processes.
-Processes that are spawned import this file by its name, so their functions stand here
-too.
+Short runs, ways to interrupt them, and two processes. Spawned processes import this
+file by its name, so their functions stand here too.
 """
 
 import json
@@ -62,9 +61,7 @@ def run_fit(
     length: int = T,
     **options,
 ) -> dict:
-    """fit on a data folder, of a small RWKV-7 if no model is given; options are
-    RunConfig's.
-    """
+    """fit on a data folder, by default of a small RWKV-7; options are RunConfig's."""
     model = model or tiny_model(mixer="r", std=0.05)
     loader = open_loader(data, "train", cfg, length, 0, 0, 1)
     return fit(model, loss_fn, loader, cfg, open_run(out, model, **options), validate)

@@ -1,8 +1,7 @@
 """The oracle of the WKV-7 operator, and inputs for it, random and adversarial.
 
 `equation` is the recurrence of arXiv 2503.14456 and its chain rule, one token after
-another in float64 NumPy, sharing no line with wkv.py. It is itself held against finite
-differences.
+another in float64 NumPy, sharing no line with wkv.py. Finite differences check it.
 """
 
 import math

@@ -1,8 +1,7 @@
 """One thread: the tests' tensors are tiny, and two threads that wait for each other on
 a busy machine are far slower.
 
-Without a GPU the Triton kernels are interpreted, which has to be said before they are
-imported.
+Without a GPU the Triton kernels are interpreted, which must be said before importing.
 """
 
 import os

@@ -54,9 +54,8 @@ def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int,
     would get alone.
 
     Yields (tokens (B,), batches) for each token; the batches are those of states.join:
-    one entry for RWKV-7, for attention one for each length. A row that has reached the
-    last learned position yields -1, after one of `stop` stop[0]. All else as
-    sample.generate.
+    one entry for RWKV-7, for attention one per length. A row that has reached the last
+    learned position yields -1, after one of `stop` stop[0]. Else as sample.generate.
     """
     how = Sampling(**sampling)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
@@ -91,9 +90,7 @@ def generate_rows(model: LM | Decoder, prompts: Sequence[Sequence[int]], n: int,
 
 
 def step(decoder: Decoder, tokens: Tensor, batches: Batches, logits: Tensor) -> tuple[Tensor, Batches]:
-    """One token further, batch by batch; whoever has reached the last learned position
-    stays there.
-    """
+    """One token further, batch by batch; at the last learned position rows stay."""
     logits, further = torch.zeros_like(logits), []
     for batch, after in batches:
         if after.position != decoder.cfg.longest:

@@ -1,5 +1,4 @@
-"""Speed, each figure beside what it is to be compared with, measured in turns in one
-run.
+"""Speed, each figure beside what it is compared with, measured in turns in one run.
 
     python -m tools.bench                       all three, some minutes on two CPU cores
     python -m tools.bench --only operator       wkv7 beside its loop and attention

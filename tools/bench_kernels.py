@@ -1,5 +1,4 @@
-"""The operator's Triton kernels on a GPU, beside the loop, the chunks, attention, and
-fla's.
+"""The operator's Triton kernels on a GPU, beside loop, chunks, attention and fla's.
 
     python -m tools.bench_kernels --repeat 20 --json out/kernels.json    on a GPU
     TRITON_INTERPRET=1 python -m tools.bench_kernels          that it runs, not how fast
@@ -53,8 +52,7 @@ def least_bytes(N: int) -> dict[str, int]:
 
 def gpu_clock(side: Callable[[], object]) -> float:
     """Seconds of the GPU alone, by its own events."""
-    # milliseconds of other work: the cache forgets the inputs, and the CPU gets ahead
-    # with launching
+    # milliseconds of other work: the cache forgets the inputs, the CPU launches ahead
     for _ in range(8):
         torch.rand(2**28, device="cuda").sum()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -88,8 +86,7 @@ def errors(side: Side) -> dict[str, float]:
     da are dz and db).
 
     Exact is float64, on two heads, the very first and the last; the worse counts. All
-    memory is NaN until it is written, and NaN or infinity anywhere makes all errors
-    NaN.
+    memory is NaN until written, and NaN or infinity anywhere makes all errors NaN.
     """
     B, T, H, N = side.dy.shape
     inputs = [

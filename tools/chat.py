@@ -60,9 +60,7 @@ def chat(cfg: ChatConfig, first: str, here: Session) -> None:
 
 
 def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Generator) -> bool:
-    """Print the answer to a message as it comes; False where the conversation has no
-    room for it.
-    """
+    """Print a message's answer as it comes; False if the conversation has no room."""
     enc, stop, limit = here.enc, stops(here.enc), here.decoder.cfg.longest
     _, end, between = enc.chat["assistant"]
     closing = enc.encode(end + between, allowed_special="all")

@@ -166,8 +166,7 @@ def name_some(names: set[str], what: str) -> None:
 def parameter(checkpoint: Checkpoint, name: str) -> Tensor:
     """Our parameter `name`, read now.
 
-    Raises ValueError for a tensor that cannot be read, taken apart or put in order as
-    it should be.
+    Raises ValueError for a tensor that cannot be read, taken apart or put in order.
     """
     source = checkpoint.source(name)
     try:
@@ -184,8 +183,7 @@ def write_safetensors(file: Path, shapes: dict[str, tuple[int, ...]], dtype: tor
                       read: Callable[[str], Tensor]) -> None:
     """A .safetensors file of which one tensor at a time is in memory.
 
-    In it stand the length of the header, the header as JSON, and all bytes in its
-    order.
+    In it stand the header's length, the header as JSON, and all bytes in its order.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
@@ -202,8 +200,7 @@ def write_safetensors(file: Path, shapes: dict[str, tuple[int, ...]], dtype: tor
 def as_dtype(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The tensor in another type.
 
-    Raises ValueError for another shape, for what is no number, and for what becomes
-    none.
+    Raises ValueError for another shape, what is no number, and what becomes none.
     """
     if t.shape != shape or t.dtype not in (torch.float64, *DTYPES):
         raise ValueError(f"{name} is {tuple(t.shape)} of {t.dtype}, expected {shape} of "

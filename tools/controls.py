@@ -1,11 +1,9 @@
-"""Controls of a distillation: what the same student tokens give without each of its
-ideas.
+"""Controls of a distillation: the same student tokens without each of its ideas.
 
     python -m tools.controls config/results.toml --out out/results-0
 
 Its settings are those of the distillation in OUT, which has run; the rows go to
-OUT/controls, a folder each, and into its report. What is there already goes on, or is
-read back.
+OUT/controls, a folder each, and into its report. What is there goes on or is read back.
 """
 
 from dataclasses import replace
@@ -36,9 +34,7 @@ def check_stages(cfg: DistillConfig) -> None:
 
 
 def run_controls(cfg: ControlsConfig) -> dict:
-    """A row each, compared with the same teacher; every control sees as many tokens as
-    the student.
-    """
+    """A row each, against the same teacher; all see as many tokens as the student."""
     sequences = sum(loop.max_steps * loop.batch_size * loop.accum for loop in (cfg.align, cfg.match))
     alone = replace(cfg.match, max_steps=sequences // (cfg.match.batch_size * cfg.match.accum))
     changes = {

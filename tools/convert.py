@@ -307,8 +307,7 @@ def require_official(file: Path) -> None:
 def official_tensors(model: LM, file: Path, dtype: str | None) -> dict[str, Tensor]:
     """Every parameter of the model whose weights are in `file`, in the official order.
 
-    torch.save wants all of them at once; each is a copy, of whose file nothing stays in
-    memory.
+    torch.save wants all at once; each is a copy, of whose file nothing stays in memory.
     """
     def read(name: str) -> Tensor:
         tied = model.cfg.tied and name == "head.weight"

@@ -1,5 +1,4 @@
-"""The whole story in one command: data and teacher where they are missing, student,
-report.
+"""The whole story in one command: data and teacher where missing, student, report.
 
     python -m tools.demo
     python -m tools.demo --out out/demo --teacher out/demo-teacher --overwrite

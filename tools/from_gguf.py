@@ -57,8 +57,7 @@ def from_gguf(file: Path) -> Checkpoint:
 
 
 def open_gguf(file: Path) -> tuple:
-    """A gguf.GGUFReader of the file, whose weights stay on disk, and its settings by
-    their keys.
+    """A gguf.GGUFReader of the file, weights left on disk, and its settings by key.
 
     Raises ValueError where the file is damaged, or the package is missing.
     """
@@ -151,8 +150,7 @@ def require_apart(tensors: list, start: int) -> None:
 def read_gguf_tensor(file: Path, place) -> Tensor:
     """The numbers of a gguf.ReaderTensor, in float32 or as they are stored.
 
-    `place.data` is mapped into memory and would stay there, so they are read from the
-    file.
+    `place.data` is mapped into memory and would stay: they are read from the file.
     """
     import gguf
 

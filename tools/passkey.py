@@ -46,12 +46,10 @@ def loss_by_stretch(model: LM, loader: Loader, T: int, max_tokens: int | None = 
 
 
 def passkey_texts(enc: tiktoken.Encoding, text: np.ndarray, T: int, n: int, depths: int) -> Texts:
-    """(prompt, answer), together T tokens: n different numbers told at each depth, then
-    not told.
+    """(prompt, answer) of T tokens: n different numbers told at each depth, then not.
 
     Depth is the share of the filler, a stretch of the tokens `text`, that comes first:
-    from 0 to 1, just before the question. Raises ValueError for too small a T or too
-    short a text.
+    from 0 to 1, just before the question. Raises ValueError for too small a T or text.
     """
     rng, start, ask, texts = random.Random(0), opening(enc), enc.encode_ordinary(ASKED), []
     for key in rng.sample(range(10000, 100000), n):
@@ -134,8 +132,7 @@ def passkey_table(passkey: dict) -> list[str]:
 
 
 def plot(report: dict, path: Path) -> None:
-    """Loss by stretch, and the passkey's nats with the number in the text and without.
-    """
+    """Loss by stretch, and passkey nats with the number in the text and without."""
     with figure(path, len(report)) as panels:
         if panels is None:
             return

@@ -1,11 +1,9 @@
-"""What a model costs, on paper: parameters, memory for training, before anything is
-built.
+"""What a model costs, on paper: parameters, memory for training, before it is built.
 
     python -m tools.plan config/rwkv7-3b.toml --gpus 8        per GPU, with 8 of them
 
-Its settings are train.py's. The model is made on the meta device, which has shapes but
-no memory. A training step of DistributedDataParallel holds on every GPU, in bytes, for
-P parameters
+Its settings are train.py's. The model is on the meta device, with shapes but no memory.
+A training step of DistributedDataParallel holds per GPU, in bytes, for P parameters
 
     weights 4 P    AdamW's two moments 8 P
     gradients 4 P, and DDP's buckets 4 P more where N > 1

@@ -27,8 +27,7 @@ class RankConfig(DistillConfig):
 
 
 def rank_layers(cfg: RankConfig) -> dict:
-    """The costs of all layers and the proposal, as OUT/ranking/ranking.json holds them.
-    """
+    """All layers' costs and the proposal, as OUT/ranking/ranking.json holds them."""
     out = Path(cfg.run.out) / "ranking"
     if cfg.student.mixer not in ("r", "all"):
         raise ValueError(f"mixer = {cfg.student.mixer!r}: every layer is replaced once, so omit --mixer")
@@ -69,9 +68,7 @@ def replacement_costs(student: LM, teacher: LM, val: Loader, max_tokens: int | N
 
 
 def propose(rows: list[dict], keep: int) -> dict:
-    """Leave the `keep` costliest layers attention: as if costs added up, which they do
-    only roughly.
-    """
+    """Leave the `keep` costliest layers attention, as if costs added up exactly."""
     attention = sorted(row["layer"] for row in rows[:keep])
     letters = "".join("a" if i in attention else "r" for i in range(len(rows)))
     return {"layers": rows, "keep": keep, "attention": attention, "mixer": letters}

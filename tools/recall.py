@@ -10,8 +10,7 @@ are asked again, by number of pairs. A pair is one token: where it is two, a GPT
 first learn to look at the token before, which took it too long here.
 
 A state of N x N can keep N orthogonal keys per head; attention keeps every key, at the
-price of a memory that grows. It trains its own models; for models at hand there is
-tools/passkey.py.
+price of a memory that grows. It trains its own models; for others, tools/passkey.py.
 """
 
 import json
@@ -112,9 +111,7 @@ def write_pairs(folder: Path, cfg: RecallConfig) -> None:
 
 @torch.no_grad()
 def pairs_accuracy(model: LM, n: int, asked: int, seed: int = 0) -> float:
-    """The share of values that the model puts first, in `asked` fresh sequences of n
-    pairs.
-    """
+    """Share of values the model puts first in `asked` fresh sequences of n pairs."""
     rng, right = np.random.default_rng([seed, 2]), 0
     device = next(model.parameters()).device
     for rows in np.array_split(range(asked), -(-asked // 64)):

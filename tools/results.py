@@ -39,9 +39,7 @@ def read_report(path: Path) -> dict | None:
 
 
 def collect(folder: Path) -> str:
-    """A table over the reports of several seeds: per stage and control the median, and
-    the range.
-    """
+    """A table of several seeds' reports: per stage and control, median and range."""
     reports = list(filter(None, map(read_report, sorted(folder.glob("*.json")))))
     if not reports:
         raise ValueError(f"no reports in {folder}: run make results first")

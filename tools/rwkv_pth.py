@@ -20,8 +20,7 @@ from tools.checkpoint import Checkpoint, plain_names, unchanged
 def from_pth(content: dict) -> Checkpoint:
     """The checkpoint in what `open_pth` gives.
 
-    Widths, heads and ranks are those of its tensors; layer 0 has no use for a value
-    residual.
+    Widths, heads and ranks are its tensors'; layer 0 has no use for a value residual.
     """
     tensors = state_dict(content)
 
@@ -54,8 +53,7 @@ def from_pth(content: dict) -> Checkpoint:
 
 
 def open_pth(file: Path) -> dict:
-    """What torch.save has written, its tensors mapped into memory, and read when they
-    are wanted.
+    """What torch.save has written, its tensors mapped into memory, read when wanted.
 
     Raises ValueError for a file that is damaged or holds more than tensors and plain
     values; no code in it is run.

@@ -1,6 +1,4 @@
-"""What the benchmarks share: clocks, sides that are timed in turns, settings, and
-files.
-"""
+"""What the benchmarks share: clocks, sides timed in turns, settings, and files."""
 
 import platform
 import statistics
@@ -109,9 +107,7 @@ class Side:
 
 
 def operator_sides(B: int, T: int, H: int, N: int, device: str, dtype: torch.dtype) -> dict[str, Side]:
-    """wkv7's forms and causal attention on inputs (B, T, H, N) such as RWKV-7 makes
-    them.
-    """
+    """wkv7's forms and causal attention on inputs (B, T, H, N) as RWKV-7 makes them."""
     torch.manual_seed(0)
     r, w, k, v, kk, a, dy = torch.randn(7, B, T, H, N, device=device)
     inputs = [

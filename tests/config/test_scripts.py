@@ -167,9 +167,7 @@ def preset(folder: Path, text: str) -> str:
 
 
 def test_scripts_refuse_nonsense_with_its_remedy_and_a_failing_status(tmp_path):
-    """From the shell: an unknown key, no teacher, no data, a rate below zero, odd
-    heads.
-    """
+    """From the shell: unknown key, no teacher, no data, rate below zero, odd heads."""
     empty = tmp_path / "empty"
     empty.mkdir()
     folders = ["--teacher", tmp_path / "teacher", "--out", tmp_path / "out"]

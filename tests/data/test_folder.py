@@ -45,9 +45,7 @@ def test_a_block_is_checked_when_it_is_first_read_and_only_then(tmp_path, monkey
 
 
 def test_opening_reads_no_more_than_it_must(tmp_path):
-    """Damage in a block that nobody reads is not looked for; where it is read, it is
-    named.
-    """
+    """Damage in a block that nobody reads is not looked for; once read, it is named."""
     folder = large(tmp_path / "d")
     flip(folder / "train.bin", 2 * BLOCK + 77)
     loader = Loader(folder, "train", 1, 16)

@@ -1,6 +1,4 @@
-"""Texts that the tokenizers' engine gives up on, split patterns without end, and specs
-that are none.
-"""
+"""Texts that the tokenizers' engine gives up on, endless split patterns, bad specs."""
 
 import copy
 import os

@@ -76,9 +76,7 @@ def test_a_stage_that_dies_and_resumes_equals_one_that_never_stopped_bit_for_bit
 
 
 def test_a_run_killed_by_sigkill_resumes_to_what_it_would_have_been(job, tiny, teacher, tmp_path):
-    """The process could go on for ever; both others end in the middle after its last
-    checkpoint.
-    """
+    """It could go on for ever; both others end midway after its last checkpoint."""
     flags = [
         "--teacher",
         teacher,
@@ -117,9 +115,7 @@ def test_a_run_killed_by_sigkill_resumes_to_what_it_would_have_been(job, tiny, t
 
 
 def test_finish_alone_goes_on_from_the_stages_that_are_done(job, tmp_path):
-    """Not from the raw student: the finish of a distilled folder must start where
-    distillation ended.
-    """
+    """Not from the raw student: a finish must start where distillation ended."""
     distill.distill(job("out", stages="align,match"))
     distill.distill(job("out", stages="finish", resume=True, finish=loop(1, learning_rate=1e-8)))
     matched, finished = weights(tmp_path / "out" / "match"), weights(tmp_path / "out" / "finish")
@@ -162,8 +158,7 @@ def test_a_run_of_before_is_neither_overwritten_unasked_nor_left_behind_when_ask
 
 
 def test_two_processes_are_one_with_the_doubled_batch_in_all_stages(job, tiny, tmp_path):
-    """Eight rows a step: on one process at once, on one in two halves, on two in two
-    halves each.
+    """Eight rows a step: on one process at once, or in two halves; on two, in halves.
 
     SFT has unequal numbers of targets per process and half. exp_avg after one step is a
     tenth of the gradient, that through v_first included; eps = 1 makes AdamW so close

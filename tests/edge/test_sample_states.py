@@ -1,6 +1,4 @@
-"""States on the command line: --load_state and --save_state of sample.py, tools.chat
-and tools.batch.
-"""
+"""--load_state and --save_state of sample.py, tools.chat and tools.batch."""
 
 import io
 import os
@@ -61,9 +59,7 @@ def test_a_book_read_once_goes_on_as_if_it_were_read_again(folder, tmp_path, cap
 
 
 def test_a_text_ends_at_the_last_learned_position_whatever_was_read_before(tmp_path, capsys):
-    """Nothing is printed before what cannot go on is refused; what can goes on to the
-    last position.
-    """
+    """What can't go on is refused before any print; what can goes on to the end."""
     save_model(tiny_model(positions="learned", block_size=16), tmp_path / "m", {"tokenizer": "bytes"})
     base, state = ["--ckpt", str(tmp_path / "m"), "--no-stop", "--temperature", "0"], str(
         tmp_path / "s.state"
@@ -158,9 +154,7 @@ def test_prompts_from_a_file_are_those_given_one_by_one(folder, tmp_path, capsys
 
 
 def test_prompts_end_each_at_its_own_last_position(tmp_path, capsys):
-    """With learned positions a short line is not cut by a long one; a line that is too
-    long is named.
-    """
+    """With learned positions no long line cuts a short one; one too long is named."""
     save_model(
         tiny_model(positions="learned", block_size=24, std=0.5), tmp_path / "m", {"tokenizer": "bytes"}
     )

@@ -10,8 +10,7 @@ from lib.states import process, process_rows
 
 
 def test_pieces_are_shorter_for_more_rows(monkeypatch):
-    """So that memory does not grow with the number of rows, down to 16 tokens of each.
-    """
+    """So memory does not grow with the number of rows, down to 16 tokens of each."""
     model, shapes = model_of("RWKV-7"), []
     hidden = model.hidden
     monkeypatch.setattr(

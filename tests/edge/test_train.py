@@ -31,8 +31,7 @@ from train import FitConfig, TrainConfig, cross_entropy_loss, forward_backward
 def test_ctrl_c_saves_says_how_to_resume_exits_130_and_the_resumed_run_equals_one_never_stopped(
     tmp_path, tiny
 ):
-    """The process could go on for ever; both others end 3 steps after it was stopped.
-    """
+    """It could go on for ever; both others end 3 steps after it was stopped."""
     common = [
         "--data",
         tiny.text,
@@ -299,10 +298,9 @@ def test_bad_data_and_tokens_are_refused_before_anything_is_written(tmp_path, ti
 
 
 def test_odd_sizes_train(tmp_path, tiny):
-    """One layer, one token, one row; learned positions with a tied head; a hybrid of
-    three layers.
+    """One layer, one token, one row; learned positions with a tied head; a hybrid.
 
-    RMSNorm and SwiGLU.
+    The hybrid has three layers, RMSNorm and SwiGLU.
     """
     odd = [
         {"--n_layer": 1, "--block_size": 1, "--batch_size": 1, "--mixer": "r"},

@@ -80,8 +80,7 @@ def test_both_ends_of_the_learning_rate(a):
 # Repeated tokens
 
 def sensitivity(x, dy, dS):
-    """How far dv moves when each bfloat16 input does by up to a unit in the last place.
-    """
+    """How far dv moves when each bfloat16 input does by up to one last-place unit."""
     g = torch.Generator().manual_seed(1)
     moved = [z * (1 + 2**-7 * (torch.rand(z.shape, generator=g).double() - 0.5)) for z in x[:6]] + [x[6]]
     return errors(equation(moved, dy, dS), equation(x, dy, dS))["dv"]
@@ -93,8 +92,7 @@ def test_one_token_repeated_is_as_accurate_as_random_tokens_in_bfloat16(decay, f
     """What folding the erased into the keys is for: without it this fails.
 
     It fails, too, without the low halves of `dot32`. Except dv: what is left of dS
-    under a key that every later token erases is a small part of it, and as hard to know
-    as the key is.
+    under a key that every later token erases is a small part, as hard to know as it is.
     """
     x = repeated_token(decay, T=LONG)
     if fresh_reads:

@@ -14,8 +14,7 @@ DTYPES = ((None, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3))
 def test_a_product_is_x_times_w_plus_what_is_added(shape, sparse, dtype, limit):
     """By rows and by BLAS.
 
-    Where the rows of zeros are skipped, also with nothing but zeros and with a single
-    number.
+    Where rows of zeros are skipped, also with only zeros, and with a single number.
     """
     torch.manual_seed(0)
     W, bias = torch.randn(shape), torch.randn(*shape[:-2], 1, shape[-1])

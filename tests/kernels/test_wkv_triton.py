@@ -1,7 +1,7 @@
 """The Triton kernels: triton = the equation in float64 NumPy.
 
-In values and in every gradient.
-Where it hurts, and what is refused, is in tests/edge/test_wkv_triton.py.
+In values and in every gradient. Where it hurts, and what is refused, is in
+tests/edge/test_wkv_triton.py.
 """
 
 import os

@@ -1,8 +1,7 @@
-"""Sequences in pieces: the gradients are those of the whole, the memory is that of a
-piece.
+"""Sequences in pieces: the gradients are the whole's, the memory is that of a piece.
 
-The oracle is ordinary backpropagation, parameter by parameter: ||a - b|| / ||b|| <=
-1e-5 in float32.
+The oracle is ordinary backpropagation, parameter by parameter, in float32:
+||a - b|| / ||b|| <= 1e-5.
 """
 
 import weakref
@@ -84,9 +83,7 @@ def test_gradients_in_pieces_are_those_of_ordinary_backpropagation(kind, n):
 
 
 def test_without_the_gradient_of_the_state_they_are_others(monkeypatch):
-    """The test above would notice: the state at the borders is worth more than
-    rounding.
-    """
+    """The test above would notice: the borders' state is worth more than rounding."""
     model, batch = tiny_model(mixer="r"), random_batch(2, 40)
     with monkeypatch.context() as patch:
         patch.setattr(lib.bptt, "tensors", lambda state: [])
@@ -114,9 +111,7 @@ def test_stage_2_in_pieces_with_its_heads_in_chunks_of_their_own(student, kind):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
 def test_preferences_in_pieces_though_their_loss_is_no_sum_over_tokens(kind):
-    """One pair has all of its targets in the first piece, one in the last, and one has
-    none: padding.
-    """
+    """A pair has all targets in the first piece, one in the last; padding has none."""
     reference, model = tiny_model().requires_grad_(False), tiny_model(1, mixer="ra")
     batch, _ = padded([40, 9, 30, 33, 12, 30])
     batch.mask[0, :30] = batch.mask[3, :30] = batch.mask[2] = batch.mask[5] = 0
@@ -127,9 +122,7 @@ def test_preferences_in_pieces_though_their_loss_is_no_sum_over_tokens(kind):
 
 
 def test_in_mixed_precision_every_parameter_gets_its_gradient(monkeypatch):
-    """Autocast keeps its copies of the weights for a while: those of the way there have
-    no gradient.
-    """
+    """Autocast keeps copies of the weights: those of the way there have no gradient."""
     model, batch = tiny_model(mixer="ra"), random_batch(2, 40)
     monkeypatch.setattr(lib.bptt, "mixed_precision", lambda x: torch.autocast("cpu", torch.bfloat16))
     expected, grads, *_ = both_ways(model, batch, cross_entropy_loss, 10)
@@ -137,9 +130,7 @@ def test_in_mixed_precision_every_parameter_gets_its_gradient(monkeypatch):
 
 
 def test_a_state_goes_in_front_and_no_gradient_into_it():
-    """After the first half, the second's gradients are those with that state as a
-    constant.
-    """
+    """The second half's gradients are those with the first's state as a constant."""
     model, batch = tiny_model(mixer="r"), random_batch(2, 40)
     first, second = batch.split(20)
     state = tree_map(torch.Tensor.detach, model(first.x)[1])
@@ -165,8 +156,7 @@ def test_a_batch_splits_into_pieces_and_none_leaves_it_whole():
 
 
 class Waiting:
-    """Bytes that wait for a backward pass, by torch's own hooks around all that is
-    saved.
+    """Bytes that wait for a backward pass, by torch's own hooks around what is saved.
 
     What is saved twice counts once.
     """
@@ -264,9 +254,7 @@ def test_a_step_in_pieces_with_accumulation_is_the_plain_step(tmp_path, tiny, ki
 
 @pytest.fixture
 def scratch(tmp_path, tiny):
-    """scratch(name, mixer, B, accum, chunk, steps, truncate) -> the settings of a run
-    of train.py.
-    """
+    """scratch(name, mixer, B, accum, chunk, steps, truncate) -> train.py's settings."""
 
     def make(
         name: str,
@@ -300,8 +288,7 @@ def test_two_processes_in_pieces_are_one_process_with_whole_sequences(tmp_path, 
     """For RWKV-7 and a hybrid from scratch, and in stages 2 and 3.
 
     There v_first is gathered once per piece and pass. And with the state carried over:
-    the checkpoint of two processes has the rows of both, and one process goes on from
-    it.
+    the checkpoint of two processes has the rows of both, and one goes on from it.
     """
 
     def stages(name: str, names: str, B: int, accum: int, chunk: int | None, data: str) -> DistillConfig:

@@ -74,9 +74,7 @@ def test_kl_reads_the_rows_that_both_models_have(kind):
 
 
 def test_kl_chunks_bound_the_largest_tensor_of_logits():
-    """With chunks of 8 tokens, nothing that the backward pass keeps is as large as 9
-    tokens' logits.
-    """
+    """In chunks of 8, nothing kept for backward is as large as 9 tokens' logits."""
     teacher, student = tiny_model(vocab_size=4096), tiny_model(mixer="r", vocab_size=4096)
     batch, sizes = random_batch(4, T), []
 

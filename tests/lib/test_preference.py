@@ -55,9 +55,7 @@ def test_dpo_by_hand(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
 def test_a_padded_batch_has_the_losses_and_gradients_of_its_pairs_alone(kind):
-    """The first half is chosen, the second rejected: rows (0, 2) and (1, 3) are the
-    pairs.
-    """
+    """The first half is chosen, the second rejected: pairs are rows (0, 2), (1, 3)."""
     teacher, student = tiny_model(), make_student(tiny_model(), StudentConfig())
     shake(student, 0.05)
     batch, rows = padded([5, 16, 9, 12])

@@ -1,6 +1,4 @@
-"""A run's folder: whole checkpoints, resumed ones, damaged ones; what its gauges say
-and when.
-"""
+"""A run's folder: checkpoints whole, resumed, damaged; what its gauges say and when."""
 
 import json
 import shutil
@@ -143,9 +141,7 @@ def test_a_model_without_checkpoints_is_not_resumed_over(tmp_path):
 
 
 def test_stages_go_on_under_todays_names_and_nobody_elses_folder_is_renamed(tmp_path):
-    """Only a distillation's `distil` was a stage, and never where a `match` stands
-    already.
-    """
+    """Only a distillation's `distil` was a stage, and never where a `match` is."""
     row = {key: 1.0 for key in ("tokens", "minutes", "val_loss", "gap", "kl", "top1", "top5")}
     (tmp_path / "distil").mkdir()
     (tmp_path / "distil" / "stage.json").write_text(json.dumps(row | {"name": "distil"}))
@@ -208,9 +204,7 @@ def test_a_run_outside_its_ranges_is_refused(bad):
 
 
 def test_save_minutes_saves_when_they_have_passed(tmp_path, tiny, monkeypatch):
-    """A step takes a minute; a checkpoint is due when more than two and a half have
-    passed.
-    """
+    """A step takes a minute; a checkpoint is due when more than 2.5 have passed."""
     now, saved, real = [1e9], [], lib.runs.save_checkpoint
 
     def save(out, model, meta, trainer, *rest):

@@ -65,9 +65,7 @@ def test_int8_takes_up_a_quarter_for_heads_of_64():
 
 
 def test_int8_changes_what_is_said_by_little():
-    """KL of the next 64 tokens against the uncompressed state; 16 bits lose less, but
-    something.
-    """
+    """KL of the next 64 tokens to the uncompressed state; 16 bits lose less, not 0."""
     model, text = tiny_model(
         std=1.0, mixer="r", ffn="channelmix", n_embd=64, rwkv_head_size=32
     ).eval(), tokens(8, 64, seed=1)
@@ -126,9 +124,7 @@ def test_a_fingerprint_is_of_weights_and_settings():
 
 @pytest.mark.parametrize("pattern, letters", [("all", "rr"), ("first:1", "ra"), ("ra", "ra"), ("r", "rr")])
 def test_a_fingerprint_of_before_is_that_of_the_pattern_in_the_folder(pattern, letters, tmp_path):
-    """A file made when the folder's pattern stood in the fingerprint is still the
-    model's.
-    """
+    """A file with the folder's pattern in its fingerprint is still the model's."""
     model = tiny_model(mixer=letters).eval()
     save_model(model, tmp_path / "m", {"tokenizer": "bytes"})
     config = tmp_path / "m" / "config.json"

@@ -1,6 +1,4 @@
-"""A state is a value: reading gives another one, and texts of any lengths go side by
-side.
-"""
+"""A state is a value: reading gives another, texts of any lengths go side by side."""
 
 import pytest
 import torch
@@ -30,8 +28,7 @@ def test_a_text_in_pieces_is_the_text_at_once(name, piece):
 
 @pytest.mark.parametrize("name", ALL)
 def test_conversations_that_take_turns_are_those_held_alone(name):
-    """Three texts by turns from one beginning: no call changes the state it is given.
-    """
+    """Three texts by turns from one start: no call changes the state it is given."""
     model, opening = model_of(name), tokens(1, 5)
     texts = [tokens(1, 12, seed=seed) for seed in (1, 2, 3)]
     alone = [process(model, torch.cat((opening, text), 1)) for text in texts]

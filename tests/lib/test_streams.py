@@ -1,6 +1,4 @@
-"""The state carried from step to step: streams go on where they ended, and no state is
-ever lost.
-"""
+"""State carried from step to step: streams go on where they ended, no state is lost."""
 
 import json
 from dataclasses import replace
@@ -79,8 +77,7 @@ def test_streams_of_two_ranks_are_those_of_one_and_any_step_can_be_asked_for(tmp
 
 
 def test_a_carried_state_makes_steps_one_reading_of_the_text(tmp_path, tiny):
-    """Nothing is learnt (rate 0): the losses of the steps are those of the streams read
-    at once.
+    """Nothing is learnt (rate 0): the steps' losses are those of streams read at once.
 
     Without carrying they are higher or lower.
     """
@@ -111,8 +108,7 @@ def test_a_carried_state_makes_steps_one_reading_of_the_text(tmp_path, tiny):
 def test_the_gradient_ends_at_the_step_and_not_at_the_piece(tmp_path, tiny):
     """Two steps with the state carried, in pieces.
 
-    The second's gradient is that of its T tokens with the state before them as a
-    constant.
+    The second's gradient is that of its T tokens with the state before them constant.
     """
     grads = {}
     for chunk in (None, 5):

@@ -263,9 +263,7 @@ def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_st
 
 @pytest.fixture
 def fla(tmp_path):
-    """A folder with a package fla that has the one function of the real one that is
-    measured.
-    """
+    """A folder with a package fla that has the real one's one measured function."""
     (tmp_path / "fla" / "ops" / "rwkv7").mkdir(parents=True)
     (tmp_path / "fla" / "ops" / "rwkv7" / "__init__.py").write_text(FLA)
     return tmp_path
@@ -285,9 +283,7 @@ def test_errors_are_relative_to_the_definition_for_us_and_in_flas_terms():
 
 
 def test_what_is_not_written_is_not_taken_for_right():
-    """Not even one number of a head that no one compares: memory is NaN before it is
-    written.
-    """
+    """Not even one number of an uncompared head: memory is NaN until written."""
     chunk = operator_sides(2, 20, 3, 16, "cpu", torch.float32)["torch"]
 
     def forgetful(*inputs):

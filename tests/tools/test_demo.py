@@ -77,8 +77,7 @@ def check_report(report: dict) -> None:
 
 
 def test_the_whole_job_from_nothing_and_again_with_preferences(small_sources, tmp_path, monkeypatch, capsys):
-    """Data and teacher are made where missing; three stages; controls; every key of the
-    report.
+    """Data and teacher made where missing; three stages; controls; all report keys.
 
     Resumed when it is done it trains nothing; and from the distilled student another
     finish, on preferences.

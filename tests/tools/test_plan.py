@@ -156,9 +156,7 @@ def test_a_gpu_holds_as_much_however_many_there_are_but_for_ddps_buckets():
     ids=str,
 )
 def test_the_activations_formula_is_what_autograd_saves(shape):
-    """Oracle: every different storage, the weights' aside, that autograd packs in a
-    forward pass.
-    """
+    """Oracle: each storage but the weights' that autograd packs in a forward pass."""
     B, T = 2, 128
     model = LM(
         ModelConfig(
@@ -200,9 +198,7 @@ def two_steps(cfg: ModelConfig, B: int) -> None:
 
 
 def highest(call, trace: Path) -> int:
-    """The most bytes that tensors held at once, as torch's allocator reports each of
-    its acts.
-    """
+    """The most bytes that tensors held at once, as torch's allocator reports them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     profiler.export_chrome_trace(str(trace))

@@ -17,8 +17,7 @@ from tools.rank_layers import RankConfig, propose, rank_layers, replacement_cost
 
 
 def test_a_layers_cost_is_the_kl_of_a_model_with_that_layer_replaced(tiny):
-    """Layer 0 alone, whose v_first is its own: the number is that of the literal hybrid
-    first:1.
+    """Layer 0 alone, with its own v_first: the number is the literal hybrid first:1's.
 
     A mixer that gives nothing costs what removing the attention does.
     """
