@@ -71,12 +71,12 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     top_k first, then top_p; both count in the full distribution. top_p keeps the
     smallest set of likeliest tokens whose probability reaches it, and at least one.
     """
+    largest = logits.float().amax(-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise ValueError("the model's logits are not finite: it has diverged, take an earlier checkpoint")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() - logits.float().amax(-1, keepdim=True)        # so that 1e-9 divides safely
-    p = torch.softmax(logits / temperature, -1)
-    if not p.isfinite().all():
-        raise ValueError("the model's logits are not finite: it has diverged, take an earlier checkpoint")
+    p = torch.softmax((logits.float() - largest) / temperature, -1)        # <= 0, so that 1e-9 divides safely
     if top_k is None and top_p is None:
         return torch.multinomial(p, 1, generator=generator).squeeze(1)
     p, order = p.topk(min(top_k or p.shape[1], p.shape[1]))                # likeliest first
@@ -150,7 +150,7 @@ def write(cfg: SampleConfig, text: str, here: Session) -> None:
             raise
         if isinstance(e, OSError):
             hush(e)
-    # only now, and both: Ctrl-C may come between any two lines above
+    # assigned together, after the loop: Ctrl-C may come between any two lines of it
     here.state, here.unread = state, [token for token in tokens.tolist() if token not in stop]
     ends = [add(None) for add in streams]
     texts = (text + sample + end for sample, end in zip(samples, ends))

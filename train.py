@@ -245,7 +245,8 @@ def train(cfg: TrainConfig) -> dict:
         check_vocabulary(start, start, train_half)
         same_tokenizer(train_half, cfg.init)
     torch.manual_seed(cfg.run.seed)
-    model = (start or LM(replace(shape, vocab_size=train_half.vocab_size))).to(device)
+    V = max(shape.vocab_size, train_half.vocab_size)
+    model = (start or LM(replace(shape, vocab_size=V))).to(device)
     meta = {"tokenizer": train_half.meta["tokenizer"], "data": cfg.data}
     run.begin(model, meta, cfg, describe(model.cfg, shape.block_size))
 

@@ -140,7 +140,7 @@ def cli(cls: type, argv: list[str] | None = None):
         with contextlib.redirect_stderr(box):
             return tyro.cli(cls, args=argv, default=default, description=description)
     except SystemExit as e:
-        if not e.code:                                                        # --help
+        if not e.code or os.environ.get("RANK", "0") != "0":           # --help; under torchrun one speaks
             raise
         raise ValueError(without_frame(box.getvalue()) + "; --help lists all settings") from None
 

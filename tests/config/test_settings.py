@@ -48,6 +48,16 @@ def test_flags_win_over_the_preset_which_wins_over_defaults(tmp_path):
     assert type(config.cli(Settings, [path]).near.rate) is float
 
 
+def test_under_torchrun_the_first_process_says_what_all_of_them_read(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as silent:
+        config.cli(Settings, ["--nonsense"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="--nonsense"):
+        config.cli(Settings, ["--nonsense"])
+    assert silent.value.code
+
+
 @pytest.mark.parametrize(
     "form, value", [("--fast", True), ("--no-fast", False), ("--fast=True", True), ("--fast=False", False)]
 )
