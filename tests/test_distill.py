@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from common import T, metrics, padded, random_batch, shake, state_dict, tiny_model
-from common_distill import job, pretend, teacher, weights  # noqa: F401   (fixtures)
+from common_distill import job, teacher, weights  # noqa: F401   (fixtures)
+from common_models import pretend
 from distill import (DistillConfig, Stage, StudentConfig, VFirstHolder, align_loss, distill, divergence,
                      make_student, match_loss, open_stage, wrap)
 from lib.folders import load_model
