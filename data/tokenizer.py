@@ -14,6 +14,7 @@ special token is just text.
 import codecs
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import tiktoken
@@ -183,20 +184,53 @@ def _name(name: str, folder: str | Path) -> None:
 class TextStream:
     """Tokens in, text out as it becomes whole.
 
-    A character's bytes may come in several tokens; what is no UTF-8 becomes U+FFFD.
+    A character's bytes may come in several tokens; what is no UTF-8 becomes U+FFFD. The
+    text ends at a token of `ends`, or where it comes to one of the `stop` texts: it is
+    whole up to there, and of the stop nothing is shown. What may be the beginning of
+    one is held back.
     """
 
-    def __init__(self, enc: tiktoken.Encoding):
-        self.enc, self.decoder = enc, codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, enc: tiktoken.Encoding, ends: Collection[int] = (), stop: Collection[str] = ()):
+        self.enc, self.ends, self.stop = enc, ends, sorted(stop, key=len, reverse=True)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held, self.ended = "", False
+        self.by, self.cut = None, None  # the text that it stopped at, and the part of a token up to there
 
     def __call__(self, token: int | None) -> str:
         """The characters that `token` completes; None ends the text."""
         if token is None:
-            return self.decoder.decode(b"", final=True)
+            rest, self.held = self.held + self.decoder.decode(b"", final=True), ""
+            return rest
+        if self.ended or token in self.ends:
+            self.ended = True
+            return ""
         try:
-            return self.decoder.decode(self.enc.decode_single_token_bytes(token))
+            data = self.enc.decode_single_token_bytes(token)
         except KeyError:  # the model's vocabulary is larger than the tokenizer's
-            return self.decoder.decode("\ufffd".encode())
+            data = "\ufffd".encode()
+        return "".join(self._add(data, i) for i in range(len(data)) if not self.ended)
+
+    def _add(self, data: bytes, i: int) -> str:
+        """What byte i of a token completes."""
+        text = self.held + self.decoder.decode(data[i : i + 1])
+        for stop in self.stop:
+            if text.endswith(stop):
+                self.by, self.cut = stop, data[: i + 1] if data[i + 1 :] else None
+                self.held, self.ended = "", True
+                return text.removesuffix(stop)
+        # the longest end of the text that a stop begins with
+        n = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        text, self.held = text[: len(text) - n], text[len(text) - n :]
+        return text
+
+    def unread(self, token: int) -> list[int]:
+        """What of the last `token` belongs to the text: nothing of an end, and of a
+        token that goes on behind a stop what leads up to the stop's end.
+        """
+        if self.cut is None:
+            return [] if token in self.ends else [token]
+        ids = self.enc._encode_bytes(self.cut)  # tiktoken's: these may be no UTF-8
+        return [i for i in ids if i < self.enc.n_vocab]
 
 
 def read_prompt(prompt: str) -> str:

@@ -90,6 +90,9 @@ class World(Specified, tiktoken.Encoding):
         except UnicodeEncodeError:   # half a surrogate pair becomes U+FFFD, as in tiktoken
             return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
+    def _encode_bytes(self, data: bytes) -> list[int]:
+        return self.walk(data)
+
     def decode_bytes(self, tokens) -> bytes:
         return b"".join(map(self.decode_single_token_bytes, tokens))
 
