@@ -20,6 +20,7 @@ from torch import Tensor
 from config import as_type
 from data.foreign import brief, read_json, require_file, unreadable
 from data.loader import Loader
+from data.pairing import require_pair, too_small
 from data.tokenizer import read_meta
 from lib.hybrid import is_letters, mixer_letters
 from model import LM, ModelConfig
@@ -274,9 +275,14 @@ def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
     """Raises ValueError where the data have tokens that student or teacher have not.
 
     A tokenizer may have more: it is the ids in the data that count. And models may have
-    more rows than it has tokens, one more than the other.
+    more rows than it has tokens, one more than the other, but not so many that it can't
+    be theirs (`data/pairing.py`).
     """
     for model, name in ((student, "student"), (teacher, "teacher")):
+        tokenizer = str(loader.meta.get("tokenizer", "of the data"))
+        # one of its own came with the model, and what is too large is seen below
+        if not tokenizer.startswith("bpe-") and too_small(loader.vocab_size, model.cfg.vocab_size):
+            require_pair(tokenizer, loader.vocab_size, model.cfg.vocab_size)
         if loader.vocab_size > model.cfg.vocab_size and largest_id(loader) >= model.cfg.vocab_size:
             raise ValueError(f"{loader.folder} has {loader.vocab_size} tokens, the {name} "
                              f"{model.cfg.vocab_size}, and token {largest_id(loader)} occurs: prepare the "
@@ -293,6 +299,9 @@ def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
     """Raises ValueError where a model folder's tokenizer is not the loader's."""
     for folder in folders:
         names = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
+        if names[0] is None:
+            raise ValueError(f"{folder} has no tokenizer, {loader.folder} holds {names[1]}: import the model "
+                             "again with --tokenizer, and prepare the data with that")
         if names[0] != names[1]:
             raise ValueError(f"{folder} reads {names[0]} tokens, {loader.folder} holds {names[1]}: "
                              f"prepare the data again with the model's tokenizer, --tokenizer {folder}")
