@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data.bpe import BYTE, END, Specified, finder
+from data.bpe import BYTE, END, LARGEST, Specified, finder
 from data.chat import WORLD
 from data.foreign import brief, read_whole, unreadable
 
@@ -174,10 +174,10 @@ def read_vocabulary(path: str | Path) -> World:
         with warnings.catch_warnings(action="error"):             # of escapes that are none
             for line in lines:
                 tokens.append(token_of(line.rstrip("\r"), len(tokens)))
-        line = ""
+        lines = []
         check_tokens(tokens)
     except (ValueError, SyntaxError, MemoryError, RecursionError, Warning) as error:
-        place = f"line {len(tokens)}: " if line else ""
+        place = f"line {len(tokens)}: " if lines else ""
         raise ValueError(f"{path} is no World vocabulary, or damaged ({place}{brief(error)}): "
                          f"{REMEDY}") from None
     return World(tokens)
@@ -187,7 +187,7 @@ def token_of(line: str, expected: int) -> bytes:
     """The token in a line, whose id must be the expected one."""
     match = LINE.fullmatch(line) if len(line) <= LONGEST_LINE else None
     if not match:
-        raise ValueError(f'{brief(repr(line))} is not "id repr length"')
+        raise ValueError(f'{line[:40]!r} is not "id repr length"')
     i, literal, size = int(match[1]), match[2], int(match[3])
     if i != expected:
         raise ValueError(f"the id is {i}, where {expected} is next")
@@ -202,6 +202,8 @@ def check_tokens(tokens: list[bytes]) -> None:
     """Raises ValueError for tokens that are no vocabulary, or a part of the official."""
     if not all(tokens[1:]):
         raise ValueError(f"token {tokens.index(b'', 1)} is empty")
+    if max(map(len, tokens)) > LONGEST_LINE or len(tokens) > LARGEST:
+        raise ValueError(f"a token has more than {LONGEST_LINE} bytes, or there are more than {LARGEST}")
     if len(set(tokens)) < len(tokens):
         seen = set()
         i = next(i for i, token in enumerate(tokens) if token in seen or seen.add(token))

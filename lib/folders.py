@@ -20,7 +20,7 @@ from torch import Tensor
 from config import as_type
 from data.foreign import brief, read_json, require_file, unreadable
 from data.loader import Loader
-from data.pairing import require_pair, too_small
+from data.pairing import check_folder
 from data.tokenizer import read_meta
 from lib.hybrid import is_letters, mixer_letters
 from model import LM, ModelConfig
@@ -275,14 +275,9 @@ def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
     """Raises ValueError where the data have tokens that student or teacher have not.
 
     A tokenizer may have more: it is the ids in the data that count. And models may have
-    more rows than it has tokens, one more than the other, but not so many that it can't
-    be theirs (`data/pairing.py`).
+    more rows than it has tokens, one more than the other.
     """
     for model, name in ((student, "student"), (teacher, "teacher")):
-        tokenizer = str(loader.meta.get("tokenizer", "of the data"))
-        # one of its own came with the model, and what is too large is seen below
-        if not tokenizer.startswith("bpe-") and too_small(loader.vocab_size, model.cfg.vocab_size):
-            require_pair(tokenizer, loader.vocab_size, model.cfg.vocab_size)
         if loader.vocab_size > model.cfg.vocab_size and largest_id(loader) >= model.cfg.vocab_size:
             raise ValueError(f"{loader.folder} has {loader.vocab_size} tokens, the {name} "
                              f"{model.cfg.vocab_size}, and token {largest_id(loader)} occurs: prepare the "
@@ -296,7 +291,9 @@ def largest_id(loader: Loader) -> int:
 
 
 def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
-    """Raises ValueError where a model folder's tokenizer is not the loader's."""
+    """Raises ValueError where a model folder's tokenizer is not the loader's, or can't be
+    the model's.
+    """
     for folder in folders:
         names = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
         if names[0] is None:
@@ -305,3 +302,4 @@ def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
         if names[0] != names[1]:
             raise ValueError(f"{folder} reads {names[0]} tokens, {loader.folder} holds {names[1]}: "
                              f"prepare the data again with the model's tokenizer, --tokenizer {folder}")
+        check_folder(folder, names[0], loader.vocab_size)
