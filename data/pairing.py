@@ -33,8 +33,8 @@ def too_large(n_tokens: int, rows: int) -> bool:
 def require_pair(name: str, n_tokens: int, rows: int) -> None:
     """Raises ValueError, with advice, where a tokenizer can't be that of a model."""
     if too_small(n_tokens, rows) or too_large(n_tokens, rows):
-        raise ValueError(f"the tokenizer {name} has {n_tokens:,} tokens, the model {rows:,} rows, and rounding "
-                         f"up does not explain it: the model was trained with another; {advice(rows)}")
+        raise ValueError(f"the tokenizer {name} has {n_tokens:,} tokens, the model {rows:,} rows, and "
+                         f"rounding up does not explain it: it was trained with another; {advice(rows)}")
 
 
 def advice(rows: int) -> str:

@@ -78,7 +78,7 @@ def _named(name: str) -> tiktoken.Encoding:
     except Exception as error:  # requests' errors, a hash mismatch, a full disk: the remedy is the same
         raise ValueError(f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): "
                          "set TIKTOKEN_CACHE_DIR to a folder that has its files, each named by the "
-                         "SHA-1 of its URL; data for a model of your own can have --tokenizer bytes") from error
+                         "SHA-1 of its URL; for a model of your own there is --tokenizer bytes") from error
     enc = Encoding.__new__(Encoding)  # the same, without building it a second time
     enc.__dict__ |= original.__dict__
     return enc

@@ -154,8 +154,8 @@ def find_vocabulary(*places: str | Path) -> Path:
     for folder in folders:
         if (folder / FILE).is_file():
             return folder / FILE
-    raise ValueError(f"the World vocabulary is not here: pip install rwkv, which brings {FILE}, put that file "
-                     "beside the model, or give its path as --tokenizer")
+    raise ValueError(f"the World vocabulary is not here: pip install rwkv, which brings {FILE}, put that "
+                     "file beside the model, or give its path as --tokenizer")
 
 
 def read_vocabulary(path: str | Path) -> World:
@@ -168,7 +168,7 @@ def read_vocabulary(path: str | Path) -> World:
     except OSError as error:
         raise unreadable(path, error) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no World vocabulary (no UTF-8 at byte {error.start}): {REMEDY}") from None
+        raise ValueError(f"{path} is no World vocabulary (no UTF-8, byte {error.start}): {REMEDY}") from None
     tokens = [b""]
     try:
         with warnings.catch_warnings(action="error"):             # of escapes that are none
@@ -199,7 +199,7 @@ def token_of(line: str, expected: int) -> bytes:
 
 
 def check_tokens(tokens: list[bytes]) -> None:
-    """Raises ValueError for tokens that are no vocabulary, or a part of the official."""
+    """Raises ValueError for tokens that are no vocabulary, or a part of World's."""
     if not all(tokens[1:]):
         raise ValueError(f"token {tokens.index(b'', 1)} is empty")
     if max(map(len, tokens)) > LONGEST_LINE or len(tokens) > LARGEST:

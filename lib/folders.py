@@ -291,8 +291,8 @@ def largest_id(loader: Loader) -> int:
 
 
 def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
-    """Raises ValueError where a model folder's tokenizer is not the loader's, or can't be
-    the model's.
+    """Raises ValueError where a model folder's tokenizer is not the loader's, or by its
+    size not the model's.
     """
     for folder in folders:
         names = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]

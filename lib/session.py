@@ -45,7 +45,7 @@ class SessionConfig:
 class Ending:
     """What ends a text."""
 
-    stop: tuple[str, ...] = ()             # texts, of which nothing is shown and none comes behind: --stop A B
+    stop: tuple[str, ...] = ()             # also these texts, which are not shown: --stop A B
     no_stop: bool = False                  # go on past the model's end tokens
 
     def __post_init__(self):

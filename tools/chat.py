@@ -79,15 +79,16 @@ def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Genera
               "new one", file=sys.stderr)
         return False
     tokens = torch.tensor([prompt], device=here.decoder.device)
-    stream, state, lead = TextStream(enc, stop, texts), here.state and expand(here.state), enc.chat.get("lead")
+    stream, state = TextStream(enc, stop, texts), here.state and expand(here.state)
+    lead = enc.chat.get("lead", "")
     for tokens, after in generate(here.decoder, tokens, n, state=state, stop=stop,
                                   generator=generator, **vars(cfg.how)):
         token = tokens.item()
         # whatever ends the answer, the next message follows a whole one
         here.state, here.unread = after, stream.unread(token) + closing
         text = stream(token)
-        print(text.removeprefix(lead or ""), end="", flush=True)
-        lead = lead if not text else None
+        print(text.removeprefix(lead), end="", flush=True)
+        lead = "" if text else lead
         if stream.ended:
             here.unread = stream.unread(token) + (after_end if stream.by == end else closing)
             break

@@ -202,8 +202,8 @@ def tell(name: str | None, tokenizer: tiktoken.Encoding | dict | None, checkpoin
         print(f"tokenizer {name or 'of the checkpoint'} has {size} tokens, the model {rows}: texts with the "
               "others will be refused")
     if too_small(size, rows):
-        print(f"the checkpoint's own tokenizer has {size:,} tokens, the model {rows:,} rows, more than rounding "
-              "up adds: is it that model's?")
+        print(f"the checkpoint's own tokenizer has {size:,} tokens, the model {rows:,} rows, more than "
+              "rounding up adds: is it that model's?")
     if isinstance(tokenizer, dict) and not tokenizer.get("chat"):
         print("it has no chat template that only frames the messages: "
               "python -m tools.chat will not work with it")

@@ -31,11 +31,11 @@ def mixed(world) -> tuple[str, list[int]]:
     texts = [token.decode("utf-8", "ignore") for token in world.tokens[1:]]
     whole = [text for token, text in zip(world.tokens[1:], texts) if text.encode() == token]
     chinese = [text for text in whole if "\u4e00" <= text[0] <= "\u9fff"]
-    odd = ["é", "ü", "naïve ", "🙂", "👍🏽", "\x00", "\x1b[0m", "\r\n", "\n\n", "ça va ", "\u0301", END, " ", "\t"]
+    odd = ["é", "ü", "naïve ", "🙂", "👍🏽", "\x00", "\x1b[0m", "\r\n", "\n\n", "ça ", "\u0301", END, "\t"]
     codes = [*range(0xD800), *range(0xE000, 0x110000)]
     parts = [inspect.getsource(random) * 8, "".join(rng.choices(chinese, k=40_000)),
              "".join(rng.choices(odd, k=50_000)), " " * 100_000, "".join(rng.choices(whole, k=20_000)),
-             "".join(" " * rng.randrange(200) + "-=_\n"[rng.randrange(4)] * rng.randrange(90) for _ in range(900)),
+             "".join(" " * rng.randrange(200) + rng.choice("-=_\n") * rng.randrange(90) for _ in range(900)),
              "".join(map(chr, rng.choices(codes, k=30_000)))]
     return "".join(parts), world.walk("".join(parts))
 
@@ -131,16 +131,17 @@ def test_the_vocabulary_is_taken_from_beside_a_model_first(world, tmp_path):
     tokens = vocabulary(random.Random(0))
     path = write_vocabulary(tmp_path / FILE, tokens)
     assert get_tokenizer(str(path)).name == get_tokenizer(str(tmp_path)).name != "world"
-    with pytest.raises(ValueError, match=f"{FILE} is another vocabulary than World's, with {len(tokens) + 1} "):
+    with pytest.raises(ValueError, match=f"{FILE} is another vocabulary.*with {len(tokens) + 1}"):
         get_tokenizer("world", tmp_path)
     path.write_bytes(find_vocabulary().read_bytes().replace(b"\n", b"\r\n"))
     assert get_tokenizer("world", tmp_path).name == get_tokenizer(str(path)).name == "world"
 
 
 def test_conversations_are_read_as_the_official_demo_reads_them(world, tmp_path):
-    turns = [("system", "Be brief."), ("user", " What?\r\n\r\n\nAnd:\n\nwhy \n"), ("assistant", "So.\n\nIt is.\n"),
-             ("user", "b"), ("assistant", "c")]
-    text = "System: Be brief.\n\nUser: What?\nAnd:\nwhy\n\nAssistant: So.\nIt is.\n\nUser: b\n\nAssistant: c\n\n"
+    turns = [("system", "Be brief."), ("user", " What?\r\n\r\n\nAnd:\n\nwhy \n"),
+             ("assistant", "So.\n\nIt is.\n"), ("user", "b"), ("assistant", "c")]
+    text = ("System: Be brief.\n\nUser: What?\nAnd:\nwhy\n\nAssistant: So.\nIt is.\n\n"
+            "User: b\n\nAssistant: c\n\n")
     ids, learnt = encode_turns(world, turns)
     assert ids == world.encode_ordinary(text)          # in one piece, too: no token crosses a border
     parts = [world.decode([i for i, is_learnt in zip(ids, learnt) if is_learnt])]
@@ -166,9 +167,10 @@ OFFICIAL = [("missing", lambda lines: lines[:700] + lines[701:], "line 701: the 
             ("cut", lambda lines: [*lines[:900], lines[900][:4]], "line 901"),
             ("other ids", lambda lines: [*lines[:10], *lines[9:]], "line 11: the id is 10"),
             ("no UTF-8", lambda lines: [*lines[:5], "\udcff"], "no UTF-8")]
-SMALL = [("256 'ab' 3", "the token has 2 bytes, not 3"), ("256 'ab'", "is not"), ("256 b'' 0", "token 256 is empty"),
-         ("256 'a' 1", "token 256 is that of another id, too"), ("256 ab 2", "is not"), ("2 'ab' 2", "the id is 2"),
-         ("256 __import__('os').getcwd() 2", "is not"), ("256 'a' + open('/etc/passwd').read() 'b' 2", "line 256"),
+SMALL = [("256 'ab' 3", "the token has 2 bytes, not 3"), ("256 'ab'", "is not"),
+         ("256 b'' 0", "token 256 is empty"), ("256 'a' 1", "token 256 is that of another id, too"),
+         ("256 ab 2", "is not"), ("2 'ab' 2", "the id is 2"), ("256 __import__('os').getcwd() 2", "is not"),
+         ("256 'a' + open('/etc/passwd').read() 'b' 2", "line 256"),
          ("256 'a' * 9999999999 + 'b' 2", "line 256"), ("256 '" + "\\\\" * 9999 + "' 9999", "is not"),
          ("256 '\\d' 2", "line 256"), ("256 f'{1}' 1", "is not"), ("256 '\\x00\0' 2", "line 256"),
          ("99999999999999999999 'ab' 2", "is not"), ("256 'a'" + "('" * 900 + "') 1", "line 256"),
@@ -195,8 +197,8 @@ def test_a_line_that_is_no_token_is_never_run(line, words, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"tokens": None}, {"tokens": "abc"}, {"tokens": [None, "a"]}, {"tokens": [None, "a" * 70_000]}, {"tokens": {}},
-    {"tokens": [None, None]}, {"tokens": [None, "漢"]}, {"kind": "word"},
+    {"tokens": None}, {"tokens": "abc"}, {"tokens": [None, "a"]}, {"tokens": [None, "a" * 70_000]},
+    {"tokens": {}}, {"tokens": [None, None]}, {"tokens": [None, "漢"]}, {"kind": "word"},
 ])
 def test_a_damaged_vocabulary_of_a_folder_is_one_line(change, world, tmp_path):
     spec = World([b"", *LONE_BYTES]).spec

@@ -1,4 +1,4 @@
-"""Official RWKV-7 models of 65,536 rows, and whatever else meets the wrong tokenizer."""
+"""Official RWKV-7 models of 65,536 rows, wrong tokenizers, and what ends a text."""
 
 import io
 import json
@@ -56,7 +56,8 @@ def test_an_official_model_is_imported_and_sampled(imported, official, tmp_path,
     meta = prepare(tmp_path / "a.txt", tmp_path / "d", tokenizer=str(imported))
     assert meta["tokenizer"] == "world" and meta["vocab_size"] == 65530
     with pytest.raises(ValueError, match="omit flags") as e:           # the pair itself is right
-        train_main(["--init", str(imported), "--data", str(tmp_path / "d"), "--out", str(tmp_path / "o"), *TINY])
+        train_main(["--init", str(imported), "--data", str(tmp_path / "d"), "--out", str(tmp_path / "o"),
+                    *TINY])
     one_line(e.value)
     same_tokenizer(Loader(tmp_path / "d", "train", 2, 16), imported)
 
@@ -64,7 +65,8 @@ def test_an_official_model_is_imported_and_sampled(imported, official, tmp_path,
 def test_without_a_tokenizer_the_right_one_is_named_and_a_wrong_one_refused(official, tmp_path, capsys):
     convert.main(["import", str(official), "--out", str(tmp_path / "none")])
     out = capsys.readouterr().out
-    assert "65,536 rows are those of RWKV's World models, --tokenizer world" in out and "data.prepare" not in out
+    assert "65,536 rows are those of RWKV's World models, --tokenizer world" in out
+    assert "data.prepare" not in out
     for call in (lambda: sample.main(["--ckpt", str(tmp_path / "none")]),
                  lambda: prepare("pydoc", tmp_path / "d", tokenizer=str(tmp_path / "none")),
                  lambda: convert.main(["import", str(official), "--out", str(tmp_path / "x"),
@@ -73,13 +75,13 @@ def test_without_a_tokenizer_the_right_one_is_named_and_a_wrong_one_refused(offi
             call()
         one_line(e.value)
     assert not (tmp_path / "x").exists()
-    (tmp_path / "none" / "meta.json").write_text('{"tokenizer": "bytes"}')     # imported before this was looked at
+    (tmp_path / "none" / "meta.json").write_text('{"tokenizer": "bytes"}')     # an import of before
     (tmp_path / "a.txt").write_text("a b c\n" * 99)
     prepare(tmp_path / "a.txt", tmp_path / "d")
     for call in (lambda: sample.main(["--ckpt", str(tmp_path / "none")]),
                  lambda: prepare("pydoc", tmp_path / "e", tokenizer=str(tmp_path / "none")),
                  lambda: same_tokenizer(Loader(tmp_path / "d", "train", 2, 16), tmp_path / "none")):
-        with pytest.raises(ValueError, match="bytes has 257 tokens, the model 65,536 rows.*--tokenizer world") as e:
+        with pytest.raises(ValueError, match="257 tokens, the model 65,536 rows.*--tokenizer world") as e:
             call()
         one_line(e.value)
 
@@ -112,7 +114,7 @@ def test_sentencepiece_is_named_and_nothing_else_advised(tmp_path):
 # Stops
 
 def scripted(enc, pieces, calls):
-    """A `generate` that says these pieces, a list for each call, one after the other."""
+    """A `generate` that says these pieces, one list after the other."""
     def generate(decoder, prompt, n, *, state, stop, **options):
         calls.append(prompt[0].tolist())
         position = (state.position if state else 0) + prompt.shape[1]
@@ -138,7 +140,8 @@ def test_a_chat_with_a_world_model_ends_answers_at_an_empty_line(imported, capsy
     assert read[0] == "User: a\n\nAssistant:" and read[1].lstrip("\n") == "User: b\nb\n\nAssistant:"
     assert read[2] == "\nUser: c\n\nAssistant:"        # of the two line feeds the second was not read yet
     ids, _ = encode_turns(enc, turns, reply=True)
-    assert enc.decode(ids) == "User: a\n\nAssistant: One.\n\nUser: b\nb\n\nAssistant: Two\n\nUser: c\n\nAssistant:"
+    assert enc.decode(ids) == ("User: a\n\nAssistant: One.\n\nUser: b\nb\n\nAssistant: Two\n\n"
+                               "User: c\n\nAssistant:")
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +181,8 @@ def test_the_state_behind_a_stop_is_that_of_its_text(small, tmp_path, monkeypatc
             yield token, state
 
     monkeypatch.setattr(sample, "generate", recorded)
-    sample.main(["--ckpt", str(small), "--no-stop", "--prompt", "x", "--max_tokens", "2000", "--temperature", "1",
-                 "--stop", "e", "--save_state", file])
+    sample.main(["--ckpt", str(small), "--no-stop", "--prompt", "x", "--max_tokens", "2000",
+                 "--temperature", "1", "--stop", "e", "--save_state", file])
     model = load_model(small).eval()
     state, unread = load_state(file, model)
     _, expected = process(model, torch.tensor([[256, ord("x"), *drawn[:-1]]]))
