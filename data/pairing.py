@@ -51,7 +51,7 @@ def advice(rows: int) -> str:
 
 def instead(error: ValueError, rows: int) -> str:
     """What to do where a checkpoint's own tokenizer is refused."""
-    if "only byte-level BPE" in str(error):
+    if "only byte-level BPE" in str(error) and "rwkv" not in str(error):
         return ("No other can be this model's: take a model with byte-level BPE, or RWKV's World "
                 "vocabulary")
     return f"If another file has the same tokenizer in another form: {advice(rows)}"
