@@ -254,6 +254,8 @@ def as_type(value, hint, name: str):
     kinds = kinds_of(hint)
     if float in kinds and int not in kinds and type(value) is int and abs(value) < 2**63:
         return float(value)
+    if tuple in kinds and type(value) is list:
+        return tuple(value)
     if type(value) not in kinds:
         raise ValueError(f"{name} = {shown(value)}: expected {named(kinds)}")
     return value

@@ -20,6 +20,7 @@ from torch import Tensor
 from config import as_type
 from data.foreign import brief, read_json, require_file, unreadable
 from data.loader import Loader
+from data.pairing import check_folder, too_small
 from data.tokenizer import read_meta
 from lib.hybrid import is_letters, mixer_letters
 from model import LM, ModelConfig
@@ -283,6 +284,18 @@ def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
                              "data with the model's tokenizer, without texts that spell its added tokens")
 
 
+def rows(cfg: ModelConfig, loader: Loader) -> int:
+    """How many tokens a new model knows: the data's, or as many more as are asked for.
+
+    Raises ValueError for more than rounding up explains.
+    """
+    if too_small(loader.vocab_size, cfg.vocab_size):
+        raise ValueError(f"vocab_size = {cfg.vocab_size}, but {loader.folder} has {loader.vocab_size} "
+                         "tokens: prepare the data with another tokenizer, or give --vocab_size "
+                         f"{loader.vocab_size}")
+    return max(cfg.vocab_size, loader.vocab_size)
+
+
 def largest_id(loader: Loader) -> int:
     """Of all tokens in a data folder, in every split."""
     files = [loader.folder / f"{split}.bin" for split in loader.meta["tokens"]]
@@ -290,9 +303,15 @@ def largest_id(loader: Loader) -> int:
 
 
 def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
-    """Raises ValueError where a model folder's tokenizer is not the loader's."""
+    """Raises ValueError where a model folder's tokenizer is not the loader's, or by its
+    size not the model's.
+    """
     for folder in folders:
         names = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
+        if names[0] is None:
+            raise ValueError(f"{folder} has no tokenizer, {loader.folder} holds {names[1]}: import the model "
+                             "again with --tokenizer, and prepare the data with that")
         if names[0] != names[1]:
             raise ValueError(f"{folder} reads {names[0]} tokens, {loader.folder} holds {names[1]}: "
                              f"prepare the data again with the model's tokenizer, --tokenizer {folder}")
+        check_folder(folder, names[0], loader.vocab_size)

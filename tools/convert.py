@@ -43,6 +43,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from data.foreign import brief, read_json, unreadable
+from data.pairing import advice, instead, require_pair, too_small
 from data.tokenizer import get_tokenizer, save_tokenizer, write_tokenizer
 from lib.folders import open_model, read_config, read_tensor, write_whole
 from model import LM, ModelConfig
@@ -64,7 +65,7 @@ class ImportConfig:
     path: Positional[str] = ""       # a Hugging Face folder, a .gguf, an RWKV-7 .pth or nanoGPT's ckpt.pt
     out: str = "out/teacher"         # the model folder to write
     dtype: Dtype = "float32"         # of the weights on disk. In memory models are float32
-    tokenizer: str | None = None     # None = the checkpoint's own; else bytes, gpt2, ... or a model folder
+    tokenizer: str | None = None     # None = the checkpoint's own; else world, gpt2, ... or a model folder
     overwrite: bool = False
 
 
@@ -100,7 +101,7 @@ def import_model(cfg: ImportConfig) -> ModelConfig:
     try:
         checkpoint = open_checkpoint(path)
         shapes = fit_shapes(checkpoint)
-        tokenizer = choose_tokenizer(cfg.tokenizer, checkpoint)
+        tokenizer = choose_tokenizer(cfg.tokenizer, checkpoint, path)
         with written(cfg.out):
             staging.mkdir(parents=True)
             write_safetensors(staging / "model.safetensors", shapes, getattr(torch, cfg.dtype),
@@ -165,17 +166,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return from_nanogpt(content, path.parent) if is_nanogpt(content) else from_pth(content)
 
 
-def choose_tokenizer(name: str | None, checkpoint: Checkpoint) -> tiktoken.Encoding | dict | None:
+def choose_tokenizer(name: str | None, checkpoint: Checkpoint,
+                     path: Path) -> tiktoken.Encoding | dict | None:
     """The tokenizer called `name`, else the checkpoint's own, as its specification.
 
-    None where it has none.
+    None where it has none. Raises ValueError where it can't be the model's.
     """
+    rows = checkpoint.cfg.vocab_size
     if name:
-        return get_tokenizer(name)
+        enc = get_tokenizer(name, path if path.is_dir() else path.parent)
+        require_pair(enc.name, enc.n_vocab, rows)
+        return enc
     try:
         return checkpoint.tokenizer() if checkpoint.tokenizer else None
     except ValueError as e:
-        raise ValueError(f"{e}. Give another tokenizer with --tokenizer, or bytes") from None
+        raise ValueError(f"{e}. {instead(e, rows)}") from None
 
 
 def add_tokenizer(tokenizer: tiktoken.Encoding | dict | None, folder: Path) -> None:
@@ -187,13 +192,18 @@ def add_tokenizer(tokenizer: tiktoken.Encoding | dict | None, folder: Path) -> N
 
 def tell(name: str | None, tokenizer: tiktoken.Encoding | dict | None, checkpoint: Checkpoint) -> None:
     """Say what the folder lacks, once it is there."""
+    rows = checkpoint.cfg.vocab_size
     if tokenizer is None:
-        print("it has no tokenizer: import it again with --tokenizer before data are prepared for it")
+        print("it has no tokenizer that can be read: import it again with one before data are prepared for "
+              f"it; {advice(rows)}")
         return
     size = len(tokenizer["tokens"]) if isinstance(tokenizer, dict) else tokenizer.n_vocab
-    if size > checkpoint.cfg.vocab_size:
-        print(f"tokenizer {name or 'of the checkpoint'} has {size} tokens, the model "
-              f"{checkpoint.cfg.vocab_size}: texts with the others will be refused")
+    if size > rows:
+        print(f"tokenizer {name or 'of the checkpoint'} has {size} tokens, the model {rows}: texts with the "
+              "others will be refused")
+    if too_small(size, rows):
+        print(f"the checkpoint's own tokenizer has {size:,} tokens, the model {rows:,} rows, more than "
+              "rounding up adds: is it that model's?")
     if isinstance(tokenizer, dict) and not tokenizer.get("chat"):
         print("it has no chat template that only frames the messages: "
               "python -m tools.chat will not work with it")
@@ -331,8 +341,10 @@ def main(argv: list[str] | None = None) -> None:
         model = import_model(cfg)
         print(json.dumps(asdict(model)))
         folder = shlex.quote(cfg.out)
-        print(f"{cfg.out}: {cfg.dtype}. Now: python -m data.prepare SOURCE --tokenizer {folder} "
-              f"--out data/NAME, and python distill.py --teacher {folder} --data data/NAME")
+        has_tokenizer = "tokenizer" in read_json(Path(cfg.out) / "meta.json")
+        print(f"{cfg.out}: {cfg.dtype}." + has_tokenizer * (
+              f" Now: python -m data.prepare SOURCE --tokenizer {folder} "
+              f"--out data/NAME, and python distill.py --teacher {folder} --data data/NAME"))
     elif verb == "export":
         out = export_model(cli(ExportConfig, argv))
         print(f"{out}: for the package rwkv, RWKV(model=\"{out.with_suffix('')}\", strategy=\"cpu fp32\")")
