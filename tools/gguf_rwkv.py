@@ -109,9 +109,9 @@ def place(name: str, arch: str) -> tuple[str, str]:
     """
     stem, dot, end = name.rpartition(".")
     module, end = (stem, end) if end in ("weight", "bias") else (name, "weight")
-    parts = module.split(".")
-    block = f"blk.{parts[1]}." if parts[0] == "blocks" else ""
-    row = TABLE[".".join(parts[2:]) if block else module]
+    _, layer, module = module.split(".", 2) if module.startswith("blocks.") else ("", "", module)
+    row = TABLE[module]
+    block = f"blk.{layer}." if layer and module != "ln0" else ""      # ln0 is there but once
     return f"{block}{row[arch]}.{end}", row["form"]
 
 
