@@ -1,93 +1,57 @@
-"""llama.cpp as an oracle: a GGUF in its server, in a process of its own.
-
-A job is a dict of files, each with what is asked of it, [path, JSON]; answers come back
-in the same order. Where `n_probs` is asked for, an answer is the tokens generated and
-the log-probabilities of all tokens, by id, before each. `forced` stands for such
-questions, one after each token of a text.
-"""
+"""llama.cpp as an oracle: what to ask its server (llama_server.py), and what it says."""
 
 import importlib.util
 import json
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 
-SPACE = 32  # what is generated where only the probabilities matter: a whole character
+from llama_server import SPACE
+from model import LM
+
 GREEDY = {"temperature": 0, "cache_prompt": False, "return_tokens": True}
+ASCII = 128
 
 
-def ask(job: dict[str, list]) -> dict[str, list]:
-    """The answers of a process that opens one file after the other."""
+def ask(job: dict[Path, list]) -> list[list]:
+    """Its answers to what is asked of each file."""
     if not importlib.util.find_spec("xllamacpp"):
         pytest.skip("the package xllamacpp is not installed")
-    done = subprocess.run([sys.executable, __file__], input=json.dumps(job), capture_output=True, text=True)
+    text = json.dumps({str(file): questions for file, questions in job.items()})
+    server = Path(__file__).with_name("llama_server.py")
+    done = subprocess.run([sys.executable, server], input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return list(json.loads(done.stdout.splitlines()[-1]).values())
 
 
-def generation(prompt: list[int], n: int, vocab: int) -> list:
-    """n tokens, the likeliest one of ASCII each time, and probabilities before each.
+def greedy(prompt: list[int], n: int, vocab: int, n_probs: int = 0) -> list:
+    """n tokens, the likeliest one of ASCII each time, whole characters.
 
-    The server leaves out those of tokens that are a part of a character.
+    The server leaves out the probabilities of tokens that are a part of one.
     """
-    others = [[i, False] for i in range(128, vocab)]
-    return ["/completion", GREEDY | {"prompt": prompt, "n_predict": n, "n_probs": vocab,
+    others = [[i, False] for i in range(ASCII, vocab)]
+    return ["/completion", GREEDY | {"prompt": prompt, "n_predict": n, "n_probs": n_probs,
                                      "logit_bias": others, "ignore_eos": True}]
 
 
-def forced(tokens: list[int], vocab: int, first: int = 1) -> list:
-    """Probabilities after each token of a text, from the `first` on."""
-    return ["forced", {"tokens": tokens, "vocab": vocab, "first": first}]
+def forced(tokens: list[int], vocab: int) -> list:
+    """Log-probabilities after each token of a text."""
+    request = GREEDY | {"n_predict": 1, "n_probs": vocab, "logit_bias": [[SPACE, 1000.0]]}
+    return ["forced", {"tokens": tokens, "request": request}]
 
 
-def read_generated(answer: dict) -> tuple[list[int], torch.Tensor]:
-    """The tokens, and (T, V) log-probabilities before each."""
-    return answer["tokens"], torch.tensor(answer["logprobs"])
+@torch.no_grad()
+def ours(model: LM, tokens: list[int]) -> torch.Tensor:
+    """Our log-probabilities (T, V) after each token."""
+    return model(torch.tensor([tokens]))[0][0].log_softmax(-1)
 
 
-# ------------------------------------------------------------------------------------------
-# In its own process
-
-def main() -> None:
-    import xllamacpp
-
-    answers = {}
-    for file, questions in json.load(sys.stdin).items():
-        params = xllamacpp.CommonParams()
-        params.model.path = file
-        params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 1024, 1, False, 0
-        params.verbosity = -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        server = xllamacpp.Server(params)
-        answers[file] = [answer(server.listening_address, *question) for question in questions]
-        del server
-    print("\n" + json.dumps(answers), flush=True)
-
-
-def answer(address: str, path: str, job: dict) -> dict:
-    if path == "forced":
-        tokens, V = job["tokens"], job["vocab"]
-        rows = []
-        for n in range(job["first"], len(tokens) + 1):
-            one = GREEDY | {"prompt": tokens[:n], "n_predict": 1, "n_probs": V, "logit_bias": [[SPACE, 1000.0]]}
-            rows += answer(address, "/completion", one)["logprobs"]
-        return {"tokens": tokens, "logprobs": rows}
-    request = urllib.request.Request(address + path, json.dumps(job).encode(),
-                                     {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as reply:
-        whole = json.load(reply)
-    if "completion_probabilities" not in whole:
-        return whole
-    return {"tokens": whole["tokens"], "logprobs": [by_id(row) for row in whole["completion_probabilities"]]}
-
-
-def by_id(row: dict) -> list[float]:
-    return [entry["logprob"] for entry in sorted(row["top_logprobs"], key=lambda entry: entry["id"])]
-
-
-if __name__ == "__main__":
-    main()
+def as_likely(logp: torch.Tensor, chosen: list[int]) -> bool:
+    """Whether by our log-probabilities (T, V) each of these tokens is the likeliest of
+    ASCII, or no less so than rounding may decide.
+    """
+    best = logp[:, :ASCII].max(-1).values
+    return (best - logp[torch.arange(len(chosen)), chosen]).max().item() < 1e-4
