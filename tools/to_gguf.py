@@ -9,6 +9,7 @@ Modelfile beside it.
 """
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Source:
     """A model of ours as the format has it: every parameter by its name, read now."""
 
     cfg: ModelConfig
+    shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
 
 
@@ -73,11 +75,13 @@ def open_source(folder: Path) -> tuple[Source, str]:
         return read_tensor(file, name) if name in stored else torch.zeros(shapes[name])
 
     kind = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-    return Source(full, read), kind.get(read("emb.weight").dtype, "float32")
+    return Source(full, shapes, read), kind.get(read("emb.weight").dtype, "float32")
 
 
 def wider(source: Source) -> Source:
-    return Source(widened(source.cfg), lambda name: widened_parameter(name, source.read(name), source.cfg))
+    cfg = widened(source.cfg)
+    return Source(cfg, expected_shapes(cfg),
+                  lambda name: widened_parameter(name, source.read(name), source.cfg))
 
 
 def fit_heads(source: Source, widen: bool) -> Source:
@@ -85,8 +89,7 @@ def fit_heads(source: Source, widen: bool) -> Source:
     N = source.cfg.rwkv_head_size
     if widen and factor(source.cfg) > 1:
         wide = wider(source)
-        before, after = (sum(np.prod(shape) for shape in expected_shapes(cfg).values())
-                         for cfg in (source.cfg, wide.cfg))
+        before, after = (sum(map(math.prod, model.shapes.values())) for model in (source, wide))
         print(f"heads of {N} become {HEAD_SIZE} with the same logits, for llama.cpp computes others wrongly on "
               f"some CPUs: {before:,} parameters become {after:,} (--no-widen leaves them)")
         return wide
@@ -98,14 +101,21 @@ def fit_heads(source: Source, widen: bool) -> Source:
     return source
 
 
-def tensors_of(cfg: ModelConfig) -> list[tuple[str, str, list[str]]]:
-    """Of each tensor in the file, in order: name, form, our parameters in it."""
-    arch, shapes = architecture(cfg), expected_shapes(cfg)
-    rest = [name for name in shapes if name[-3:] not in SHIFTS or ".ffn." in name]
+def tensors_of(source: Source) -> list[tuple[str, str, list[str], tuple[int, ...]]]:
+    """Of each tensor in the file, in order: name, form, our parameters in it, shape."""
+    cfg, arch = source.cfg, architecture(source.cfg)
+    rest = [name for name in source.shapes if name[-3:] not in SHIFTS or ".ffn." in name]
     shifts = [f"blocks.{i}.att.{x}" for i in range(cfg.n_layer) for x in SHIFTS[: 5 + cfg.gate]]
     placed = [(*place(name, arch), name) for name in rest + shifts]
-    groups = groupby(placed, key=lambda entry: entry[:2])
-    return [(tensor, form, [name for *_, name in group]) for (tensor, form), group in groups]
+    tensors = []
+    for (tensor, form), group in groupby(placed, key=lambda entry: entry[:2]):
+        parts = [name for *_, name in group]
+        tensors.append((tensor, form, parts, shape_there(form, [source.shapes[part] for part in parts])))
+    # llama.cpp asks for a value residual in layer 0, too, with the rank of a, and does
+    # not use it
+    C, R = cfg.n_embd, cfg.rank("a")
+    unused = {"v0": (C,), "v1": (R, C), "v2": (C, R)}
+    return tensors + [(f"blk.0.time_mix_{name}.weight", "zeros", [], shape) for name, shape in unused.items()]
 
 
 def assembled(form: str, parts: list[Tensor]) -> Tensor:
@@ -115,13 +125,6 @@ def assembled(form: str, parts: list[Tensor]) -> Tensor:
     if form == "vector":
         return parts[0].flatten()
     return parts[0].T if form == "turned" else parts[0]
-
-
-def unused_in_layer_0(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Zeros that llama.cpp asks for: a value residual with the rank of a."""
-    C, R = cfg.n_embd, cfg.rank("a")
-    return {"blk.0.time_mix_v0.weight": (C,), "blk.0.time_mix_v1.weight": (R, C),
-            "blk.0.time_mix_v2.weight": (C, R)}
 
 
 # ------------------------------------------------------------------------------------------
@@ -146,14 +149,11 @@ def write_file(file: Path, source: Source, matrix: str, more: dict[str, object])
         from gguf import GGMLQuantizationType as Type, GGUFWriter
     except ImportError:
         raise ValueError("GGUF files are written by the package gguf: pip install gguf") from None
-    cfg, shapes = source.cfg, expected_shapes(source.cfg)
-    entries = [(name, form, parts, shape_there(form, [shapes[part] for part in parts]))
-               for name, form, parts in tensors_of(cfg)]
-    entries += [(name, "zeros", [], shape) for name, shape in unused_in_layer_0(cfg).items()]
+    entries = tensors_of(source)
     kinds = [type_of(form, shape, matrix) for _, form, _, shape in entries]
 
-    writer = GGUFWriter(file, architecture(cfg))
-    for key, value in (shape_settings(cfg, matrix) | more).items():
+    writer = GGUFWriter(file, architecture(source.cfg))
+    for key, value in (shape_settings(source.cfg, matrix) | more).items():
         add_setting(writer, key, value)
     for (name, _, _, shape), kind in zip(entries, kinds):
         writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes(shape, kind), Type[kind])
@@ -173,7 +173,7 @@ def shape_there(form: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     if form == "mix":
         return len(shapes), *shapes[0]
     if form == "vector":
-        return (int(np.prod(shapes[0])),)
+        return (math.prod(shapes[0]),)
     return shapes[0][::-1] if form == "turned" else shapes[0]
 
 
@@ -185,7 +185,7 @@ def type_of(form: str, shape: tuple[int, ...], matrix: str) -> str:
 
 
 def n_bytes(shape: tuple[int, ...], kind: str) -> int:
-    n = int(np.prod(shape))
+    n = math.prod(shape)
     return n // Q8_BLOCK * (Q8_BLOCK + 2) if kind == "Q8_0" else n * (4 if kind == "F32" else 2)
 
 

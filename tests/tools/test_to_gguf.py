@@ -1,16 +1,25 @@
 """Exports to GGUF: llama.cpp computes and tokenizes as we do, and all comes back."""
 
 import itertools
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.normalizers import NFC
 
+from common_bpe import CHATML, MIXED, TALKS, save, train
 from common_convert import bring, relative, rwkv, text
 from common_llama import as_likely, ask, forced, greedy, ours
+from data.chat import frame
+from data.foreign import read_tokenizer_json
+from data.tokenizer import get_tokenizer, load_tokenizer, write_tokenizer
 from lib.folders import save_model
 from model import LM
+from tools import gguf_tokenizer, to_gguf
 from tools.convert import ExportConfig, export_model
+from tools.from_gguf import open_gguf
+from tools.gguf_tokenizer import read_tokenizer
 
 pytest.importorskip("gguf")
 V = 257
@@ -40,7 +49,7 @@ def random_text(n: int) -> list[int]:
 
 def check_the_same(models: dict[Path, LM]) -> None:
     """Log-probabilities on a forced text and on the greedy path, and 200 tokens."""
-    prompt, given = random_text(9), random_text(64)
+    prompt, given = random_text(9), random_text(32)
     job = {file: [forced(given, V), greedy(prompt, 64, V, n_probs=V), greedy(prompt, 200, V)] for file in models}
     for model, (on_text, on_path, generated) in zip(models.values(), ask(job)):
         path = generated["tokens"]
@@ -57,7 +66,7 @@ def test_llama_shaped_students_of_all_switches_run_in_llama_cpp(tmp_path):
     models = {}
     for values in itertools.product([False, True], repeat=len(SWITCHES)):
         switches = dict(zip(SWITCHES, values))
-        model = student(**LLAMA, **switches, tied=switches["gate"])
+        model = student(**LLAMA, **switches, L=2, tied=switches["gate"])
         models[export(model, tmp_path, "".join(map(str, map(int, values))))] = model
     check_the_same(models)
 
@@ -86,3 +95,76 @@ def test_matrices_of_16_and_8_bits_stay_within_their_tolerances(kind, tmp_path):
         assert relative(torch.tensor(on_text["logprobs"]), ours(model, given)) < tolerance
         before_each = ours(model, given[:9] + on_path["tokens"][:-1])[8:]
         assert relative(torch.tensor(on_path["logprobs"]), before_each) < tolerance
+
+
+# ------------------------------------------------------------------------------------------
+# Tokenizers
+
+def with_tokenizer(folder: Path, spec: dict, rows: int) -> Path:
+    """A tiny model's folder with a tokenizer of its own."""
+    save_model(rwkv(N=64, C=64, L=1, V=rows), folder, {"tokenizer": "bytes"})
+    write_tokenizer(spec, folder)
+    return folder
+
+
+@pytest.mark.parametrize("pre, normalizer", [("GPT-2", None), ("SmolLM2", None), ("Llama 3", None),
+                                             ("Qwen2", NFC())], ids=str)
+def test_bpes_give_the_same_ids_in_llama_cpp_and_come_back(pre, normalizer, tmp_path):
+    original = train(pre, normalizer=normalizer, added=("<tool>",))
+    spec = read_tokenizer_json(save(original, tmp_path / "hf", chat_template=CHATML))
+    folder = with_tokenizer(tmp_path / "m", spec, rows=1503)
+    out = export_model(ExportConfig(folder=str(folder), format="gguf"))
+    texts = [text for text in (*MIXED[:1], *MIXED[4:60], "a <tool> b <|im_end|>") if text]
+    if normalizer:                                    # llama.cpp has none
+        texts = [text for text in texts if unicodedata.is_normalized("NFC", text)]
+    enc = load_tokenizer(folder)
+    talks = [[{"role": role, "content": content} for role, content in talk] for talk in TALKS]
+    [answers] = ask({out: [["/tokenize", {"content": text, "parse_special": False}] for text in texts]
+                     + [["/apply-template", {"messages": talk}] for talk in talks]})
+    for text, answer in zip(texts, answers):
+        assert answer["tokens"] == enc.encode_ordinary(text), text
+    framed = [answer["prompt"] for answer in answers[len(texts) :]]
+    assert framed == [frame(enc.chat, talk) for talk in TALKS]
+    bring(out, tmp_path, "back")
+    assert load_tokenizer(tmp_path / "back").spec == enc.spec
+
+
+class Matches:
+    """A small tokenizer as World is one: at each byte the longest token that fits."""
+
+    name, n_vocab, eot_token = "world", 300, 0
+    pieces = [bytes([b]) for b in range(256)] + [" ".encode() * 9, b"\n\n", "漢字".encode(), "é'\"".encode(), b"the",
+                                                 b" the", b"there", "漢".encode()[:2], b"\r\n", b"\x00\x01"]
+    ids = {piece: i for i, piece in enumerate(pieces, 1)}
+
+    def decode_single_token_bytes(self, i: int) -> bytes:
+        if not 0 <= i <= len(self.pieces):
+            raise KeyError(i)
+        return self.pieces[i - 1] if i else b""
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(map(self.decode_single_token_bytes, ids)).decode()
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        rest, ids = text.encode(), []
+        while rest:
+            longest = max((piece for piece in self.pieces if rest.startswith(piece)), key=len)
+            ids.append(self.ids[longest])
+            rest = rest[len(longest) :]
+        return ids
+
+
+def test_bytes_and_world_give_the_same_ids_in_llama_cpp_and_come_back(tmp_path, monkeypatch):
+    world = Matches()
+    monkeypatch.setattr(gguf_tokenizer, "get_tokenizer", lambda name: world if name == "world" else plain)
+    plain, files = get_tokenizer("bytes"), {}
+    for enc, rows in ((plain, 257), (plain, 260), (world, 320)):
+        monkeypatch.setattr(to_gguf, "load_tokenizer", lambda folder, enc=enc: enc)
+        files[export(rwkv(N=64, C=64, L=1, V=rows), tmp_path, f"{enc.name}{rows}", enc.name)] = enc
+    texts = [text for text in (*MIXED[:2], *MIXED[4:40], "there the   漢字漢é'\"\r\n\n\n\x00\x01") if text]
+    questions = [["/tokenize", {"content": text, "parse_special": False}] for text in texts]
+    answers = ask(dict.fromkeys(files, questions + [["/tokenize", {"content": "Hi", "add_special": True}]]))
+    for (file, enc), (*of_texts, of_prompt) in zip(files.items(), answers):
+        assert [answer["tokens"] for answer in of_texts] == [enc.encode_ordinary(text) for text in texts]
+        assert of_prompt["tokens"] == ([256] if enc is plain else []) + enc.encode_ordinary("Hi")
+        assert read_tokenizer(open_gguf(file)[0].fields) is enc
