@@ -275,6 +275,8 @@ def go_template(chat: dict) -> str:
 
 def how_to_run(out: Path) -> str:
     """One line: llama.cpp's command, and Ollama's."""
+    if out.is_relative_to(Path.cwd()):
+        out = out.relative_to(Path.cwd())
     file, name = shlex.quote(str(out)), shlex.quote(out.stem.lower())
     return (f'{out}: llama-completion -m {file} -p "The " -n 300 -no-cnv, or ollama create {name} -f '
             f"{shlex.quote(str(modelfile_of(out)))} && ollama run {name}")

@@ -17,9 +17,10 @@ from data.tokenizer import get_tokenizer, load_tokenizer, write_tokenizer
 from lib.folders import save_model
 from model import LM
 from tools import gguf_tokenizer, to_gguf
-from tools.convert import ExportConfig, export_model
+from tools.convert import ExportConfig, export_model, main
 from tools.from_gguf import open_gguf
 from tools.gguf_tokenizer import read_tokenizer
+from tools.widen import widened, widened_parameter
 
 pytest.importorskip("gguf")
 V = 257
@@ -95,6 +96,84 @@ def test_matrices_of_16_and_8_bits_stay_within_their_tolerances(kind, tmp_path):
         assert relative(torch.tensor(on_text["logprobs"]), ours(model, given)) < tolerance
         before_each = ours(model, given[:9] + on_path["tokens"][:-1])[8:]
         assert relative(torch.tensor(on_path["logprobs"]), before_each) < tolerance
+
+
+FORMS = {
+    "rwkv7, odd ranks": dict(**ODD, norm_eps=1e-3),
+    "rwkv7, heads of 32": dict(N=32, C=96),
+    "rwkv7, one layer": dict(L=1, rank_v=16),
+    "relu2, nothing that can be off": dict(ffn="relu2", token_shift=False, bonus=False, norm_bias=False, tied=True),
+    "arwkv7, heads of 16": dict(N=16, C=64, **LLAMA),
+    "arwkv7, nothing that can be off": dict(LLAMA | dict.fromkeys(SWITCHES, False)),
+    "heads of 128": dict(N=128, C=256),
+    "heads of 24": dict(N=24, C=48),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FORMS.values(), ids=FORMS)
+def test_export_import_export_gives_the_same_bytes_and_the_same_logits(kind, tmp_path):
+    model = student(**kind)
+    first = export(model, tmp_path, "first")
+    back = bring(first, tmp_path, "back")
+    assert relative(back(text(50, V))[0], model(text(50, V))[0]) < 1e-5
+    again = export_model(ExportConfig(folder=str(tmp_path / "back"), format="gguf"))
+    assert again.read_bytes() == first.read_bytes()
+    assert load_tokenizer(tmp_path / "back").name == "bytes"
+    if kind.get("N") in (None, 128):                  # nothing was widened: bit for bit
+        before = model.state_dict()
+        assert all(torch.equal(p, before[name]) for name, p in back.state_dict().items()
+                   if name in before and name != "head.weight")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+def test_matrices_of_fewer_bits_come_back_as_they_were_written(dtype, tmp_path):
+    first = export(student(**ODD), tmp_path, "first", dtype=dtype)
+    bring(first, tmp_path, "back")
+    again = export_model(ExportConfig(folder=str(tmp_path / "back"), format="gguf", dtype=dtype))
+    assert again.read_bytes() == first.read_bytes()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [dict(N=32), dict(N=16), dict(N=32, **LLAMA), dict(N=8, **LLAMA, group_norm=False)],
+                         ids=["32", "16", "32, of a Llama", "8, without group norm"])
+def test_a_widened_model_gives_the_same_logits_in_float64(kind, tmp_path):
+    model = student(C=96, **kind).double()
+    wide = LM(widened(model.cfg)).double()
+    weights = {name: widened_parameter(name, p, model.cfg) for name, p in model.state_dict().items()}
+    wide.load_state_dict(weights)
+    assert wide.cfg.rwkv_head_size == 64
+    assert relative(wide(text(40, V))[0], model(text(40, V))[0]) < 1e-6   # decay and norm of k: float32
+
+
+def test_the_command_says_what_it_widens_and_how_to_run_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_model(student(N=32, C=96), tmp_path / "out" / "Demo", {"tokenizer": "bytes"})
+    main(["export", "out/Demo", "--format", "gguf"])
+    widening, last = capsys.readouterr().out.splitlines()
+    assert "heads of 32 become 64" in widening and "472,896 parameters become 1,166,976" in widening
+    assert "llama-completion -m out/Demo.gguf -p" in last
+    assert "ollama create demo -f out/Demo.Modelfile && ollama run demo" in last
+    main(["export", "out/Demo", "--format", "gguf", "--overwrite", "--no-widen"])
+    warning, _ = capsys.readouterr().out.splitlines()
+    assert warning.startswith("heads of 32: llama.cpp computes only 64 right everywhere")
+    assert open_gguf(Path("out/Demo.gguf"))[1]["rwkv7.wkv.head_size"] == 32
+
+
+def test_the_modelfile_names_file_template_and_ends(tmp_path):
+    out = export(student(), tmp_path, "plain")
+    assert out.with_suffix(".Modelfile").read_text().splitlines()[1:] == [
+        f"FROM ./{out.name}", 'PARAMETER stop "<|endoftext|>"']
+    spec = read_tokenizer_json(save(train(), tmp_path / "hf", chat_template=CHATML))
+    folder = with_tokenizer(tmp_path / "m", spec, rows=1503)
+    out = export_model(ExportConfig(folder=str(folder), format="gguf"))
+    assert out.with_suffix(".Modelfile").read_text().splitlines()[2:] == [
+        'TEMPLATE """{{ if .System }}{{ "<|im_start|>system\\n" }}{{ .System }}{{ "<|im_end|>\\n" }}'
+        '{{ else }}{{ "<|im_start|>system\\nBe kind.<|im_end|>\\n" }}{{ end }}'
+        '{{ range .Messages }}{{ if eq .Role "user" }}{{ "<|im_start|>user\\n" }}{{ .Content }}'
+        '{{ "<|im_end|>\\n" }}{{ else if eq .Role "assistant" }}{{ "<|im_start|>assistant\\n" }}{{ .Content }}'
+        '{{ "<|im_end|>\\n" }}{{ end }}{{ end }}{{ "<|im_start|>assistant\\n" }}"""',
+        'PARAMETER stop "<|endoftext|>"', 'PARAMETER stop "<|im_end|>"']
 
 
 # ------------------------------------------------------------------------------------------
