@@ -170,15 +170,16 @@ def write_gguf(file: Path, model: torch.nn.Module, arch: str, quantise=lambda na
 
 def rewrite_gguf(file: Path, out: Path, arch: str | None = None, settings: dict | None = None,
                  tensors: dict | None = None) -> None:
-    """The same GGUF with other settings and tensors (arrays, by name; None: without)."""
+    """The same GGUF with other settings, and arrays as tensors, by name; None: without."""
     gguf = pytest.importorskip("gguf")
     reader, settings, tensors = gguf.GGUFReader(file), settings or {}, tensors or {}
     old = {key: (field.contents(), field.types) for key, field in reader.fields.items()}
     arch = arch or old["general.architecture"][0]
     writer = gguf.GGUFWriter(out, arch)
-    for key, (value, types) in old.items():
-        if not key.startswith(("GGUF.", "general.architecture")) and settings.get(key, value) is not None:
-            writer.add_key_value(key, settings.get(key, value), types[0], types[-1] if len(types) > 1 else None)
+    for key, (value, (kind, *of_items)) in old.items():
+        value = settings.get(key, value)
+        if not key.startswith(("GGUF.", "general.architecture")) and value is not None:
+            writer.add_key_value(key, value, kind, *of_items)
     for name, t in ({t.name: t.data for t in reader.tensors} | tensors).items():
         if t is not None:
             writer.add_tensor(name, np.array(t))

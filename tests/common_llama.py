@@ -1,4 +1,4 @@
-"""llama.cpp as an oracle: what to ask its server (llama_server.py), and what it says."""
+"""llama.cpp as an oracle: what to ask its server (llama_server.py), and its answers."""
 
 import importlib.util
 import json

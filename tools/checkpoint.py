@@ -152,16 +152,16 @@ def fit_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     for name, shape in shapes.items():
         source = checkpoint.source(name)
         if math.prod(tensors[source]) != numbers[source]:
-            raise ValueError(f"{source} is {tensors[source]}, which is no shape for {name}, expected {shape}: "
-                             "fetch the checkpoint again")
+            raise ValueError(f"{source} is {tensors[source]}, which is no shape for {name}, expected "
+                             f"{shape}: fetch the checkpoint again")
     return shapes
 
 
 def name_some(names: set[str], what: str, remedy: str) -> None:
     """Raises ValueError for these tensors, if there are any, naming the first four."""
     if names:
-        more = " ..." * (len(names) > 4)
-        raise ValueError(f"{len(names)} tensors {what}: {brief(', '.join(sorted(names)[:4]))}{more} ({remedy})")
+        some = brief(", ".join(sorted(names)[:4])) + " ..." * (len(names) > 4)
+        raise ValueError(f"{len(names)} tensors {what}: {some} ({remedy})")
 
 
 def parameter(checkpoint: Checkpoint, name: str) -> Tensor:

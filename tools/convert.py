@@ -1,24 +1,28 @@
 """Real weights in, real weights out: Hugging Face, GGUF, nanoGPT, official RWKV-7.
 
-A checkpoint of the world becomes a model folder, a pure RWKV-7 an official .pth.
+A checkpoint of the world becomes a model folder, a pure RWKV-7 an official .pth or a
+GGUF.
 
     python -m tools.convert import PATH --out out/teacher
         a Hugging Face folder, a .gguf file, an RWKV-7 .pth, or nanoGPT's ckpt.pt
     python -m tools.convert export out/rwkv --format rwkv-pth
         writes out/rwkv.pth, as the PyPI package `rwkv` reads it
+    python -m tools.convert export out/rwkv --format gguf --dtype q8_0
+        writes out/rwkv.gguf for llama.cpp, and out/rwkv.Modelfile for Ollama
 
 Each format has a file of its own: from_huggingface.py, from_gguf.py, from_nanogpt.py,
-rwkv_pth.py. It tells the model's shape and where each of our parameters stands;
-checkpoint.py reads, arranges and writes them one by one. It is exact or it refuses:
-every tensor of a checkpoint has its place, and what model.py cannot compute is named.
-What it is not: a downloader. No code of a stranger is run, and nothing but tensors and
-plain values unpickled.
+rwkv_pth.py, to_gguf.py. It tells the model's shape and where each of our parameters
+stands; checkpoint.py reads, arranges and writes them one by one. It is exact or it
+refuses: every tensor of a checkpoint has its place, and what model.py cannot compute is
+named. What it is not: a downloader. No code of a stranger is run, and nothing but
+tensors and plain values unpickled.
 
     gpt2                          q, k and v stand in one matrix; matrices (in, out);
                                   learned positions
     llama, mistral, qwen2, qwen3  qwen2 has biases on q, k and v, qwen3 norms on q and k
     .gguf of llama, qwen2, qwen3  quantised; llama's q and k rows are in the order that
                                   interleaved rope wants
+    .gguf of rwkv7, arwkv7        pure RWKV-7, official or in a Llama's block
     nanoGPT's ckpt.pt             a GPT-2 with matrices (out, in); biases or none
     .pth of RWKV-7                as it is: our names are the official ones
 """
@@ -240,14 +244,14 @@ def is_running(process: int) -> bool:
 
 @dataclass(frozen=True)
 class Format:
-    """A format to write, of whose functions the first three stand in its own file."""
+    """A format that is one file; its functions stand in a file of its own."""
 
-    name: str                                           # "as an official RWKV-7"
-    ending: str                                         # of the file's name; none for a folder
-    reasons: Callable[[ModelConfig], list[str]]         # what of a model it has no place for
-    require_own: Callable[[Path], None]                 # refuses to replace what is of another kind
-    write: Callable                                     # (model folder, out, dtype): out is whole, or as it was
-    how_to_run: Callable[[Path], str]                   # one line
+    name: str                                    # a model "cannot be written as ..."
+    ending: str                                  # of the file's name
+    reasons: Callable[[ModelConfig], list[str]]  # what of a model it has no place for
+    require_own: Callable[[Path], None]          # refuses to replace what is of another kind
+    write: Callable                              # (model folder, out, dtype): out is whole, or as it was
+    how_to_run: Callable[[Path], str]            # one line
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
 
@@ -284,7 +288,6 @@ def export_model(cfg: ExportConfig) -> Path:
     more = {"widen": cfg.widen} if cfg.format == "gguf" else {}
     try:
         with written(str(out)):
-            out.parent.mkdir(parents=True, exist_ok=True)
             kind.write(folder, out, cfg.dtype, **more)
     except RuntimeError as e:  # torch's writer says "enforce fail" of a full disk
         raise ValueError(f"{out} could not be written ({brief(e)}): is the disk full?") from None

@@ -79,7 +79,7 @@ MOST_PARTS = 2**10
 
 
 def part_names(file: Path) -> list[Path]:
-    """All parts of the model of which `file` is one, in order; often it is the only one.
+    """All parts of the model of which `file` is one, in order; often there is but one.
 
     Raises ValueError for one that is missing.
     """
@@ -91,8 +91,8 @@ def part_names(file: Path) -> list[Path]:
     parts = [file.with_name(f"{match[1]}-{i:05}-of-{n:05}{match[4]}") for i in range(1, n + 1)]
     missing = [part.name for part in parts if not part.exists()]
     if missing:
-        raise ValueError(f"of its {n} parts {len(missing)} are missing beside it: {brief(', '.join(missing))}; "
-                         "fetch them too")
+        raise ValueError(f"of its {n} parts {len(missing)} are missing beside it: "
+                         f"{brief(', '.join(missing))}; fetch them too")
     return parts
 
 
@@ -115,8 +115,8 @@ def open_parts(files: list[Path]) -> tuple[dict, dict, dict]:
         places |= {t.name: (file, t) for t in reader.tensors}
     expected = take(first[1], "split.tensors.count", int, n_tensors)
     if not n_tensors == len(places) == expected:
-        raise ValueError(f"its parts have {n_tensors} tensors, {len(places)} of them different, where it says "
-                         f"{expected}: they are not of one model, or damaged; fetch all of them again")
+        raise ValueError(f"its parts have {n_tensors} tensors, {len(places)} of them different, where it "
+                         f"says {expected}: they are not of one model, or damaged; fetch all of them again")
     return places, *first
 
 
@@ -124,11 +124,11 @@ def require_part(file: Path, values: dict, i: int, n: int) -> None:
     """Raises ValueError for a file that is not part i of n (from 0), as it says."""
     number, count = take(values, "split.no", int, 0), take(values, "split.count", int, 1)
     if n == 1 and count > 1:
-        raise ValueError(f"it is part {number + 1} of {count}: the parts are found by their names, which must end "
-                         f"in -{number + 1:05}-of-{count:05}.gguf")
+        raise ValueError(f"it is part {number + 1} of {count}: the parts are found by their names, which "
+                         f"must end in -{number + 1:05}-of-{count:05}.gguf")
     if (number, max(1, count)) != (i, n):
-        raise ValueError(f"{file.name} says that it is part {number + 1} of {count}: the parts are not of one "
-                         "model; fetch all of them again")
+        raise ValueError(f"{file.name} says that it is part {number + 1} of {count}: the parts are not of "
+                         "one model; fetch all of them again")
 
 
 # ------------------------------------------------------------------------------------------

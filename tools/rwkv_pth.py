@@ -172,6 +172,7 @@ def write(folder: Path, out: Path, dtype: str | None) -> None:
     names = official_names(model.cfg.n_layer)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     assert set(names) == set(shapes), "a model that passes not_official has the official parameters"
+    out.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: read(name) for name in names}
     write_whole(out, lambda part: torch.save(tensors, part))
 

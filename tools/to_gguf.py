@@ -90,8 +90,8 @@ def fit_heads(source: Source, widen: bool) -> Source:
     if widen and factor(source.cfg) > 1:
         wide = wider(source)
         before, after = (sum(map(math.prod, model.shapes.values())) for model in (source, wide))
-        print(f"heads of {N} become {HEAD_SIZE} with the same logits, for llama.cpp computes others wrongly on "
-              f"some CPUs: {before:,} parameters become {after:,} (--no-widen leaves them)")
+        print(f"heads of {N} become {HEAD_SIZE} with the same logits, for llama.cpp computes others wrongly "
+              f"on some CPUs: {before:,} parameters become {after:,} (--no-widen leaves them)")
         return wide
     if N == 2 * HEAD_SIZE:
         print(f"heads of {N}: llama.cpp has them on CPUs and CUDA, not on Metal and Vulkan")
@@ -139,6 +139,7 @@ def write(folder: Path, out: Path, dtype: str | None, widen: bool = True) -> Non
     source, stored = open_source(folder)
     values = tokenizer_of(folder, source.cfg)
     source = fit_heads(source, widen)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, lambda part: write_file(part, source, KINDS[dtype or stored], values))
     write_modelfile(folder, out)
 
@@ -238,11 +239,12 @@ def require_own_modelfile(out: Path) -> None:
     except OSError:
         is_ours = False
     if not is_ours:
-        raise ValueError(f"{file} was not written by this program, so it is not replaced: choose another --out")
+        raise ValueError(f"{file} was not written by this program, so it is not replaced: "
+                         "choose another --out")
 
 
 def write_modelfile(folder: Path, out: Path) -> None:
-    """What `ollama create NAME -f FILE` reads: the file, the template, where to stop."""
+    """What `ollama create NAME -f FILE` reads: file, template, and where to stop."""
     lines = [MARK + out.name, f"FROM ./{out.name}"]
     enc = load_tokenizer(folder) if read_meta(folder).get("tokenizer") else None
     chat = getattr(enc, "chat", None)
@@ -258,19 +260,19 @@ def write_modelfile(folder: Path, out: Path) -> None:
 
 def go_template(chat: dict) -> str:
     """The frames of data/chat.py in the language of Go's templates."""
-    def said(*parts: str) -> str:
-        return "".join(part if part == "{{ .Content }}" else f"{{{{ {json.dumps(part, ensure_ascii=False)} }}}}"
-                       for part in parts if part)
+    def said(text: str) -> str:
+        return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
-    def framed(role: str) -> str:
+    def framed(role: str, content: str) -> str:
         before, *after = chat[role]
-        return said(before, "{{ .Content }}", "".join(after))
+        return said(before) + content + said("".join(after))
 
-    system = said(chat["system"][0]) + "{{ .System }}" + said(chat["system"][1]) if chat["system"] else ""
+    system = framed("system", "{{ .System }}") if chat["system"] else ""
+    user, assistant = framed("user", "{{ .Content }}"), framed("assistant", "{{ .Content }}")
     return ("{{ if .System }}" + system + "{{ else }}" + said(chat["default"]) + "{{ end }}"
-            '{{ range .Messages }}{{ if eq .Role "user" }}' + framed("user")
-            + '{{ else if eq .Role "assistant" }}' + framed("assistant") + "{{ end }}{{ end }}"
-            + said(chat["assistant"][0]))
+            '{{ range .Messages }}{{ if eq .Role "user" }}' + user
+            + '{{ else if eq .Role "assistant" }}' + assistant
+            + "{{ end }}{{ end }}" + said(chat["assistant"][0]))
 
 
 def how_to_run(out: Path) -> str:

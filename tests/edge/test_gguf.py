@@ -1,4 +1,4 @@
-"""What a GGUF cannot say, and GGUFs of an RWKV-7 that are damaged or of another kind."""
+"""What a GGUF cannot say; GGUFs of an RWKV-7 that are damaged or of another kind."""
 
 import shutil
 from pathlib import Path
@@ -82,8 +82,8 @@ def test_numbers_that_sixteen_bits_have_not_are_refused(tmp_path):
     save_model(model, tmp_path / "m", {"tokenizer": "bytes"})
     refused("output.weight has infinite values or NaN as torch.float16", "--dtype",
             call=lambda: export(tmp_path / "m", dtype="float16"), tmp_path=tmp_path)
-    refused("--dtype q8_0", "float32, bfloat16, float16",
-            call=lambda: export_model(ExportConfig(folder=str(tmp_path / "m"), dtype="q8_0")), tmp_path=tmp_path)
+    as_pth = ExportConfig(folder=str(tmp_path / "m"), dtype="q8_0")
+    refused("--dtype q8_0", "float32, bfloat16, float16", call=lambda: export_model(as_pth))
 
 
 # ------------------------------------------------------------------------------------------
@@ -92,10 +92,14 @@ def test_numbers_that_sixteen_bits_have_not_are_refused(tmp_path):
 def test_only_an_rwkv_and_a_modelfile_of_ours_are_replaced(tmp_path):
     save_model(rwkv(V=257), tmp_path / "m", {"tokenizer": "bytes"})
     out, modelfile = tmp_path / "m.gguf", tmp_path / "m.Modelfile"
+
+    def replace() -> Path:
+        return export(tmp_path / "m", overwrite=True)
+
     write_gguf(out, original("Llama", WIDE), "llama")
-    refused("no RWKV-7 of this format", call=lambda: export(tmp_path / "m", overwrite=True), tmp_path=tmp_path)
+    refused("no RWKV-7 of this format", call=replace, tmp_path=tmp_path)
     out.write_text("mine")
-    refused("no RWKV-7 of this format", call=lambda: export(tmp_path / "m", overwrite=True), tmp_path=tmp_path)
+    refused("no RWKV-7 of this format", call=replace, tmp_path=tmp_path)
     out.unlink()
     modelfile.write_text("FROM llama3\n")
     refused("m.Modelfile", "another --out", call=lambda: export(tmp_path / "m"), tmp_path=tmp_path)
@@ -104,7 +108,7 @@ def test_only_an_rwkv_and_a_modelfile_of_ours_are_replaced(tmp_path):
     first = export(tmp_path / "m").read_bytes(), modelfile.read_bytes()
     refused("--overwrite", call=lambda: export(tmp_path / "m"), tmp_path=tmp_path)
     export(tmp_path / "m", overwrite=True, dtype="float16")
-    export(tmp_path / "m", overwrite=True)
+    replace()
     assert (out.read_bytes(), modelfile.read_bytes()) == first
     refused("ends in .gguf", call=lambda: export(tmp_path / "m", out="x.pth"))
 
@@ -121,49 +125,60 @@ def good(tmp_path_factory) -> Path:
 
 TOKENS = [f"t{i}" for i in range(300)]
 LAYER = "blk.1.time_mix_"
-BROKEN = {
-    "a matrix is missing": (dict(tensors={f"{LAYER}key.weight": None}), ["1 tensors are missing", LAYER, "fetch"]),
-    "the shares are missing": (dict(tensors={f"{LAYER}lerp_fused.weight": None}), ["are missing", "lerp_fused"]),
-    "a share is missing": (dict(tensors={f"{LAYER}lerp_fused.weight": np.zeros((5, 1, 1, 64), np.float32)}),
-                           [f"{LAYER}lerp_fused.weight", "expected"]),
-    "the embedding is missing": (dict(tensors={"token_embd.weight": None}), ["1 tensors are missing", "token_embd"]),
-    "a matrix of another shape": (dict(tensors={f"{LAYER}key.weight": np.zeros((64, 32), np.float32)}),
-                                  [f"{LAYER}key.weight", "(64, 32)", "expected (64, 64)"]),
-    "a rank of another shape": (dict(tensors={f"{LAYER}w2.weight": np.zeros((64, 16), np.float32)}),
-                                [f"{LAYER}w2.weight", "(64, 16)"]),
-    "a matrix on its side": (dict(tensors={"blk.1.channel_mix_key.weight": np.zeros((64, 256), np.float32)}),
-                             ["ffn.key.weight is (64, 256)", "expected (256, 64)"]),
-    "a tensor of no dimensions": (dict(tensors={f"{LAYER}w0.weight": np.zeros((1,), np.float32)}),
-                                  [f"{LAYER}w0.weight"]),
-    "a tensor too many": (dict(tensors={"blk.1.attn_q.weight": np.zeros((4, 4), np.float32)}),
-                          ["attn_q.weight", "no place"]),
-    "a layer too few": (dict(settings={"rwkv7.block_count": 1}), ["have no place", "blk.1"]),
-    "a layer too many": (dict(settings={"rwkv7.block_count": 3}), ["are missing", "blk.2"]),
-    "a million layers": (dict(settings={"rwkv7.block_count": 10**6}), ["1000000 layers", "damaged"]),
-    "another width": (dict(settings={"rwkv7.embedding_length": 128}), ["expected"]),
-    "no head size": (dict(settings={"rwkv7.wkv.head_size": None}), ["wkv.head_size is missing"]),
-    "heads of 0": (dict(settings={"rwkv7.wkv.head_size": 0}), ["head_size"]),
-    "heads of 48": (dict(settings={"rwkv7.wkv.head_size": 48}), ["48"]),
-    "no eps": (dict(settings={"rwkv7.attention.layer_norm_epsilon": None}), ["layer_norm_epsilon is missing"]),
-    "tokens too many": (dict(settings={"tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.token_type": [1] * 300}),
-                        ["300 tokens", "257 rows", "fetch it again"]),
-    "another architecture": (dict(arch="rwkv6"), ["'rwkv6' is not supported", "rwkv7, arwkv7"]),
-    "another kind of tokens": (dict(settings={"tokenizer.ggml.model": "llama"}), ["SentencePiece", "--tokenizer"]),
-    "not a number": (dict(tensors={f"{LAYER}w0.weight": np.full((64,), np.nan, np.float32)}), ["NaN"]),
+NAMED = {"tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.token_type": [1] * 300}
+BROKEN_TENSORS = {  # other tensors, of zeros, or none; what is said
+    "a matrix is missing": ({f"{LAYER}key": None}, ["1 tensors are missing", f"{LAYER}key", "fetch"]),
+    "the shares are missing": ({f"{LAYER}lerp_fused": None}, ["1 tensors are missing", "lerp_fused"]),
+    "a share is missing": ({f"{LAYER}lerp_fused": (5, 1, 1, 64)}, [f"{LAYER}lerp_fused", "expected"]),
+    "the embedding is missing": ({"token_embd": None}, ["1 tensors are missing", "token_embd"]),
+    "a matrix of another shape": ({f"{LAYER}key": (64, 32)},
+                                  [f"{LAYER}key.weight is (64, 32)", "expected (64, 64)"]),
+    "a rank of another shape": ({f"{LAYER}w2": (64, 16)}, [f"{LAYER}w2.weight is (64, 16)"]),
+    "a matrix on its side": ({"blk.1.channel_mix_key": (64, 256)},
+                             ["ffn.key.weight is (64, 256)", "expected (256, 64)", "fetch"]),
+    "a vector of one number": ({f"{LAYER}w0": (1,)}, [f"{LAYER}w0.weight is (1,)", "fetch"]),
+    "a tensor too many": ({"blk.1.attn_q": (4, 4)}, ["attn_q.weight", "no place", "of another kind"]),
+}
+BROKEN_SETTINGS = {
+    "a layer too few": ({"rwkv7.block_count": 1}, ["have no place", "blk.1"]),
+    "a layer too many": ({"rwkv7.block_count": 3}, ["are missing", "blk.2"]),
+    "a million layers": ({"rwkv7.block_count": 10**6}, ["1000000 layers", "damaged"]),
+    "another width": ({"rwkv7.embedding_length": 128}, ["expected"]),
+    "no head size": ({"rwkv7.wkv.head_size": None}, ["wkv.head_size is missing"]),
+    "heads of 0": ({"rwkv7.wkv.head_size": 0}, ["head_size"]),
+    "heads of 48": ({"rwkv7.wkv.head_size": 48}, ["48"]),
+    "no eps": ({"rwkv7.attention.layer_norm_epsilon": None}, ["layer_norm_epsilon is missing"]),
+    "tokens too many": (NAMED, ["300 tokens", "257 rows", "fetch it again"]),
+    "another kind of tokens": ({"tokenizer.ggml.model": "llama"}, ["SentencePiece", "--tokenizer"]),
 }
 
 
-@pytest.mark.parametrize("changes, words", BROKEN.values(), ids=BROKEN)
-def test_files_of_an_rwkv_that_are_broken_give_one_line(changes, words, good, tmp_path):
-    rewrite_gguf(good, tmp_path / "m.gguf", **changes)
+@pytest.mark.parametrize("shapes, words", BROKEN_TENSORS.values(), ids=BROKEN_TENSORS)
+def test_files_of_an_rwkv_with_other_tensors_give_one_line(shapes, words, good, tmp_path):
+    tensors = {f"{name}.weight": shape and np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    rewrite_gguf(good, tmp_path / "m.gguf", tensors=tensors)
     refused("m.gguf", *words, path=tmp_path / "m.gguf", tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("settings, words", BROKEN_SETTINGS.values(), ids=BROKEN_SETTINGS)
+def test_files_of_an_rwkv_with_other_settings_give_one_line(settings, words, good, tmp_path):
+    rewrite_gguf(good, tmp_path / "m.gguf", settings=settings)
+    refused("m.gguf", *words, path=tmp_path / "m.gguf", tmp_path=tmp_path)
+
+
+def test_files_of_another_architecture_or_with_what_is_no_number_give_one_line(good, tmp_path):
+    rewrite_gguf(good, tmp_path / "m.gguf", arch="rwkv6")
+    refused("'rwkv6' is not supported", "rwkv7, arwkv7", path=tmp_path / "m.gguf", tmp_path=tmp_path)
+    nan = np.full((64,), np.nan, np.float32)
+    rewrite_gguf(good, tmp_path / "m.gguf", tensors={f"{LAYER}w0.weight": nan})
+    refused("att.w0 has infinite values or NaN", path=tmp_path / "m.gguf", tmp_path=tmp_path)
 
 
 def test_a_file_that_was_cut_anywhere_gives_one_line(good, tmp_path):
     data = good.read_bytes()
     for size in (0, 3, 20, 500, 5000, len(data) // 2, len(data) - 64):
         (tmp_path / "m.gguf").write_bytes(data[:size])
-        refused("m.gguf", "damaged, or not a GGUF", "fetch it again", path=tmp_path / "m.gguf", tmp_path=tmp_path)
+        refused("damaged, or not a GGUF", "fetch it again", path=tmp_path / "m.gguf", tmp_path=tmp_path)
 
 
 def test_parts_that_are_missing_or_do_not_belong_together_give_one_line(good, tmp_path):

@@ -58,8 +58,10 @@ def test_a_model_in_parts_is_read_whichever_of_them_is_named(tmp_path):
         assert relative(bring(part, tmp_path)(text())[0], model(text()).logits) < 1e-4
 
 
-@pytest.mark.parametrize("kind", [{}, dict(ffn="swiglu", norm="rmsnorm", ln0=False, gate=False, group_norm=False)],
-                         ids=["rwkv7", "arwkv7"])
+PLAIN = dict(ffn="swiglu", norm="rmsnorm", ln0=False, gate=False, group_norm=False)
+
+
+@pytest.mark.parametrize("kind", [{}, PLAIN], ids=["rwkv7", "arwkv7"])
 def test_a_file_as_llama_cpps_converter_writes_it(kind, tmp_path):
     """It copies layer 0's value residual from a, knows another name for each model, and
     has shares of shape (1, 1, C), and small matrices in 16 bits.
@@ -70,9 +72,10 @@ def test_a_file_as_llama_cpps_converter_writes_it(kind, tmp_path):
     weights = {name: p.numpy() for name, p in model.state_dict().items()}
     changes = {f"blk.0.time_mix_v{i}.weight": weights[f"blocks.0.att.a{i}"].T for i in range(3)}
     changes["blk.0.time_mix_v0.weight"] = weights["blocks.0.att.a0"].flatten()
-    changes |= {f"blk.{i}.time_mix_a1.weight": weights[f"blocks.{i}.att.a1"].T.astype(np.float16) for i in range(3)}
-    if not kind:
-        changes |= {f"blk.{i}.channel_mix_lerp_k.weight": weights[f"blocks.{i}.ffn.x_k"] for i in range(3)}
+    for i in range(3):
+        changes[f"blk.{i}.time_mix_a1.weight"] = weights[f"blocks.{i}.att.a1"].T.astype(np.float16)
+        if not kind:
+            changes[f"blk.{i}.channel_mix_lerp_k.weight"] = weights[f"blocks.{i}.ffn.x_k"]
     rewrite_gguf(tmp_path / "m.gguf", tmp_path / "theirs.gguf", tensors=changes)
     back = bring(tmp_path / "theirs.gguf", tmp_path)
     for name, p in back.state_dict().items():

@@ -26,6 +26,7 @@ pytest.importorskip("gguf")
 V = 257
 LLAMA = dict(ffn="swiglu", norm="rmsnorm", ln0=False, norm_eps=1e-6)
 ODD = dict(rank_w=24, rank_a=40, rank_v=8, rank_g=72, ffn_size=200)
+PLAIN = dict(ffn="relu2", token_shift=False, bonus=False, norm_bias=False, tied=True)
 SWITCHES = ("gate", "group_norm", "token_shift", "bonus")
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2, "q8_0": 6e-2}
 
@@ -51,8 +52,9 @@ def random_text(n: int) -> list[int]:
 def check_the_same(models: dict[Path, LM]) -> None:
     """Log-probabilities on a forced text and on the greedy path, and 200 tokens."""
     prompt, given = random_text(9), random_text(32)
-    job = {file: [forced(given, V), greedy(prompt, 64, V, n_probs=V), greedy(prompt, 200, V)] for file in models}
-    for model, (on_text, on_path, generated) in zip(models.values(), ask(job)):
+    questions = [forced(given, V), greedy(prompt, 64, V, n_probs=V), greedy(prompt, 200, V)]
+    answers = ask(dict.fromkeys(models, questions))
+    for model, (on_text, on_path, generated) in zip(models.values(), answers):
         path = generated["tokens"]
         before_each = ours(model, prompt + path[:-1])[len(prompt) - 1 :]
         assert len(path) == 200 and as_likely(before_each, path) and on_path["tokens"] == path[:64]
@@ -76,8 +78,7 @@ def test_official_students_run_in_llama_cpp_also_of_odd_ranks_and_of_narrow_head
     models = {
         "as the demo": student(N=32, C=96),
         "odd ranks": student(**ODD),
-        "relu2, nothing that can be off": student(ffn="relu2", token_shift=False, bonus=False, norm_bias=False,
-                                                  tied=True, norm_eps=1e-3),
+        "relu2, all off that can be": student(**PLAIN, norm_eps=1e-3),
         "narrow": student(N=16, C=32, L=1),
         "narrow, of a Llama": student(N=32, C=64, **LLAMA),
     }
@@ -102,9 +103,9 @@ FORMS = {
     "rwkv7, odd ranks": dict(**ODD, norm_eps=1e-3),
     "rwkv7, heads of 32": dict(N=32, C=96),
     "rwkv7, one layer": dict(L=1, rank_v=16),
-    "relu2, nothing that can be off": dict(ffn="relu2", token_shift=False, bonus=False, norm_bias=False, tied=True),
+    "relu2, all off that can be": PLAIN,
     "arwkv7, heads of 16": dict(N=16, C=64, **LLAMA),
-    "arwkv7, nothing that can be off": dict(LLAMA | dict.fromkeys(SWITCHES, False)),
+    "arwkv7, all off that can be": dict(LLAMA | dict.fromkeys(SWITCHES, False)),
     "heads of 128": dict(N=128, C=256),
     "heads of 24": dict(N=24, C=48),
 }
@@ -134,9 +135,12 @@ def test_matrices_of_fewer_bits_come_back_as_they_were_written(dtype, tmp_path):
     assert again.read_bytes() == first.read_bytes()
 
 
+NARROW = {"32": dict(N=32), "16": dict(N=16), "32, of a Llama": dict(N=32, **LLAMA),
+          "8, without group norm": dict(N=8, **LLAMA, group_norm=False)}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [dict(N=32), dict(N=16), dict(N=32, **LLAMA), dict(N=8, **LLAMA, group_norm=False)],
-                         ids=["32", "16", "32, of a Llama", "8, without group norm"])
+@pytest.mark.parametrize("kind", NARROW.values(), ids=NARROW)
 def test_a_widened_model_gives_the_same_logits_in_float64(kind, tmp_path):
     model = student(C=96, **kind).double()
     wide = LM(widened(model.cfg)).double()
@@ -171,8 +175,8 @@ def test_the_modelfile_names_file_template_and_ends(tmp_path):
         'TEMPLATE """{{ if .System }}{{ "<|im_start|>system\\n" }}{{ .System }}{{ "<|im_end|>\\n" }}'
         '{{ else }}{{ "<|im_start|>system\\nBe kind.<|im_end|>\\n" }}{{ end }}'
         '{{ range .Messages }}{{ if eq .Role "user" }}{{ "<|im_start|>user\\n" }}{{ .Content }}'
-        '{{ "<|im_end|>\\n" }}{{ else if eq .Role "assistant" }}{{ "<|im_start|>assistant\\n" }}{{ .Content }}'
-        '{{ "<|im_end|>\\n" }}{{ end }}{{ end }}{{ "<|im_start|>assistant\\n" }}"""',
+        '{{ "<|im_end|>\\n" }}{{ else if eq .Role "assistant" }}{{ "<|im_start|>assistant\\n" }}'
+        '{{ .Content }}{{ "<|im_end|>\\n" }}{{ end }}{{ end }}{{ "<|im_start|>assistant\\n" }}"""',
         'PARAMETER stop "<|endoftext|>"', 'PARAMETER stop "<|im_end|>"']
 
 
@@ -212,8 +216,9 @@ class Matches:
     """A small tokenizer as World is one: at each byte the longest token that fits."""
 
     name, n_vocab, eot_token = "world", 300, 0
-    pieces = [bytes([b]) for b in range(256)] + [" ".encode() * 9, b"\n\n", "漢字".encode(), "é'\"".encode(), b"the",
-                                                 b" the", b"there", "漢".encode()[:2], b"\r\n", b"\x00\x01"]
+    pieces = [bytes([b]) for b in range(256)]
+    pieces += [" ".encode() * 9, b"\n\n", "漢字".encode(), "漢".encode()[:2], "é'\"".encode()]
+    pieces += [b"the", b" the", b"there", b"\r\n", b"\0\1"]
     ids = {piece: i for i, piece in enumerate(pieces, 1)}
 
     def decode_single_token_bytes(self, i: int) -> bytes:
