@@ -170,7 +170,7 @@ def write_gguf(file: Path, model: torch.nn.Module, arch: str, quantise=lambda na
 
 def rewrite_gguf(file: Path, out: Path, arch: str | None = None, settings: dict | None = None,
                  tensors: dict | None = None) -> None:
-    """The same GGUF with other settings, and arrays as tensors, by name; None: without."""
+    """The same GGUF with other settings, or tensors (arrays); None is without one."""
     gguf = pytest.importorskip("gguf")
     reader, settings, tensors = gguf.GGUFReader(file), settings or {}, tensors or {}
     old = {key: (field.contents(), field.types) for key, field in reader.fields.items()}

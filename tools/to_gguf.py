@@ -70,9 +70,10 @@ def open_source(folder: Path) -> tuple[Source, str]:
     shapes = expected_shapes(full)
 
     def read(name: str) -> Tensor:
-        if name == "head.weight" and model.cfg.tied:
-            return read_tensor(file, "emb.weight")
-        return read_tensor(file, name) if name in stored else torch.zeros(shapes[name])
+        if name not in stored and not (name == "head.weight" and model.cfg.tied):
+            return torch.zeros(shapes[name])
+        # a copy, so that nothing of the file stays in memory
+        return read_tensor(file, name if name in stored else "emb.weight").clone()
 
     kind = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
     return Source(full, shapes, read), kind.get(read("emb.weight").dtype, "float32")
