@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common_convert import relative
 from llama_server import SPACE
 from model import LM
 
@@ -37,9 +38,9 @@ def greedy(prompt: list[int], n: int, vocab: int, n_probs: int = 0) -> list:
                                      "logit_bias": others, "ignore_eos": True}]
 
 
-def forced(tokens: list[int], vocab: int) -> list:
+def forced(tokens: list[int], n_probs: int) -> list:
     """Log-probabilities after each token of a text."""
-    request = GREEDY | {"n_predict": 1, "n_probs": vocab, "logit_bias": [[SPACE, 1000.0]]}
+    request = GREEDY | {"n_predict": 1, "n_probs": n_probs, "logit_bias": [[SPACE, 1000.0]]}
     return ["forced", {"tokens": tokens, "request": request}]
 
 
@@ -47,6 +48,12 @@ def forced(tokens: list[int], vocab: int) -> list:
 def ours(model: LM, tokens: list[int]) -> torch.Tensor:
     """Our log-probabilities (T, V) after each token."""
     return model(torch.tensor([tokens]))[0][0].log_softmax(-1)
+
+
+def difference(answer: dict, logp: torch.Tensor) -> float:
+    """Of the log-probabilities in an answer and ours (T, V), relative to ours."""
+    expected = logp.gather(1, torch.tensor(answer["ids"]))
+    return relative(torch.tensor(answer["logprobs"]), expected)
 
 
 def as_likely(logp: torch.Tensor, chosen: list[int]) -> bool:

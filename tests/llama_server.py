@@ -2,7 +2,8 @@
 
 From stdin, as JSON, a dict of files, each with what is asked of it: [path, request].
 To stdout, last line, the answers in the same order. Where a request has `n_probs`, the
-answer is the tokens generated and before each the log-probabilities of all, by id.
+answer is the tokens generated, and before each of them the ids and log-probabilities of
+so many likeliest.
 """
 
 import json
@@ -31,19 +32,17 @@ def main() -> None:
 def answer(address: str, path: str, job: dict) -> dict:
     if path == "forced":
         requests = [job["request"] | {"prompt": job["tokens"][:n]} for n in range(1, len(job["tokens"]) + 1)]
-        rows = [answer(address, "/completion", request)["logprobs"][0] for request in requests]
-        return {"tokens": job["tokens"], "logprobs": rows}
+        rows = [answer(address, "/completion", request) for request in requests]
+        return {key: [row[key][0] for row in rows] for key in ("ids", "logprobs")}
     request = urllib.request.Request(address + path, json.dumps(job).encode(),
                                      {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as reply:
         whole = json.load(reply)
     if not job.get("n_probs"):
         return whole
-    return {"tokens": whole["tokens"], "logprobs": [by_id(row) for row in whole["completion_probabilities"]]}
-
-
-def by_id(row: dict) -> list[float]:
-    return [entry["logprob"] for entry in sorted(row["top_logprobs"], key=lambda entry: entry["id"])]
+    rows = [row["top_logprobs"] for row in whole["completion_probabilities"]]
+    return {"tokens": whole["tokens"], "ids": [[entry["id"] for entry in row] for row in rows],
+            "logprobs": [[entry["logprob"] for entry in row] for row in rows]}
 
 
 if __name__ == "__main__":
