@@ -44,6 +44,7 @@ def from_gguf(file: Path) -> Checkpoint:
 
 
 def llama_checkpoint(arch: str, values: dict, tensors: dict, shapes: dict, common: dict) -> Checkpoint:
+    """That of a transformer; `common` are a Checkpoint's fields that all files have."""
     refuse(values, (0, 1), "a mixture of experts", "expert_count")
     refuse(values, (0,), "a sliding window", "attention.sliding_window")
     refuse(values, (0.0,), "soft-capping of logits", "attn_logit_softcapping", "final_logit_softcapping")

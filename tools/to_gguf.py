@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 from torch import Tensor
 
@@ -251,12 +252,18 @@ def write_modelfile(folder: Path, out: Path) -> None:
     chat = getattr(enc, "chat", None)
     if chat:
         lines.append(f'TEMPLATE """{go_template(chat)}"""')
-    ends = {enc.decode([i]) for i in stops(enc)} if enc else set()
-    ends |= {chat["assistant"][1]} if chat else set()
-    quotes = ['"""' if '"' in end else '"' for end in sorted(ends - {""})]   # without escapes
-    lines += [f"PARAMETER stop {quote}{end}{quote}" for quote, end in zip(quotes, sorted(ends - {""}))]
+    for end in sorted(ends_of(enc) if enc else ()):
+        quote = '"""' if '"' in end else '"'           # there are no escapes
+        lines.append(f"PARAMETER stop {quote}{end}{quote}")
     text = "\n".join(lines) + "\n"
     write_whole(modelfile_of(out), lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def ends_of(enc: tiktoken.Encoding) -> set[str]:
+    """The texts that end what is generated; a token need not have one."""
+    ends = {enc.decode([i]) for i in stops(enc)}
+    chat = getattr(enc, "chat", None)
+    return (ends | {chat["assistant"][1]} if chat else ends) - {""}
 
 
 def go_template(chat: dict) -> str:
