@@ -102,7 +102,7 @@ def vocabulary(enc: tiktoken.Encoding) -> Vocabulary:
     if enc.name == "bytes":
         tokens = [PRINTED[byte] for byte in range(256)] + [END]
         return Vocabulary("gpt2", tokens, [NORMAL] * 256 + [CONTROL], "gpt-2", NO_MERGES)
-    if enc.name == "world":
+    if enc.name.startswith("world"):
         return world_vocabulary(enc)
     if isinstance(enc, ByteLevelBPE):
         spec = enc.spec
@@ -182,11 +182,16 @@ def world_vocabulary(enc: tiktoken.Encoding) -> Vocabulary:
 
 def jinja(chat: dict) -> str:
     """The Jinja template that makes what `chat.frame` does, in one line."""
-    content = "message['content'] | trim" if chat["trim"] else "message['content']"
+    content = "message['content']"
+    if chat.get("dense"):                              # without its empty lines
+        content = f"{content}.replace('\\r\\n', '\\n').split('\\n') | select('ne', '') | join('\\n')"
+    if chat["trim"]:
+        content += " | trim"
 
     def framed(role: str) -> str:
         before, *after = chat[role]
-        return f"{{{{ {quoted(before)} + {content} + {quoted(''.join(after))} }}}}"
+        before += chat.get("lead", "") * (role == "assistant")
+        return f"{{{{ {quoted(before)} + ({content}) + {quoted(''.join(after))} }}}}"
 
     roles = [("message['role'] == 'user'", framed("user")),
              ("message['role'] == 'assistant'", framed("assistant"))]

@@ -273,6 +273,7 @@ def go_template(chat: dict) -> str:
 
     def framed(role: str, content: str) -> str:
         before, *after = chat[role]
+        before += chat.get("lead", "") * (role == "assistant")
         return said(before) + content + said("".join(after))
 
     system = framed("system", "{{ .System }}") if chat["system"] else ""

@@ -224,6 +224,8 @@ class Matches:
     """A small tokenizer as World is one: at each byte the longest token that fits."""
 
     name, n_vocab, eot_token = "world", 300, 0
+    chat = {"default": "", "system": ["System: ", "\n\n"], "user": ["User: ", "\n\n"],
+            "assistant": ["Assistant:", "\n\n", ""], "lead": " ", "trim": True, "dense": True}
     pieces = [bytes([b]) for b in range(256)]
     pieces += [" ".encode() * 9, b"\n\n", "漢字".encode(), "漢".encode()[:2], "é'\"".encode()]
     pieces += [b"the", b" the", b"there", b"\r\n", b"\0\1"]
@@ -236,6 +238,9 @@ class Matches:
 
     def decode(self, ids: list[int]) -> str:
         return b"".join(map(self.decode_single_token_bytes, ids)).decode()
+
+    def encode(self, text: str, allowed_special: str) -> list[int]:
+        return self.encode_ordinary(text)
 
     def encode_ordinary(self, text: str) -> list[int]:
         rest, ids = text.encode(), []
@@ -251,6 +256,21 @@ def merged() -> tiktoken.Encoding:
     vocab = json.loads(train().to_str())["model"]["vocab"]
     ranks = {bytes(BYTE[c] for c in token): i for token, i in vocab.items() if token not in SPECIAL}
     return Encoding("gpt2", pat_str=GPT2, mergeable_ranks=ranks, special_tokens={END: vocab[END]})
+
+
+def test_the_chat_of_world_has_no_empty_line_within_a_message(tmp_path, monkeypatch):
+    world = Matches()
+    monkeypatch.setattr(to_gguf, "load_tokenizer", lambda folder: world)
+    file = export(rwkv(N=64, C=64, L=1, V=320), tmp_path, "m", "world")
+    fields = open_gguf(file)[0].fields
+    ends = [fields[f"tokenizer.ggml.{kind}_token_id"].contents() for kind in ("bos", "eos", "eot")]
+    assert ends == [0, 0, world.ids[b"\n\n"]]
+    assert 'PARAMETER stop "\n\n"' in file.with_suffix(".Modelfile").read_text()
+    talk = [("system", "Be\r\n\r\nbrief."), ("user", "\n a\n\n\nb \n"), ("assistant", "c"), ("user", "d")]
+    job = {"messages": [{"role": role, "content": content} for role, content in talk]}
+    [[answer]] = ask({file: [["/apply-template", job]]})
+    expected = "System: Be\nbrief.\n\nUser: a\nb\n\nAssistant: c\n\nUser: d\n\nAssistant:"
+    assert answer["prompt"] == expected
 
 
 def test_bytes_and_world_give_the_same_ids_in_llama_cpp_and_come_back(tmp_path, monkeypatch):
