@@ -149,7 +149,7 @@ BROKEN_SETTINGS = {
     "heads of 48": ({"rwkv7.wkv.head_size": 48}, ["48"]),
     "no eps": ({"rwkv7.attention.layer_norm_epsilon": None}, ["layer_norm_epsilon is missing"]),
     "tokens too many": (NAMED, ["300 tokens", "257 rows", "fetch it again"]),
-    "another kind of tokens": ({"tokenizer.ggml.model": "llama"}, ["SentencePiece", "--tokenizer"]),
+    "another kind of tokens": ({"tokenizer.ggml.model": "llama"}, ["SentencePiece"]),
 }
 
 
