@@ -87,7 +87,7 @@ def wider(source: Source) -> Source:
 
 
 def fit_heads(source: Source, widen: bool) -> Source:
-    """The model with heads that llama.cpp computes everywhere, and what was done."""
+    """The model with heads that llama.cpp computes everywhere; says what that costs."""
     N = source.cfg.rwkv_head_size
     if widen and factor(source.cfg) > 1:
         wide = wider(source)
