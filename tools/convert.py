@@ -1,57 +1,61 @@
 """Real weights in, real weights out: Hugging Face, GGUF, nanoGPT, official RWKV-7.
 
-A checkpoint of the world becomes a model folder, a pure RWKV-7 an official .pth.
+A checkpoint of the world becomes a model folder, a pure RWKV-7 an official .pth or a
+GGUF.
 
     python -m tools.convert import PATH --out out/teacher
         a Hugging Face folder, a .gguf file, an RWKV-7 .pth, or nanoGPT's ckpt.pt
     python -m tools.convert export out/rwkv --format rwkv-pth
         writes out/rwkv.pth, as the PyPI package `rwkv` reads it
+    python -m tools.convert export out/rwkv --format gguf --dtype q8_0
+        writes out/rwkv.gguf for llama.cpp, and out/rwkv.Modelfile for Ollama
 
 Each format has a file of its own: from_huggingface.py, from_gguf.py, from_nanogpt.py,
-rwkv_pth.py. It tells the model's shape and where each of our parameters stands;
-checkpoint.py reads, arranges and writes them one by one. It is exact or it refuses:
-every tensor of a checkpoint has its place, and what model.py cannot compute is named.
-What it is not: a downloader. No code of a stranger is run, and nothing but tensors and
-plain values unpickled.
+rwkv_pth.py, to_gguf.py. It tells the model's shape and where each of our parameters
+stands; checkpoint.py reads, arranges and writes them one by one. It is exact or it
+refuses: every tensor of a checkpoint has its place, and what model.py cannot compute is
+named. What it is not: a downloader. No code of a stranger is run, and nothing but
+tensors and plain values unpickled.
 
     gpt2                          q, k and v stand in one matrix; matrices (in, out);
                                   learned positions
     llama, mistral, qwen2, qwen3  qwen2 has biases on q, k and v, qwen3 norms on q and k
     .gguf of llama, qwen2, qwen3  quantised; llama's q and k rows are in the order that
                                   interleaved rope wants
+    .gguf of rwkv7, arwkv7        pure RWKV-7, official or in a Llama's block
     nanoGPT's ckpt.pt             a GPT-2 with matrices (out, in); biases or none
     .pth of RWKV-7                as it is: our names are the official ones
 """
 
 import contextlib
-import ctypes
 import glob
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from config import cli, run, settings
 import tiktoken
 import torch
-from torch import Tensor
 from tyro.conf import Positional
 
+from data.folder import publish
 from data.foreign import brief, read_json, unreadable
 from data.pairing import advice, instead, require_pair, too_small
 from data.tokenizer import get_tokenizer, save_tokenizer, write_tokenizer
-from lib.folders import open_model, read_config, read_tensor, write_whole
-from model import LM, ModelConfig
-from tools.checkpoint import Checkpoint, as_dtype, fit_shapes, parameter, write_safetensors
+from lib.folders import open_model, read_config
+from model import ModelConfig
+from tools import rwkv_pth, to_gguf
+from tools.checkpoint import Checkpoint, fit_shapes, parameter, write_safetensors
 from tools.from_gguf import from_gguf
 from tools.from_huggingface import from_hugging_face
 from tools.from_nanogpt import from_nanogpt, is_nanogpt
-from tools.rwkv_pth import from_pth, not_official, official_names, open_pth
+from tools.rwkv_pth import from_pth, open_pth
 
 # A model folder.
 FILES = ("tokenizer.json", "meta.json", "model.safetensors", "config.json")
@@ -72,10 +76,11 @@ class ImportConfig:
 @settings
 class ExportConfig:
     folder: Positional[str] = ""     # a model folder, of RWKV-7 alone
-    format: Literal["rwkv-pth"] = "rwkv-pth"
-    out: str | None = None           # None = the folder's name with .pth
-    dtype: Dtype | None = None       # None = as in the folder
+    format: Literal["rwkv-pth", "gguf"] = "rwkv-pth"
+    out: str | None = None           # None = the folder's name with .pth, .gguf
+    dtype: Literal[Dtype, "q8_0"] | None = None  # None = as in the folder; q8_0: a GGUF's matrices in 8 bits
     overwrite: bool = False
+    widen: bool = True               # a GGUF's heads of 32, 16 become 64: the same logits, a larger model
 
 
 # ------------------------------------------------------------------------------------------
@@ -222,35 +227,6 @@ def written(out: str) -> Iterator[None]:
                          "make room, or choose another --out") from None
 
 
-def publish(new: Path, out: Path) -> None:
-    """Put the folder `new` in the place of `out`, which may hold a model.
-
-    At every moment one of them, whole, is at `out`: two folders change their names in
-    one step where the system can do it (Linux). Elsewhere `sweep_up` puts the old one
-    back if the program was killed between two steps.
-    """
-    if not out.exists() or not any(out.iterdir()):
-        os.rename(new, out)
-    elif not exchange(new, out):
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
-        os.rename(out, old)
-        try:
-            os.rename(new, out)
-        except OSError:
-            os.rename(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Let two folders change their names at once; False where that can't be done."""
-    here, at_once = -100, 2                                     # AT_FDCWD, RENAME_EXCHANGE
-    try:
-        return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), at_once) == 0
-    except (AttributeError, OSError):
-        return False
-
-
 def sweep_up(out: Path) -> None:
     """Remove what an import that was killed has left beside `out`, or put it back."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*"):
@@ -276,58 +252,56 @@ def is_running(process: int) -> bool:
 # ------------------------------------------------------------------------------------------
 # Export
 
+@dataclass(frozen=True)
+class Format:
+    """A format that is one file; its functions stand in a file of its own."""
+
+    name: str                                    # a model "cannot be written as ..."
+    ending: str                                  # of the file's name
+    reasons: Callable[[ModelConfig], list[str]]  # what of a model it has no place for
+    require_own: Callable[[Path], None]          # refuses to replace what is of another kind
+    write: Callable                              # (model folder, out, dtype): out is whole, or as it was
+    how_to_run: Callable[[Path], str]            # one line
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+
+
+FORMATS = {
+    "rwkv-pth": Format("an official RWKV-7", ".pth", rwkv_pth.not_official, rwkv_pth.require_own,
+                       rwkv_pth.write, rwkv_pth.how_to_run),
+    "gguf": Format("a GGUF", ".gguf", to_gguf.reasons, to_gguf.require_own, to_gguf.write,
+                   to_gguf.how_to_run, ("float32", "bfloat16", "float16", "q8_0")),
+}
+
+
 def export_model(cfg: ExportConfig) -> Path:
-    """Write a model folder as an official RWKV-7 .pth.
+    """Write a model folder in another format.
 
     Raises ValueError naming what that format cannot express.
     """
     if not cfg.folder:
         raise ValueError("name the model folder to export")
-    folder = Path(cfg.folder)
-    out = Path(os.path.realpath(cfg.out or f"{folder}.pth"))
-    if out.suffix != ".pth" or out.is_dir() or cfg.out == "":
-        raise ValueError(f"{cfg.out or out} must be a file whose name ends in .pth")
+    kind, folder = FORMATS[cfg.format], Path(cfg.folder)
+    out = Path(os.path.realpath(cfg.out or f"{folder}{kind.ending}"))
+    if out.suffix != kind.ending or out.is_dir() or cfg.out == "":
+        raise ValueError(f"{cfg.out or out} must be a file whose name ends in {kind.ending}")
     if out.exists() and not cfg.overwrite:
         raise ValueError(f"{out} exists already: replace it with --overwrite, or choose another --out")
-    model, file = open_model(folder)
-    reasons = not_official(model.cfg)
+    if cfg.dtype and cfg.dtype not in kind.dtypes:
+        raise ValueError(f"--dtype {cfg.dtype} is nothing that --format {cfg.format} has: choose one of "
+                         f"{', '.join(kind.dtypes)}")
+    model, _ = open_model(folder)
+    reasons = kind.reasons(model.cfg)
     if reasons:
-        raise ValueError(f"{folder} cannot be written as an official RWKV-7: it has {'; '.join(reasons)}")
+        raise ValueError(f"{folder} cannot be written as {kind.name}: it has {'; '.join(reasons)}")
     if out.exists():
-        require_official(out)
-    tensors = official_tensors(model, file, cfg.dtype)
+        kind.require_own(out)
+    more = {"widen": cfg.widen} if cfg.format == "gguf" else {}
     try:
         with written(str(out)):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(out, lambda part: torch.save(tensors, part))
+            kind.write(folder, out, cfg.dtype, **more)
     except RuntimeError as e:  # torch's writer says "enforce fail" of a full disk
         raise ValueError(f"{out} could not be written ({brief(e)}): is the disk full?") from None
     return out
-
-
-def require_official(file: Path) -> None:
-    """Raises ValueError for a file that --overwrite may not replace."""
-    try:
-        from_pth(open_pth(file))
-    except (ValueError, OSError):
-        raise ValueError(f"{file} is no RWKV-7 of this format, so it is not replaced: "
-                         "choose another --out") from None
-
-
-def official_tensors(model: LM, file: Path, dtype: str | None) -> dict[str, Tensor]:
-    """Every parameter of the model whose weights are in `file`, in the official order.
-
-    torch.save wants all at once; each is a copy, of whose file nothing stays in memory.
-    """
-    def read(name: str) -> Tensor:
-        tied = model.cfg.tied and name == "head.weight"
-        t = read_tensor(file, "emb.weight" if tied else name)  # a tied head is written as a copy
-        return as_dtype(name, t, shapes[name], getattr(torch, dtype) if dtype else t.dtype).clone()
-
-    names = official_names(model.cfg.n_layer)
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    assert set(names) == set(shapes), "a model that passes not_official has the official parameters"
-    return {name: read(name) for name in names}
 
 
 # ------------------------------------------------------------------------------------------
@@ -346,8 +320,8 @@ def main(argv: list[str] | None = None) -> None:
               f" Now: python -m data.prepare SOURCE --tokenizer {folder} "
               f"--out data/NAME, and python distill.py --teacher {folder} --data data/NAME"))
     elif verb == "export":
-        out = export_model(cli(ExportConfig, argv))
-        print(f"{out}: for the package rwkv, RWKV(model=\"{out.with_suffix('')}\", strategy=\"cpu fp32\")")
+        cfg = cli(ExportConfig, argv)
+        print(FORMATS[cfg.format].how_to_run(export_model(cfg)))
     elif verb in ("-h", "--help"):
         print(__doc__)
         sys.exit(0)
