@@ -6,6 +6,8 @@ A checkpoint of the world becomes a model folder, a pure RWKV-7 an official .pth
         a Hugging Face folder, a .gguf file, an RWKV-7 .pth, or nanoGPT's ckpt.pt
     python -m tools.convert export out/rwkv --format rwkv-pth
         writes out/rwkv.pth, as the PyPI package `rwkv` reads it
+    python -m tools.convert export out/rwkv --format hf
+        writes the folder out/rwkv-hf, as `rwkv7-hf` and fla read it
 
 Each format has a file of its own: from_huggingface.py, from_gguf.py, from_nanogpt.py,
 rwkv_pth.py. It tells the model's shape and where each of our parameters stands;
@@ -21,6 +23,8 @@ plain values unpickled.
                                   interleaved rope wants
     nanoGPT's ckpt.pt             a GPT-2 with matrices (out, in); biases or none
     .pth of RWKV-7                as it is: our names are the official ones
+    rwkv7, rwkv_hybrid            Hugging Face folders of RWKV-7, as fla and RWKVInside
+                                  have them
 """
 
 import contextlib
@@ -46,6 +50,7 @@ from data.foreign import brief, read_json, unreadable
 from data.tokenizer import get_tokenizer, save_tokenizer, write_tokenizer
 from lib.folders import open_model, read_config, read_tensor, write_whole
 from model import LM, ModelConfig
+from tools import to_huggingface
 from tools.checkpoint import Checkpoint, as_dtype, fit_shapes, parameter, write_safetensors
 from tools.from_gguf import from_gguf
 from tools.from_huggingface import from_hugging_face
@@ -71,8 +76,8 @@ class ImportConfig:
 @settings
 class ExportConfig:
     folder: Positional[str] = ""     # a model folder, of RWKV-7 alone
-    format: Literal["rwkv-pth"] = "rwkv-pth"
-    out: str | None = None           # None = the folder's name with .pth
+    format: Literal["rwkv-pth", "hf"] = "rwkv-pth"
+    out: str | None = None           # None = the folder's name with .pth, or with -hf
     dtype: Dtype | None = None       # None = as in the folder
     overwrite: bool = False
 
@@ -267,12 +272,14 @@ def is_running(process: int) -> bool:
 # Export
 
 def export_model(cfg: ExportConfig) -> Path:
-    """Write a model folder as an official RWKV-7 .pth.
+    """Write a model folder as an official RWKV-7 .pth, or as a Hugging Face folder.
 
     Raises ValueError naming what that format cannot express.
     """
     if not cfg.folder:
         raise ValueError("name the model folder to export")
+    if cfg.format == "hf":
+        return export_folder(cfg)
     folder = Path(cfg.folder)
     out = Path(os.path.realpath(cfg.out or f"{folder}.pth"))
     if out.suffix != ".pth" or out.is_dir() or cfg.out == "":
@@ -293,6 +300,40 @@ def export_model(cfg: ExportConfig) -> Path:
     except RuntimeError as e:  # torch's writer says "enforce fail" of a full disk
         raise ValueError(f"{out} could not be written ({brief(e)}): is the disk full?") from None
     return out
+
+
+def export_folder(cfg: ExportConfig) -> Path:
+    """Write a model folder as a Hugging Face folder, in one step when it is whole."""
+    folder = Path(cfg.folder)
+    name = f"{folder}-hf" if cfg.out is None else cfg.out
+    out = Path(os.path.realpath(name))
+    require_own(name, out, folder, cfg.overwrite)
+    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        with written(name):
+            sweep_up(out)
+            staging.mkdir(parents=True)
+            to_huggingface.write(folder, staging, getattr(torch, cfg.dtype) if cfg.dtype else None)
+            publish(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def require_own(name: str, out: Path, folder: Path, overwrite: bool) -> None:
+    """Raises ValueError where no folder may be written, or this one not replaced.
+
+    `out` is the folder that `name` leads to, `folder` what is to be exported.
+    """
+    source = Path(os.path.realpath(folder))
+    nested = source in (out, *out.parents) or out in source.parents
+    if not name.strip() or "\0" in name or Path(name).is_symlink() and not out.exists():
+        raise ValueError(f"--out {name!r} is no name of a folder: name the folder to write")
+    if nested or out.exists() and not to_huggingface.is_export(out):
+        raise ValueError(f"{name} is not (only) a Hugging Face folder that was written here, or it is what is "
+                         "to be read: choose another --out")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{name} exists already: replace it with --overwrite, or choose another --out")
 
 
 def require_official(file: Path) -> None:
@@ -334,7 +375,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{cfg.out}: {cfg.dtype}. Now: python -m data.prepare SOURCE --tokenizer {folder} "
               f"--out data/NAME, and python distill.py --teacher {folder} --data data/NAME")
     elif verb == "export":
-        out = export_model(cli(ExportConfig, argv))
+        cfg = cli(ExportConfig, argv)
+        out = export_model(cfg)
+        if cfg.format == "hf":
+            print(f"{out}: for rwkv7-hf or fla, RWKV7ForCausalLM.from_pretrained({str(out)!r})")
+            return
         print(f"{out}: for the package rwkv, RWKV(model=\"{out.with_suffix('')}\", strategy=\"cpu fp32\")")
     elif verb in ("-h", "--help"):
         print(__doc__)
