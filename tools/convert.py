@@ -306,13 +306,15 @@ def export_folder(cfg: ExportConfig) -> Path:
     """Write a model folder as a Hugging Face folder, in one step when it is whole."""
     folder = Path(cfg.folder)
     name = f"{folder}-hf" if cfg.out is None else cfg.out
+    if not name.strip() or "\0" in name or os.path.realpath(name) == os.sep:
+        raise ValueError(f"--out {name!r} is no name: name the folder to write")
     out = Path(os.path.realpath(name))
-    require_own(name, out, folder, cfg.overwrite)
     staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with written(name):
+        sweep_up(out)
+    require_own(name, out, folder, cfg.overwrite)
     try:
         with written(name):
-            sweep_up(out)
-            staging.mkdir(parents=True)
             to_huggingface.write(folder, staging, getattr(torch, cfg.dtype) if cfg.dtype else None)
             publish(staging, out)
     finally:
@@ -327,11 +329,11 @@ def require_own(name: str, out: Path, folder: Path, overwrite: bool) -> None:
     """
     source = Path(os.path.realpath(folder))
     nested = source in (out, *out.parents) or out in source.parents
-    if not name.strip() or "\0" in name or Path(name).is_symlink() and not out.exists():
-        raise ValueError(f"--out {name!r} is no name of a folder: name the folder to write")
+    if Path(name).is_symlink() and not out.exists():
+        raise ValueError(f"{name!r} leads nowhere: make the folder {out} first, or choose another --out")
     if nested or out.exists() and not to_huggingface.is_export(out):
-        raise ValueError(f"{name} is not (only) a Hugging Face folder that was written here, or it is what is "
-                         "to be read: choose another --out")
+        raise ValueError(f"{name} is not (only) a Hugging Face folder that was written here, or it is what "
+                         "is to be read: choose another --out")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{name} exists already: replace it with --overwrite, or choose another --out")
 
@@ -378,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = cli(ExportConfig, argv)
         out = export_model(cfg)
         if cfg.format == "hf":
-            print(f"{out}: for rwkv7-hf or fla, RWKV7ForCausalLM.from_pretrained({str(out)!r})")
+            print(f"{out}: a Hugging Face folder, for the classes of rwkv7-hf and fla, or of RWKVInside")
             return
         print(f"{out}: for the package rwkv, RWKV(model=\"{out.with_suffix('')}\", strategy=\"cpu fp32\")")
     elif verb in ("-h", "--help"):

@@ -3,7 +3,7 @@
     gpt2                          q, k and v stand in one matrix; matrices (in, out);
                                   learned positions
     llama, mistral, qwen2, qwen3  qwen2 has biases on q, k and v, qwen3 norms on q and k
-    rwkv7, rwkv_hybrid            RWKV-7 as fla and RWKVInside have it: huggingface_rwkv.py
+    rwkv7, rwkv_hybrid            RWKV-7 of fla, of RWKVInside: huggingface_rwkv.py
 """
 
 import re

@@ -143,8 +143,8 @@ def arrange_there(t: Tensor, form: str, s: float, dtype: torch.dtype) -> Tensor:
 def scaled(t: Tensor, s: float, dtype: torch.dtype) -> Tensor:
     """The tensor times s, rounded so that import and export change no bit of it.
 
-    A product is not always what its quotient gives when it is multiplied again: where
-    several numbers have one product, near a power of two. From the second time on it is.
+    A product is not always what its quotient gives when it is multiplied again (near
+    powers of two, where some numbers have one product). The second time it is.
     """
     if s == 1:
         return t
@@ -223,17 +223,10 @@ def rwkv7_config(config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelConfi
     if widths not in (None, A, [A] * L):
         raise ValueError(f"value_dim = {brief(widths)}: values of another width than the keys' {A} are not "
                          "supported")
-    ranks = {}
-    for rank, key in LORA_KEYS.items():
-        lora = f"model.layers.{int(rank == 'v')}.attn.{rank}_lora.lora.0.weight"  # layer 0 has none for v
-        if rank == "v" and L == 1:
-            ranks["rank_v"] = take(config, "v_low_rank_dim", int, None)
-            continue
-        ranks[f"rank_{rank}"] = sizes(lora, shapes)[0]
-        agree(config, optional=True, **{f"{key}_low_rank_dim": ranks[f"rank_{rank}"]})
     eps = take(config, "norm_eps", float, 1e-5)
     if not eps > 0:
-        raise ValueError(f"norm_eps = {eps}: it must be positive, for the eps of the heads' norm is a multiple")
+        raise ValueError(f"norm_eps = {eps}: it must be positive, for the eps of the heads' norm "
+                         "is a multiple of it")
     return ModelConfig(
         vocab_size=V,
         block_size=take(config, "max_position_embeddings", int, 2048),
@@ -243,7 +236,7 @@ def rwkv7_config(config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelConfi
         positions="none",
         rwkv_head_size=N,
         rwkv_size=A,
-        **ranks,
+        **rwkv7_ranks(config, shapes, L),
         ffn="channelmix",
         ffn_size=F,
         norm_eps=eps,
@@ -251,6 +244,18 @@ def rwkv7_config(config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelConfi
         ln0=take(config, "norm_first", bool, True),
         tied=take(config, "tie_word_embeddings", bool, False),
     )
+
+
+def rwkv7_ranks(config: dict, shapes: dict[str, tuple[int, ...]], n_layer: int) -> dict[str, int | None]:
+    """As the tensors have them. Layer 0 has none for v: the setting counts."""
+    ranks = {}
+    for rank, key in LORA_KEYS.items():
+        layer, key = int(rank == "v"), f"{key}_low_rank_dim"
+        if layer < n_layer:
+            size = sizes(f"model.layers.{layer}.attn.{rank}_lora.lora.0.weight", shapes)[0]
+            agree(config, optional=True, **{key: size})
+        ranks[f"rank_{rank}"] = size if layer < n_layer else take(config, key, int, None)
+    return ranks
 
 
 def hybrid_config(config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
@@ -306,7 +311,7 @@ def count_layers(shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def agree(config: dict, optional: bool = False, **of_the_tensors: int) -> None:
-    """Raises ValueError for a setting that is missing, or says other than the tensors."""
+    """Raises ValueError for a setting that is missing or contradicts the tensors."""
     for key, size in of_the_tensors.items():
         value = take(config, key, int, size) if optional else take(config, key, int)
         if value != size:
@@ -327,7 +332,8 @@ IGNORED = {  # layer 0's value residual is never used, nor a share for a gate th
 def rwkv_checkpoint(kind: str, config: dict, shapes: dict, read) -> Checkpoint:
     """The checkpoint in a folder of this model_type.
 
-    `read` gives a tensor by its name there. Raises ValueError for what is not supported.
+    `read` gives a tensor by its name there. Raises ValueError for what no model of ours
+    can be.
     """
     cfg = READ[kind](config, shapes)
     ours, s = expected_shapes(cfg), factor(cfg, kind)

@@ -10,16 +10,14 @@ the argument), and they are listed in the order of the tokens.
 What it is not: for the World vocabulary, whose own file goes along instead.
 """
 
-import json
 import math
-from pathlib import Path
 
 import tiktoken
 
 from data.bpe import BYTE, ByteLevelBPE
 from data.foreign import GPT2, LLAMA3
 
-# Of tiktoken's own, in the spelling of other libraries: theirs reads some signs differently.
+# Of tiktoken's own, as other libraries spell them: those read some signs otherwise
 SPLITS = {"bytes": [], "cl100k_base": [LLAMA3]}
 SPLITS |= dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), [GPT2])
 LETTER = {byte: letter for letter, byte in BYTE.items()}
@@ -41,12 +39,6 @@ def spec_of(enc: tiktoken.Encoding) -> dict:
     return {"tokens": tokens, "split": SPLITS[enc.name], "normalizer": None, "unknown": None,
             "special": dict(enc._special_tokens), "added": {}, "start": None, "end": enc.eot_token,
             "stop": [enc.eot_token], "chat": None}
-
-
-def write_tokenizer_files(spec: dict, folder: Path) -> None:
-    for name, content in (("tokenizer.json", tokenizer_json(spec)), ("tokenizer_config.json", config(spec))):
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------
@@ -146,7 +138,8 @@ def name_of(spec: dict, i: int) -> str:
 # ------------------------------------------------------------------------------------------
 # tokenizer_config.json
 
-def config(spec: dict) -> dict:
+def tokenizer_config(spec: dict) -> dict:
+    """The file's content. Raises ValueError for ends that are no added tokens."""
     end = name_of(spec, spec["end"])
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",

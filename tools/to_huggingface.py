@@ -1,4 +1,4 @@
-"""A pure RWKV-7 as a Hugging Face folder: what `tools.convert export --format hf` writes.
+"""A pure RWKV-7 as a Hugging Face folder: `tools.convert export --format hf`.
 
     config.json, generation_config.json      as fla (rwkv7) or RWKVInside (rwkv_hybrid)
     model.safetensors                        has it: huggingface_rwkv.py
@@ -11,7 +11,6 @@ What it is not: code. `rwkv7-hf` or fla have the classes that load it.
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from model import LM, ModelConfig
 from tools.checkpoint import DTYPES, write_safetensors
 from tools.huggingface_rwkv import (arrange_there, factor, full_form, kind_of, not_in, place, settings_of,
                                     shape_there)
-from tools.huggingface_tokenizer import spec_of, write_tokenizer_files
+from tools.huggingface_tokenizer import spec_of, tokenizer_config, tokenizer_json
 
 WORLD = "rwkv_vocab_v20230424.txt"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -49,22 +48,27 @@ def is_export(folder: Path) -> bool:
 
 
 def write(folder: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the model folder `folder` into the empty folder `out`, weight by weight.
+    """Write the model folder `folder` as the new folder `out`, weight by weight.
 
-    `dtype` is that of the weights there, None as here. Raises ValueError for what the
-    format cannot say.
+    `dtype` is that of the weights there, None as here. Raises ValueError, before there
+    is a folder, for what the format cannot say.
     """
     model, file = open_model(folder)
     cannot = reasons(model.cfg)
     if cannot:
         raise ValueError(f"{folder} cannot be written for Hugging Face: it has {'; '.join(cannot)}")
-    ids = write_tokenizer(folder, model.cfg.vocab_size, out)
-    dtype = dtype or stored_dtype(file)
-    kind = kind_of(model.cfg)
+    ids, files = tokenizer_files(folder, model.cfg.vocab_size)
+    dtype, kind = dtype or stored_dtype(file), kind_of(model.cfg)
     config = settings_of(model.cfg, kind) | ids | {"torch_dtype": str(dtype).removeprefix("torch.")} | MARK
+    files |= {"config.json": as_json(config), "generation_config.json": as_json(ids)}
+    out.mkdir(parents=True)
     write_tensors(model, file, kind, dtype, out / "model.safetensors")
-    for name, values in (("config.json", config), ("generation_config.json", ids)):
-        (out / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+
+
+def as_json(values: dict) -> bytes:
+    return (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def write_tensors(model: LM, file: Path, kind: str, dtype: torch.dtype, out: Path) -> None:
@@ -95,36 +99,38 @@ def stored_dtype(file: Path) -> torch.dtype:
 # ------------------------------------------------------------------------------------------
 # The tokenizer
 
-def write_tokenizer(folder: Path, rows: int, out: Path) -> dict:
-    """The files of the model's tokenizer; returns what opens, ends and pads a text.
+def tokenizer_files(folder: Path, rows: int) -> tuple[dict, dict[str, bytes]]:
+    """What opens, ends and pads a text, by the keys of config.json, and files by name.
 
-    All None for a model without one. Raises ValueError for tokens without a row.
+    A model without a tokenizer has none. Raises ValueError for tokens without a row.
     """
     name = read_meta(folder).get("tokenizer") if (folder / "meta.json").exists() else None
     if name is None:
-        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return special_ids(None, None, None), {}
     if name == "world":
-        return write_world(folder, rows, out)
+        return special_ids(0, 0, 0), world_files(folder, rows)
     spec = spec_of(load_tokenizer(folder))
-    size = 1 + max(len(spec["tokens"]) - 1, *spec["special"].values(), *spec["added"].values())
-    if size > rows:
-        raise ValueError(f"the tokenizer {name} of {folder} has {size} tokens, the model {rows} rows: there "
-                         "such texts would crash; import the model again with its own --tokenizer")
-    write_tokenizer_files(spec, out)
-    stop = spec["stop"] if len(spec["stop"]) > 1 else spec["end"]
+    if len(spec["tokens"]) > rows:
+        raise ValueError(f"the tokenizer {name} of {folder} has {len(spec['tokens'])} tokens, the model "
+                         f"{rows} rows: texts with the others would crash there; import it again with "
+                         "--tokenizer")
+    files = {"tokenizer.json": tokenizer_json(spec), "tokenizer_config.json": tokenizer_config(spec)}
     start = spec["end"] if spec["start"] is None else spec["start"]
-    return {"bos_token_id": start, "eos_token_id": stop, "pad_token_id": spec["end"]}
+    stop = spec["stop"] if len(spec["stop"]) > 1 else spec["end"]
+    return special_ids(start, stop, spec["end"]), {file: as_json(content) for file, content in files.items()}
 
 
-def write_world(folder: Path, rows: int, out: Path) -> dict:
-    """World's vocabulary, from beside the model or the package rwkv; token 0 ends."""
+def special_ids(bos: int | None, eos: int | list[int] | None, pad: int | None) -> dict:
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+
+
+def world_files(folder: Path, rows: int) -> dict[str, bytes]:
+    """World's vocabulary, from beside the model or the package rwkv."""
     file, package = folder / WORLD, importlib.util.find_spec("rwkv")
     if not file.exists() and package:
         file = Path(package.submodule_search_locations[0]) / WORLD
     if not file.exists():
         raise ValueError(f"{WORLD} is neither in {folder} nor in the package rwkv: put it beside the model")
-    shutil.copyfile(file, out / WORLD)
     config = {"tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": rows, "pad_token": "<|padding|>",
               "eos_token": "<|endoftext|>"}
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    return {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    return {WORLD: file.read_bytes(), "tokenizer_config.json": as_json(config)}

@@ -1,4 +1,4 @@
-"""tokenizer.json as we write it: transformers gives our ids, and it comes back equal."""
+"""Our tokenizer.json: transformers gives our ids with it, and it comes back equal."""
 
 import json
 
@@ -7,11 +7,11 @@ import tokenizers
 
 from common_bpe import CHATML, LLAMA, MANUAL, MIXED, PRE, TALKS, imported, train
 from data.bpe import ByteLevelBPE
-from data.chat import frame
+from data.chat import encode_turns, frame
 from data.foreign import read_tokenizer_json
 from data.tokenizer import get_tokenizer
 from tools.from_huggingface import read_tokenizer
-from tools.huggingface_tokenizer import merges_of, spec_of, write_tokenizer_files
+from tools.huggingface_tokenizer import merges_of, spec_of, tokenizer_config, tokenizer_json
 
 hf = pytest.importorskip("transformers")
 
@@ -22,7 +22,8 @@ HARD = [*MIXED, "a\r\nb\rc\n\n", "\x00\x01\x7f\x80\u0085\u200b", "🙂" * 9, " "
 
 def written(spec: dict, folder):
     """The files, as transformers reads them."""
-    write_tokenizer_files(spec, folder)
+    for name, content in (("tokenizer", tokenizer_json(spec)), ("tokenizer_config", tokenizer_config(spec))):
+        (folder / f"{name}.json").write_text(json.dumps(content))
     return hf.AutoTokenizer.from_pretrained(folder)
 
 
@@ -97,6 +98,9 @@ def test_the_frames_as_jinja_are_the_frames(template, tmp_path):
         texts = [theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
                  for reply in (True, False)]
         assert texts[0] == frame(enc.chat, turns) == texts[1] + enc.chat["assistant"][0]
+        if len(turns) == 1:
+            prompt = theirs.apply_chat_template(messages, add_generation_prompt=True).input_ids
+            assert prompt == encode_turns(enc, turns, reply=True)[0]
     for wrong in ([("tool", "x")], [("user", "x"), ("system", "y")]):
         with pytest.raises(Exception, match="no frame"):
             theirs.apply_chat_template([{"role": role, "content": text} for role, text in wrong])
