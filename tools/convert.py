@@ -312,7 +312,7 @@ def export_folder(cfg: ExportConfig) -> Path:
     staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
     with written(name):
         sweep_up(out)
-    require_own(name, out, folder, cfg.overwrite)
+        require_own(name, out, folder, cfg.overwrite)
     try:
         with written(name):
             to_huggingface.write(folder, staging, getattr(torch, cfg.dtype) if cfg.dtype else None)
