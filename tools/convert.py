@@ -315,7 +315,7 @@ def export_folder(cfg: ExportConfig) -> Path:
         require_own(name, out, folder, cfg.overwrite)
     try:
         with written(name):
-            to_huggingface.write(folder, staging, getattr(torch, cfg.dtype) if cfg.dtype else None)
+            to_huggingface.write(folder, staging, cfg.dtype)
             publish(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -331,9 +331,10 @@ def require_own(name: str, out: Path, folder: Path, overwrite: bool) -> None:
     nested = source in (out, *out.parents) or out in source.parents
     if Path(name).is_symlink() and not out.exists():
         raise ValueError(f"{name!r} leads nowhere: make the folder {out} first, or choose another --out")
-    if nested or out.exists() and not to_huggingface.is_export(out):
-        raise ValueError(f"{name} is not (only) a Hugging Face folder that was written here, or it is what "
-                         "is to be read: choose another --out")
+    if nested:
+        raise ValueError(f"{name} is, holds or is in the model that is to be read: choose another --out")
+    if out.exists():
+        to_huggingface.require_own(out)
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{name} exists already: replace it with --overwrite, or choose another --out")
 
@@ -380,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = cli(ExportConfig, argv)
         out = export_model(cfg)
         if cfg.format == "hf":
-            print(f"{out}: a Hugging Face folder, for the classes of rwkv7-hf and fla, or of RWKVInside")
+            print(to_huggingface.how_to_run(out))
             return
         print(f"{out}: for the package rwkv, RWKV(model=\"{out.with_suffix('')}\", strategy=\"cpu fp32\")")
     elif verb in ("-h", "--help"):

@@ -21,7 +21,7 @@ from lib.folders import read_shapes, read_tensor
 from model import ModelConfig
 from tools.checkpoint import TABLE, Checkpoint, plain_names, refuse, rename, take, unchanged
 from tools.huggingface_rwkv import READ, rwkv_checkpoint
-from tools.huggingface_tokenizer import spec_of
+from tools.huggingface_tokenizer import WORLD, spec_of
 
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}  # gpt2's: ours
 DEFAULTS = {  # of settings that a file omits, by kind
@@ -59,7 +59,8 @@ def from_hugging_face(folder: Path) -> Checkpoint:
         tied = False  # the file has a head of its own, whatever its config says
     if tied:
         ignored += r"|lm_head\.weight"
-    tokenizer = (lambda: read_tokenizer(folder)) if has_tokenizer(folder) else None
+    has_one = has_tokenizer(folder) or (folder / WORLD).exists()
+    tokenizer = (lambda: read_tokenizer(folder)) if has_one else None
     return replace(found, cfg=replace(found.cfg, tied=tied), ignored=ignored, tokenizer=tokenizer)
 
 
@@ -75,7 +76,9 @@ def transformer_checkpoint(kind: str, config: dict, shapes: dict, read: Callable
 
 
 def read_tokenizer(folder: Path) -> dict | tiktoken.Encoding:
-    """The folder's tokenizer: its spec, or the 256 bytes where it is no more."""
+    """The folder's tokenizer: World's, a spec, or the bytes where that is no more."""
+    if not has_tokenizer(folder):
+        return get_tokenizer(str(folder / WORLD))
     spec, plain = read_tokenizer_json(folder), get_tokenizer("bytes")
     return plain if spec == spec_of(plain) else spec
 

@@ -20,6 +20,7 @@ from data.foreign import GPT2, LLAMA3
 # Of tiktoken's own, as other libraries spell them: those read some signs otherwise
 SPLITS = {"bytes": [], "cl100k_base": [LLAMA3]}
 SPLITS |= dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), [GPT2])
+WORLD = "rwkv_vocab_v20230424.txt"
 LETTER = {byte: letter for letter, byte in BYTE.items()}
 
 

@@ -9,7 +9,6 @@
 What it is not: code. `rwkv7-hf` or fla have the classes that load it.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -24,9 +23,8 @@ from model import LM, ModelConfig
 from tools.checkpoint import DTYPES, write_safetensors
 from tools.huggingface_rwkv import (arrange_there, factor, full_form, kind_of, not_in, place, settings_of,
                                     shape_there)
-from tools.huggingface_tokenizer import spec_of, tokenizer_config, tokenizer_json
+from tools.huggingface_tokenizer import WORLD, spec_of, tokenizer_config, tokenizer_json
 
-WORLD = "rwkv_vocab_v20230424.txt"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
          "tokenizer_config.json", WORLD)
 MARK = {"exported_by": "nanoRWKVInside"}  # in config.json: such a folder may be replaced
@@ -37,17 +35,26 @@ def reasons(cfg: ModelConfig) -> list[str]:
     return not_in(cfg, kind_of(cfg))
 
 
-def is_export(folder: Path) -> bool:
-    """Whether a folder holds nothing, or only what was written here."""
-    if not folder.is_dir() or any(p.name not in FILES or p.is_dir() for p in folder.iterdir()):
-        return False
+def require_own(out: Path) -> None:
+    """Raises ValueError for a folder that holds more than was written here."""
     try:
-        return not any(folder.iterdir()) or MARK.items() <= read_json(folder / "config.json").items()
-    except ValueError:
-        return False
+        names = {path.name for path in out.iterdir()}
+        own = not names or MARK.items() <= read_json(out / "config.json").items()
+    except (OSError, ValueError):
+        names, own = set(), False
+    if not own or names - {*FILES}:
+        raise ValueError(f"{out} is not (only) a Hugging Face folder that was written here, so it is not "
+                         "replaced: choose another --out")
 
 
-def write(folder: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+def how_to_run(out: Path) -> str:
+    kind = read_json(out / "config.json")["model_type"]
+    if kind == "rwkv7":
+        return f"{out}: for the package rwkv7-hf (or fla), RWKV7ForCausalLM.from_pretrained({str(out)!r})"
+    return f"{out}: for the code of RWKVInside, {kind}"
+
+
+def write(folder: Path, out: Path, dtype: str | None) -> None:
     """Write the model folder `folder` as the new folder `out`, weight by weight.
 
     `dtype` is that of the weights there, None as here. Raises ValueError, before there
@@ -58,7 +65,8 @@ def write(folder: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     if cannot:
         raise ValueError(f"{folder} cannot be written for Hugging Face: it has {'; '.join(cannot)}")
     ids, files = tokenizer_files(folder, model.cfg.vocab_size)
-    dtype, kind = dtype or stored_dtype(file), kind_of(model.cfg)
+    kind = kind_of(model.cfg)
+    dtype = getattr(torch, dtype) if dtype else stored_dtype(file)
     config = settings_of(model.cfg, kind) | ids | {"torch_dtype": str(dtype).removeprefix("torch.")} | MARK
     files |= {"config.json": as_json(config), "generation_config.json": as_json(ids)}
     out.mkdir(parents=True)
@@ -107,13 +115,13 @@ def tokenizer_files(folder: Path, rows: int) -> tuple[dict, dict[str, bytes]]:
     name = read_meta(folder).get("tokenizer") if (folder / "meta.json").exists() else None
     if name is None:
         return special_ids(None, None, None), {}
-    if name == "world":
-        return special_ids(0, 0, 0), world_files(folder, rows)
-    spec = spec_of(load_tokenizer(folder))
-    if len(spec["tokens"]) > rows:
-        raise ValueError(f"the tokenizer {name} of {folder} has {len(spec['tokens'])} tokens, the model "
-                         f"{rows} rows: texts with the others would crash there; import it again with "
-                         "--tokenizer")
+    enc = load_tokenizer(folder)
+    if enc.n_vocab > rows:
+        raise ValueError(f"the tokenizer {name} of {folder} has {enc.n_vocab} tokens, the model {rows} rows: "
+                         "texts with the others would crash there; import it again with --tokenizer")
+    if name.startswith("world"):
+        return special_ids(0, 0, 0), world_files(enc.tokens, rows)
+    spec = spec_of(enc)
     files = {"tokenizer.json": tokenizer_json(spec), "tokenizer_config.json": tokenizer_config(spec)}
     start = spec["end"] if spec["start"] is None else spec["start"]
     stop = spec["stop"] if len(spec["stop"]) > 1 else spec["end"]
@@ -124,13 +132,16 @@ def special_ids(bos: int | None, eos: int | list[int] | None, pad: int | None) -
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
 
 
-def world_files(folder: Path, rows: int) -> dict[str, bytes]:
-    """World's vocabulary, from beside the model or the package rwkv."""
-    file, package = folder / WORLD, importlib.util.find_spec("rwkv")
-    if not file.exists() and package:
-        file = Path(package.submodule_search_locations[0]) / WORLD
-    if not file.exists():
-        raise ValueError(f"{WORLD} is neither in {folder} nor in the package rwkv: put it beside the model")
+def world_files(tokens: list[bytes], rows: int) -> dict[str, bytes]:
+    """World's vocabulary as its own file has it: "id repr length" of each but 0."""
+    lines = [f"{i} {text_or_bytes(token)!r} {len(token)}\r\n" for i, token in enumerate(tokens) if i]
     config = {"tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": rows, "pad_token": "<|padding|>",
               "eos_token": "<|endoftext|>"}
-    return {WORLD: file.read_bytes(), "tokenizer_config.json": as_json(config)}
+    return {WORLD: "".join(lines).encode(), "tokenizer_config.json": as_json(config)}
+
+
+def text_or_bytes(token: bytes) -> str | bytes:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return token

@@ -1,9 +1,12 @@
 """Our Hugging Face folders: rwkv7-hf has our logits; what comes back is equal."""
 
+import ast
+import importlib.util
 import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from common_bpe import MANUAL, imported, train
 from common_convert import bring, relative, rwkv, text
 from data.tokenizer import get_tokenizer, save_tokenizer
 from lib.folders import load_model, save_model
-from tools.convert import ExportConfig, export_model
+from tools import to_huggingface
+from tools.convert import ExportConfig, export_model, main
 from tools.huggingface_rwkv import arrange_here, scaled
-from tools.to_huggingface import FILES
+from tools.huggingface_tokenizer import WORLD
+from tools.to_huggingface import FILES, world_files
 
 LLAMA_SHAPED = dict(ffn="swiglu", norm="rmsnorm", ln0=False, positions="rope", norm_eps=1e-6)
 OFF = dict(token_shift=False, bonus=False)
@@ -174,12 +179,36 @@ def test_a_model_without_a_tokenizer_has_no_tokenizer_files(tmp_path):
     assert load_model(tmp_path / "m").n_params() == bring(out, tmp_path).n_params()
 
 
-def test_the_world_vocabulary_goes_along_as_it_is(tmp_path):
+def test_worlds_own_file_is_written_for_it():
+    """Of the package rwkv's file, every line comes back."""
+    package = importlib.util.find_spec("rwkv")
+    file = Path(package.submodule_search_locations[0]) / WORLD
+    lines = file.read_bytes().decode().splitlines()
+    tokens = [b""]
+    for line in lines:
+        token = ast.literal_eval(line.partition(" ")[2].rpartition(" ")[0])
+        tokens.append(token.encode() if isinstance(token, str) else token)
+    assert world_files(tokens, 65536)[WORLD].decode().splitlines() == lines
+
+
+def test_the_world_vocabulary_goes_along(tmp_path, monkeypatch):
     rwkv7_hf = pytest.importorskip("rwkv7_hf")
-    lines = [f"{i + 1} {repr(bytes([i])) if i > 127 else repr(chr(i))} 1" for i in range(256)]
-    lines.append("257 'ab' 2")
-    save_model(rwkv(V=260, C=32, L=1), tmp_path / "m", {"tokenizer": "world"})
-    (tmp_path / "m" / "rwkv_vocab_v20230424.txt").write_text("\n".join(lines) + "\n")
+    world = SimpleNamespace(tokens=[b"", *(bytes([i]) for i in range(256)), b"ab"], n_vocab=258)
+    monkeypatch.setattr(to_huggingface, "load_tokenizer", lambda folder: world)
+    save_model(rwkv(V=260, C=32, L=1), tmp_path / "m", {"tokenizer": "world-0"})
     out = export_model(ExportConfig(folder=str(tmp_path / "m"), format="hf"))
     theirs = rwkv7_hf.RWKV7Tokenizer.from_pretrained(out)
-    assert theirs("abé").input_ids == [257, 0xC3 + 1, 0xA9 + 1] and theirs.eos_token_id == 0
+    assert theirs("ab\u00e9").input_ids == [257, 0xC3 + 1, 0xA9 + 1] and theirs.eos_token_id == 0
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize("changes, word", [({}, "RWKV7ForCausalLM"), (LLAMA_SHAPED, "RWKVInside")])
+def test_the_command_says_what_runs_it(changes, word, tmp_path, capsys):
+    model = rwkv(C=32, L=1, **changes).bfloat16()
+    save_model(model, tmp_path / "m", {})
+    main(["export", str(tmp_path / "m"), "--format", "hf", "--out", str(tmp_path / "a" / "hf")])
+    assert word in capsys.readouterr().out
+    tensors = load_file(tmp_path / "a" / "hf" / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}          # as in the folder
+    config = json.loads((tmp_path / "a" / "hf" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
