@@ -150,12 +150,19 @@ def tokenizer_config(spec: dict) -> dict:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**9,  # there is no limit
     }
-    return values | ({"chat_template": jinja(spec["chat"])} if spec["chat"] else {})
+    return values | chat_template(spec["chat"])
+
+
+def chat_template(chat: dict | None) -> dict:
+    return {"chat_template": jinja(chat)} if chat else {}
 
 
 def jinja(chat: dict) -> str:
     """The frames (`data/chat.py`) as a Jinja template."""
-    content = "message['content'] | trim" if chat["trim"] else "message['content']"
+    content = "message['content']"
+    if chat.get("dense"):  # without its empty lines
+        content = f"({content} | replace('\\r\\n', '\\n')).split('\\n') | select | join('\\n')"
+    content += " | trim" if chat["trim"] else ""
     roles = ["system"] * (chat["system"] is not None) + ["user", "assistant"]
     lines = ["{%- for message in messages %}"]
     if chat["default"]:
@@ -163,6 +170,7 @@ def jinja(chat: dict) -> str:
                      "{%- endif %}")
     for n, role in enumerate(roles):
         before, *after = chat[role]
+        before += chat.get("lead", "") if role == "assistant" else ""
         first = " and loop.first" if role == "system" else ""
         lines.append(f"{{%- {'elif' if n else 'if'} message['role'] == '{role}'{first} %}}"
                      f"{text(before)}{{{{- {content} }}}}{text(''.join(after))}")

@@ -23,7 +23,7 @@ from model import LM, ModelConfig
 from tools.checkpoint import DTYPES, write_safetensors
 from tools.huggingface_rwkv import (arrange_there, factor, full_form, kind_of, not_in, place, settings_of,
                                     shape_there)
-from tools.huggingface_tokenizer import WORLD, spec_of, tokenizer_config, tokenizer_json
+from tools.huggingface_tokenizer import WORLD, chat_template, spec_of, tokenizer_config, tokenizer_json
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
          "tokenizer_config.json", WORLD)
@@ -120,7 +120,7 @@ def tokenizer_files(folder: Path, rows: int) -> tuple[dict, dict[str, bytes]]:
         raise ValueError(f"the tokenizer {name} of {folder} has {enc.n_vocab} tokens, the model {rows} rows: "
                          "texts with the others would crash there; import it again with --tokenizer")
     if name.startswith("world"):
-        return special_ids(0, 0, 0), world_files(enc.tokens, rows)
+        return special_ids(0, 0, 0), world_files(enc.tokens, enc.chat, rows)
     spec = spec_of(enc)
     files = {"tokenizer.json": tokenizer_json(spec), "tokenizer_config.json": tokenizer_config(spec)}
     start = spec["end"] if spec["start"] is None else spec["start"]
@@ -132,11 +132,11 @@ def special_ids(bos: int | None, eos: int | list[int] | None, pad: int | None) -
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
 
 
-def world_files(tokens: list[bytes], rows: int) -> dict[str, bytes]:
+def world_files(tokens: list[bytes], chat: dict | None, rows: int) -> dict[str, bytes]:
     """World's vocabulary as its own file has it: "id repr length" of each but 0."""
     lines = [f"{i} {text_or_bytes(token)!r} {len(token)}\r\n" for i, token in enumerate(tokens) if i]
     config = {"tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": rows, "pad_token": "<|padding|>",
-              "eos_token": "<|endoftext|>"}
+              "eos_token": "<|endoftext|>"} | chat_template(chat)
     return {WORLD: "".join(lines).encode(), "tokenizer_config.json": as_json(config)}
 
 

@@ -9,14 +9,15 @@ from common_bpe import CHATML, LLAMA, MANUAL, MIXED, PRE, TALKS, imported, train
 from data.bpe import ByteLevelBPE
 from data.chat import encode_turns, frame
 from data.foreign import read_tokenizer_json
+from data.template import render
 from data.tokenizer import get_tokenizer
 from tools.from_huggingface import read_tokenizer
-from tools.huggingface_tokenizer import merges_of, spec_of, tokenizer_config, tokenizer_json
+from tools.huggingface_tokenizer import jinja, merges_of, spec_of, tokenizer_config, tokenizer_json
 
 hf = pytest.importorskip("transformers")
 
 SHORT = MANUAL[:20_000]
-HARD = [*MIXED, "a\r\nb\rc\n\n", "\x00\x01\x7f\x80\u0085\u200b", "🙂" * 9, " " * 3000 + "x",
+HARD = [MIXED[0], MIXED[1][:9000], *MIXED[2:], "a\r\nb\rc\n\n", "\x00\x01\x7f\x80\u0085\u200b", "🙂" * 9, " " * 3000 + "x",
         "\u1e9b\u0323 \ufb01"]
 
 
@@ -117,6 +118,16 @@ def test_a_template_without_a_place_for_the_system_has_none_here(tmp_path):
     with pytest.raises(Exception, match="no frame"):
         theirs.apply_chat_template([{"role": "system", "content": "x"}])
     assert read_tokenizer_json(tmp_path)["chat"] == enc.chat
+
+
+def test_the_frames_of_world_as_jinja():
+    """What an answer begins with is not in the prompt; empty lines are left out."""
+    chat = {"default": "", "system": ["System: ", "\n\n"], "user": ["User: ", "\n\n"],
+            "assistant": ["Assistant:", "\n\n", ""], "lead": " ", "trim": True, "dense": True}
+    turns = [("user", "\n a\r\n\r\nb\n\n\n c \n"), ("assistant", "d")]
+    talk = {"messages": [{"role": role, "content": text} for role, text in turns],
+            "add_generation_prompt": True}
+    assert render(jinja(chat), {}, [talk]) == ["User: a\nb\n c\n\nAssistant: d\n\nAssistant:"]
 
 
 def test_the_pair_of_a_token_is_its_last_merge():
