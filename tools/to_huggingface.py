@@ -38,7 +38,7 @@ def reasons(cfg: ModelConfig) -> list[str]:
 def require_own(out: Path) -> None:
     """Raises ValueError for a folder that holds more than was written here."""
     try:
-        names = {path.name for path in out.iterdir()}
+        names = {path.name + "/" * path.is_dir() for path in out.iterdir()}
         own = not names or MARK.items() <= read_json(out / "config.json").items()
     except (OSError, ValueError):
         names, own = set(), False

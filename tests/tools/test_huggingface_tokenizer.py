@@ -17,8 +17,8 @@ from tools.huggingface_tokenizer import jinja, merges_of, spec_of, tokenizer_con
 hf = pytest.importorskip("transformers")
 
 SHORT = MANUAL[:20_000]
-HARD = [MIXED[0], MIXED[1][:9000], *MIXED[2:], "a\r\nb\rc\n\n", "\x00\x01\x7f\x80\u0085\u200b", "🙂" * 9, " " * 3000 + "x",
-        "\u1e9b\u0323 \ufb01"]
+HARD = [MIXED[0], MIXED[1][:9000], *MIXED[2:], "a\r\nb\rc\n\n", "\x00\x01\x7f\x80\u0085\u200b",
+        "🙂" * 9, " " * 3000 + "x", "\u1e9b\u0323 \ufb01"]
 
 
 def written(spec: dict, folder):
