@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from data.foreign import brief
 from lib.folders import expected_shapes
 from model import ModelConfig
 
+Dtype = Literal["float32", "bfloat16", "float16"]                               # of weights on disk
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # torch's: safetensors' name
 
 NAMES = """

@@ -1,7 +1,7 @@
 """Real weights in, real weights out: Hugging Face, GGUF, nanoGPT, official RWKV-7.
 
-A checkpoint of the world becomes a model folder, a pure RWKV-7 an official .pth or a
-GGUF.
+A checkpoint of the world becomes a model folder, a pure RWKV-7 a file or a folder for
+other programs.
 
     python -m tools.convert import PATH --out out/teacher
         a Hugging Face folder, a .gguf file, an RWKV-7 .pth, or nanoGPT's ckpt.pt
@@ -9,13 +9,15 @@ GGUF.
         writes out/rwkv.pth, as the PyPI package `rwkv` reads it
     python -m tools.convert export out/rwkv --format gguf --dtype q8_0
         writes out/rwkv.gguf for llama.cpp, and out/rwkv.Modelfile for Ollama
+    python -m tools.convert export out/rwkv --format hf
+        writes the folder out/rwkv-hf, as `rwkv7-hf` and fla read it
 
 Each format has a file of its own: from_huggingface.py, from_gguf.py, from_nanogpt.py,
-rwkv_pth.py, to_gguf.py. It tells the model's shape and where each of our parameters
-stands; checkpoint.py reads, arranges and writes them one by one. It is exact or it
-refuses: every tensor of a checkpoint has its place, and what model.py cannot compute is
-named. What it is not: a downloader. No code of a stranger is run, and nothing but
-tensors and plain values unpickled.
+rwkv_pth.py; export.py lists those that are written. It tells the model's shape and
+where each of our parameters stands; checkpoint.py reads, arranges and writes them one
+by one. It is exact or it refuses: every tensor of a checkpoint has its place, and what
+model.py cannot compute is named. What it is not: a downloader. No code of a stranger is
+run, and nothing but tensors and plain values unpickled.
 
     gpt2                          q, k and v stand in one matrix; matrices (in, out);
                                   learned positions
@@ -25,19 +27,17 @@ tensors and plain values unpickled.
     .gguf of rwkv7, arwkv7        pure RWKV-7, official or in a Llama's block
     nanoGPT's ckpt.pt             a GPT-2 with matrices (out, in); biases or none
     .pth of RWKV-7                as it is: our names are the official ones
+    rwkv7, rwkv_hybrid            Hugging Face folders of RWKV-7, as fla and RWKVInside
+                                  have them
 """
 
-import contextlib
-import glob
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from config import cli, run, settings
 import tiktoken
@@ -45,23 +45,23 @@ import torch
 from tyro.conf import Positional
 
 from data.folder import publish
-from data.foreign import brief, read_json, unreadable
+from data.foreign import read_json, unreadable
 from data.pairing import advice, instead, require_pair, too_small
 from data.tokenizer import get_tokenizer, save_tokenizer, write_tokenizer
-from lib.folders import open_model, read_config
+from lib.folders import read_config
 from model import ModelConfig
-from tools import rwkv_pth, to_gguf
-from tools.checkpoint import Checkpoint, fit_shapes, parameter, write_safetensors
+from tools.checkpoint import Checkpoint, Dtype, fit_shapes, parameter, write_safetensors
+from tools.export import ExportConfig, export_model, how_to_run
 from tools.from_gguf import from_gguf
 from tools.from_huggingface import from_hugging_face
 from tools.from_nanogpt import from_nanogpt, is_nanogpt
 from tools.rwkv_pth import from_pth, open_pth
+from tools.staging import sweep_up, written
 
 # A model folder.
 FILES = ("tokenizer.json", "meta.json", "model.safetensors", "config.json")
 USAGE = ("say what to do: python -m tools.convert import PATH --out FOLDER, or python -m tools.convert "
          "export FOLDER; each has its --help")
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @settings
@@ -71,16 +71,6 @@ class ImportConfig:
     dtype: Dtype = "float32"         # of the weights on disk. In memory models are float32
     tokenizer: str | None = None     # None = the checkpoint's own; else world, gpt2, ... or a model folder
     overwrite: bool = False
-
-
-@settings
-class ExportConfig:
-    folder: Positional[str] = ""     # a model folder, of RWKV-7 alone
-    format: Literal["rwkv-pth", "gguf"] = "rwkv-pth"
-    out: str | None = None           # None = the folder's name with .pth, .gguf
-    dtype: Literal[Dtype, "q8_0"] | None = None  # None = as in the folder; q8_0: a GGUF's matrices in 8 bits
-    overwrite: bool = False
-    widen: bool = True               # a GGUF's heads of 32, 16 become 64: the same logits, a larger model
 
 
 # ------------------------------------------------------------------------------------------
@@ -215,96 +205,6 @@ def tell(name: str | None, tokenizer: tiktoken.Encoding | dict | None, checkpoin
 
 
 # ------------------------------------------------------------------------------------------
-# In the place of what was there
-
-@contextlib.contextmanager
-def written(out: str) -> Iterator[None]:
-    """What the system says while `out` is written, in one line with the remedy."""
-    try:
-        yield
-    except OSError as e:
-        raise ValueError(f"{out} can't be written ({e.strerror or brief(e)}); what was there is kept: "
-                         "make room, or choose another --out") from None
-
-
-def sweep_up(out: Path) -> None:
-    """Remove what an import that was killed has left beside `out`, or put it back."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*"):
-        process, _, kind = folder.name.removeprefix(f".{out.name}.").partition(".")
-        if kind not in ("partial", "old") or not process.isdecimal() or is_running(int(process)):
-            continue
-        if kind == "old" and not out.exists():
-            os.rename(folder, out)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_running(process: int) -> bool:
-    """Whether another process has this number."""
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return process != os.getpid()
-
-
-# ------------------------------------------------------------------------------------------
-# Export
-
-@dataclass(frozen=True)
-class Format:
-    """A format that is one file; its functions stand in a file of its own."""
-
-    name: str                                    # a model "cannot be written as ..."
-    ending: str                                  # of the file's name
-    reasons: Callable[[ModelConfig], list[str]]  # what of a model it has no place for
-    require_own: Callable[[Path], None]          # refuses to replace what is of another kind
-    write: Callable                              # (model folder, out, dtype): out is whole, or as it was
-    how_to_run: Callable[[Path], str]            # one line
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-
-
-FORMATS = {
-    "rwkv-pth": Format("an official RWKV-7", ".pth", rwkv_pth.not_official, rwkv_pth.require_own,
-                       rwkv_pth.write, rwkv_pth.how_to_run),
-    "gguf": Format("a GGUF", ".gguf", to_gguf.reasons, to_gguf.require_own, to_gguf.write,
-                   to_gguf.how_to_run, ("float32", "bfloat16", "float16", "q8_0")),
-}
-
-
-def export_model(cfg: ExportConfig) -> Path:
-    """Write a model folder in another format.
-
-    Raises ValueError naming what that format cannot express.
-    """
-    if not cfg.folder:
-        raise ValueError("name the model folder to export")
-    kind, folder = FORMATS[cfg.format], Path(cfg.folder)
-    out = Path(os.path.realpath(cfg.out or f"{folder}{kind.ending}"))
-    if out.suffix != kind.ending or out.is_dir() or cfg.out == "":
-        raise ValueError(f"{cfg.out or out} must be a file whose name ends in {kind.ending}")
-    if out.exists() and not cfg.overwrite:
-        raise ValueError(f"{out} exists already: replace it with --overwrite, or choose another --out")
-    if cfg.dtype and cfg.dtype not in kind.dtypes:
-        raise ValueError(f"--dtype {cfg.dtype} is nothing that --format {cfg.format} has: choose one of "
-                         f"{', '.join(kind.dtypes)}")
-    model, _ = open_model(folder)
-    reasons = kind.reasons(model.cfg)
-    if reasons:
-        raise ValueError(f"{folder} cannot be written as {kind.name}: it has {'; '.join(reasons)}")
-    if out.exists():
-        kind.require_own(out)
-    more = {"widen": cfg.widen} if cfg.format == "gguf" else {}
-    try:
-        with written(str(out)):
-            kind.write(folder, out, cfg.dtype, **more)
-    except RuntimeError as e:  # torch's writer says "enforce fail" of a full disk
-        raise ValueError(f"{out} could not be written ({brief(e)}): is the disk full?") from None
-    return out
-
-
-# ------------------------------------------------------------------------------------------
 # The command
 
 def main(argv: list[str] | None = None) -> None:
@@ -321,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
               f"--out data/NAME, and python distill.py --teacher {folder} --data data/NAME"))
     elif verb == "export":
         cfg = cli(ExportConfig, argv)
-        print(FORMATS[cfg.format].how_to_run(export_model(cfg)))
+        print(how_to_run(cfg, export_model(cfg)))
     elif verb in ("-h", "--help"):
         print(__doc__)
         sys.exit(0)
