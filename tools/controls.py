@@ -6,14 +6,15 @@ Its settings are those of the distillation in OUT, which has run; the rows go to
 OUT/controls, a folder each, and into its report. What is there goes on or is read back.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from config import at_least, cli, run as run_script, settings
 from data.foreign import read_json
 from data.loader import Loader
 from distill import DistillConfig, distill
-from lib.folders import load_model
+from lib.folders import load_model, open_model
+from lib.home import check_same, lock
 from lib.processes import joined, main_first, setup
 from lib.report import as_markdown, write_report
 from lib.runs import RunConfig
@@ -79,16 +80,20 @@ def add_controls(cfg: ControlsConfig) -> dict:
     """Run them, and put their rows into OUT's report."""
     check_stages(cfg)
     out = Path(cfg.run.out)
-    rank, _, _ = setup(cfg.run.device)
+    rank, world, _ = setup(cfg.run.device)
     with main_first(rank):                 # who has just distilled writes the report, the others wait
         if not (out / "report.json").exists():
             raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
+        T = cfg.block_size or open_model(cfg.teacher)[0].cfg.block_size
+        check_same(out, asdict(replace(cfg, block_size=T)), world)
+        held = lock(out) if rank == 0 else None            # nobody replaces OUT meanwhile
     controls = run_controls(cfg)
     report = read_json(out / "report.json", "distil again") | {"controls": controls}
     if rank == 0:
         curves = {"teacher": Path(cfg.teacher)} | {name: out / name for name in cfg.named}
         write_report(out, report, {name: folder / "metrics.jsonl" for name, folder in curves.items()})
         print(as_markdown(report))
+        held.close()
     return report
 
 
