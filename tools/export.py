@@ -67,7 +67,7 @@ def export_model(cfg: ExportConfig) -> Path:
     if not cfg.widen and cfg.format != "gguf":
         raise ValueError(f"--no-widen is for --format gguf: {cfg.format} has heads of every size; omit it")
     if cfg.dtype == "q8_0" and cfg.format != "gguf":
-        raise ValueError(f"--dtype q8_0 is a GGUF's, --format {cfg.format} has float32, bfloat16 and float16")
+        raise ValueError(f"--dtype q8_0 is a GGUF's, --format {cfg.format} has float32, bfloat16, float16")
     if cfg.format == "hf":
         return export_folder(cfg)
     kind, folder = FORMATS[cfg.format], Path(cfg.folder)
