@@ -219,11 +219,10 @@ def apply(default, values: dict, where: str = ""):
     ValueError for a key that it does not have, or a value of another type.
     """
     hints, homes = get_type_hints(type(default)), flat_settings(default)
-    changed = {}
+    changed, at_home = {}, {}
     for key, value in values.items():
         if key in homes:
-            home = homes[key]
-            changed[home] = apply(changed.get(home, getattr(default, home)), {key: value}, where)
+            at_home.setdefault(homes[key], {})[key] = value
             continue
         if key not in hints:
             raise ValueError(f"unknown setting {where}{key}: {nearest(key, hints)}")
@@ -232,6 +231,8 @@ def apply(default, values: dict, where: str = ""):
             changed[key] = apply(current, value, f"{where}{key}.")
         else:
             changed[key] = as_type(value, hints[key], f"{where}{key}")
+    for home, together in at_home.items():             # checked as a whole, in whatever order they stand
+        changed[home] = apply(changed.get(home, getattr(default, home)), together, where)
     return replace(default, **changed)
 
 

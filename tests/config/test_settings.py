@@ -298,3 +298,9 @@ def test_a_preset_that_is_a_pipe_or_endless_or_no_text_is_refused(tmp_path):
         one_line(e.value)
     with pytest.raises(IsADirectoryError):
         config.cli(Hostile, [str(tmp_path / "folder.toml")])
+
+
+def test_flat_settings_of_a_preset_are_checked_together_in_whatever_order_they_stand(tmp_path):
+    """16 by the three heads of the default does not work, by two it does."""
+    (tmp_path / "a.toml").write_text("n_embd = 16\nn_head = 2\n")
+    assert config.cli(TrainConfig, [str(tmp_path / "a.toml")]).model.n_embd == 16

@@ -104,7 +104,7 @@ def test_resuming_with_a_model_of_another_shape_is_refused(tmp_path, tiny):
     run_fit(out, tiny.text, steps(2))
     before = (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
     for shape, name in (
-        ({"mixer": "r", "n_layer": 3}, "n_layer"),
+        ({"mixer": "r", "n_layer": 3}, "mixer = rr, not rrr"),
         ({"mixer": "a"}, "mixer"),
         ({"mixer": "r", "n_embd": 64}, "n_embd"),
     ):
