@@ -273,11 +273,11 @@ def go_on(out: Path, values: dict) -> dict:
     return values
 
 
-def check_same(out: Path, settings: dict, world: int) -> None:
+def check_same(out: Path, settings: dict, world: int, mixers: str) -> None:
     """Raises ValueError where the distillation in `out` had other settings than these,
     up to the stage `match`.
     """
-    before, values = read_settings(out / "settings.json"), flatten(settings, world)
+    before, values = read_settings(out / "settings.json"), flatten(settings, world) | {"mixer": mixers}
     names = [name for name in sorted(before.keys() & values.keys() - {"stages"}) if owner(name) != "finish"]
     differences = [told(name, before, values) for name in names if not same(before[name], values[name])]
     if differences:

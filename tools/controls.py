@@ -15,6 +15,7 @@ from data.loader import Loader
 from distill import DistillConfig, distill
 from lib.folders import load_model, open_model
 from lib.home import check_same, lock
+from lib.hybrid import mixer_letters
 from lib.processes import joined, main_first, setup
 from lib.report import as_markdown, write_report
 from lib.runs import RunConfig
@@ -76,6 +77,14 @@ def in_folder(run: RunConfig, name: str) -> RunConfig:
     return replace(run, out=str(folder), resume=folder.exists(), overwrite=False)
 
 
+def check_settings(cfg: ControlsConfig, out: Path, world: int) -> None:
+    """Raises ValueError for other settings than the distillation in `out` had."""
+    t = open_model(cfg.teacher)[0].cfg
+    shape = replace(t, rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
+    settings = asdict(replace(cfg, block_size=cfg.block_size or t.block_size))
+    check_same(out, settings, world, mixer_letters(shape, cfg.student.mixer))
+
+
 def add_controls(cfg: ControlsConfig) -> dict:
     """Run them, and put their rows into OUT's report."""
     check_stages(cfg)
@@ -84,8 +93,7 @@ def add_controls(cfg: ControlsConfig) -> dict:
     with main_first(rank):                 # who has just distilled writes the report, the others wait
         if not (out / "report.json").exists():
             raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
-        T = cfg.block_size or open_model(cfg.teacher)[0].cfg.block_size
-        check_same(out, asdict(replace(cfg, block_size=T)), world)
+        check_settings(cfg, out, world)
         held = lock(out) if rank == 0 else None            # nobody replaces OUT meanwhile
     controls = run_controls(cfg)
     report = read_json(out / "report.json", "distil again") | {"controls": controls}

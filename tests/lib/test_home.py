@@ -429,6 +429,9 @@ def test_controls_are_of_the_distillation_that_is_there_and_keep_its_folder(
     before = files(tmp_path)
     refused(lambda: tools.controls.add_controls(tools.controls.ControlsConfig(**same | {"align": loop(9)})),
             "was distilled with align.max_steps")
+    student = replace(cfg.student, mixer="first:1")
+    refused(lambda: tools.controls.add_controls(tools.controls.ControlsConfig(**same | {"student": student})),
+            "was distilled with mixer = rr, not ra")
     assert files(tmp_path) == before
 
     def held(cfg):
