@@ -1,13 +1,14 @@
 """The tasks of lm-evaluation-harness for any model folder, teacher and student.
 
     python -m tools.harness --ckpt out/rnn --tasks lambada_openai,arc_easy
-    python -m tools.harness --ckpt out/rnn --teacher out/gpt --tasks_folder quiz --tasks quiz
+    python -m tools.harness --ckpt out/rnn --teacher out/gpt --tasks "arc_*" --limit 100
+    python -m tools.harness --ckpt out/rnn --tasks_folder quiz --tasks quiz
 
 The package lm_eval (pip install -e '.[harness]') has the tasks and computes the scores.
 It asks a model three things: how likely a continuation is, how likely a text is, and
-what comes next. A prompt is read once: all its continuations go on from its state. No
-text is padded but for scores behind its end. RWKV-7 reads whole texts; attention, what
-fits its block_size, cut on the left as the harness itself does it for transformers.
+what comes next. A prompt is read once: all its continuations go on from its state.
+Pure RWKV-7 reads texts of any length; a model with attention reads block_size tokens,
+and longer prompts lose their beginning, as with lm_eval's own backend for transformers.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from config import at_least, cli, nearest, run, settings
@@ -28,7 +29,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data.bpe import ByteLevelBPE
 from data.foreign import brief
 from data.tokenizer import TextStream, load_tokenizer, opening, stops
 from lib.decode import Decoder
@@ -45,14 +45,15 @@ try:
 except ImportError:                                # `main` says so
     TemplateLM = object
 
-MAX_GEN_TOKS = 256                                 # new tokens where a task does not say; lm_eval's own number
+MAX_GEN_TOKS = 256                                 # where a task does not say, as in lm_eval's backend
 LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
 GENERATION = LENGTHS | {"until", "do_sample", "temperature", "top_k", "top_p"}
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1}        # what tasks say although it changes nothing
 CHAT = ("apply_chat_template", "chat_template_args", "enable_thinking", "fewshot_as_multiturn",
         "system_instruction")
+NO_CHAT = "chat templates are not supported; omit it, and the model continues the tasks' plain text"
 
-Row = tuple[list[int], list[int]]                  # ids of a prompt, and of what is to follow it
+Score = tuple[float, bool]                         # log-likelihood, and whether greedy decoding writes it
 
 
 @settings
@@ -62,11 +63,14 @@ class HarnessConfig:
     tasks: str = ""                                # names or patterns (arc_*), with commas between them
     tasks_folder: str | None = None                # tasks of your own: a folder of .yaml files
     limit: int | None = at_least(1, None)          # documents of each task; None = all
-    num_fewshot: int | None = at_least(0, None, below=2**16)   # examples before each question; None = the task's
-    gen_kwargs: str = ""                           # max_gen_toks=64,temperature=0.8: in place of the tasks' own
+    # examples before each question; None = the task's
+    num_fewshot: int | None = at_least(0, None, below=2**16)
+    gen_kwargs: str = ""                           # max_gen_toks=64,do_sample=True: instead of the tasks' own
     batch_size: int = at_least(1, 16, below=2**20)
-    max_length: int | None = at_least(1, None)     # of prompt and answer; None = block_size, pure RWKV-7: no limit
-    add_bos_token: bool | None = None              # the tokenizer's opening before prompts; None = as it does itself
+    # tokens of prompt and answer; None = block_size, and for pure RWKV-7 no limit
+    max_length: int | None = at_least(1, None)
+    # whether prompts begin with what opens documents; None = as the tokenizer has it
+    add_bos_token: bool | None = None
     seed: int = at_least(0, 1234, below=2**32)
     device: str = "auto"
     out: str | None = None                         # a .json file for the scores; None = print only
@@ -86,7 +90,7 @@ class HarnessLM(TemplateLM):
         self.model, self.enc = load_model(folder, device).eval(), load_tokenizer(folder)
         self._device, self.batch_size, self.seed = device, cfg.batch_size, cfg.seed
         self.max_length = longest(self.model.cfg, cfg.max_length)
-        by_itself = isinstance(self.enc, ByteLevelBPE) and self.enc.spec["start"] is not None
+        by_itself = getattr(self.enc, "spec", {}).get("start") is not None
         self.opens = by_itself if cfg.add_bos_token is None else cfg.add_bos_token
         self.truncated = 0                         # prompts that did not fit
 
@@ -108,16 +112,15 @@ class HarnessLM(TemplateLM):
 
         Raises ValueError for ids that the model does not have.
         """
-        opens = self.opens if add_special_tokens is None else add_special_tokens
+        opens, V = self.opens if add_special_tokens is None else add_special_tokens, self.model.cfg.vocab_size
         ids = [self.prefix_token_id] * opens + self.enc.encode_ordinary(string)
-        if max(ids, default=0) >= self.model.cfg.vocab_size:
-            raise ValueError(f"the tokenizer {self.enc.name} gives token {max(ids)}, the model's vocabulary ends "
-                             f"at {self.model.cfg.vocab_size - 1}: its meta.json names another tokenizer than "
-                             "it was trained with")
+        if max(ids, default=0) >= V:
+            raise ValueError(f"the tokenizer {self.enc.name} gives token {max(ids)}, the model's vocabulary "
+                             f"ends at {V - 1}: its meta.json names another than it was trained with")
         return ids
 
-    def row(self, context: str, continuation: str) -> Row:
-        """Both as ids. In place of no prompt stands the opening of a document."""
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both. For an empty context stands what opens a document."""
         if context:
             prompt, ids = self._encode_pair(context, continuation)
         else:
@@ -127,36 +130,31 @@ class HarnessLM(TemplateLM):
         has_own = ids[:1] == [self.prefix_token_id]
         return (ids[:1], ids[1:]) if has_own else ([self.prefix_token_id], ids)
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each request's continuation behind its context: log-likelihood, and whether
-        greedy decoding writes it. Without any tokens: 0 and True.
-        """
-        rows = [(None, *self.row(*request.args)) for request in requests]
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Score]:
+        """Of each request's continuation behind its context; 0 and True for none."""
+        rows = [(None, *self.encode_pair(*request.args)) for request in requests]
         return self._loglikelihood_tokens(rows, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts; where there is a limit, in windows that each begin
-        with the last token of the one before.
-        """
+        """Of whole texts; where the model has a limit, in windows."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         owners, rows = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length or len(ids) or 1, 1)
-            windows = [(None, *make_disjoint_window(window)) for window in windows]
-            owners += [i] * len(windows)
-            rows += windows
+            longest_window = self.max_length or max(1, len(ids))
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, longest_window, context_len=1):
+                owners.append(i)
+                rows.append((None, *make_disjoint_window(window)))
         totals = [0.0] * len(requests)
         for i, (logp, _) in zip(owners, self._loglikelihood_tokens(rows, disable_tqdm=disable_tqdm)):
             totals[i] += logp
         return totals
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False,
-                              **_) -> list[tuple[float, bool]]:
-        """Of (anything, prompt, continuation) each, both as ids: see `loglikelihood`."""
-        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+    def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **_) -> list[Score]:
+        """Of (anything, ids of a prompt, ids of its continuation) each."""
+        answers: list[Score] = [(0.0, True)] * len(requests)
         prompts: dict[tuple[int, ...], list[int]] = {}
         for i, (_, prompt, ids) in enumerate(requests):
             if ids:
@@ -172,10 +170,10 @@ class HarnessLM(TemplateLM):
                     answers[i] = score
         return answers
 
-    def read_on(self, logits: Tensor, states: Sequence[State], rows: list[Tensor]) -> list[tuple[float, bool]]:
-        """Score rows (T_i,) behind `states`, one text in each, whose last logits are (B, V).
+    def read_on(self, logits: Tensor, states: Sequence[State], rows: list[Tensor]) -> list[Score]:
+        """Score rows (T_i,) behind `states` of one text each, with these logits (B, V).
 
-        The rows are padded: what stands behind an end is computed, but not looked at.
+        They are padded behind their ends, where nothing is looked at.
         """
         targets = pad_sequence(rows, batch_first=True, padding_value=-1)                 # (B, T)
         logp, greedy = score(logits[:, None], targets[:, :1])
@@ -194,8 +192,9 @@ class HarnessLM(TemplateLM):
         return list(zip(logp.tolist(), greedy.tolist()))
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each context, up to a stop string or a token that
-        ends texts. Each draws its own random numbers, whatever stands beside it.
+        """What the model writes behind each context, up to a stop string or end token.
+
+        Each draws random numbers of its own, whatever stands beside it.
         """
         texts, groups = [""] * len(requests), {}
         for i, request in enumerate(requests):
@@ -224,13 +223,13 @@ class HarnessLM(TemplateLM):
         """
         room = math.inf if self.max_length is None else self.max_length - n
         if room < 1:
-            raise ValueError(f"an answer of {n + 1} tokens does not fit into the {self.max_length} that the model "
-                             "reads: raise --max_length, which learned positions limit, or omit the task")
+            raise ValueError(f"an answer of {n + 1} tokens does not fit into the {self.max_length} that the "
+                             "model reads: raise --max_length as far as the model goes, or omit the task")
         self.truncated += len(prompt) > room
         return prompt if len(prompt) <= room else prompt[-int(room):]
 
-    def batches(self, items: Iterable, size: Callable, what: str, quiet: bool) -> Iterable[list]:
-        """In batches of similar sizes, the longest first: memory runs out at once or never."""
+    def batches(self, items: Iterable, size: Callable, what: str, quiet: bool) -> Iterator[list]:
+        """Of similar sizes, the longest first: memory runs out at once, or never."""
         ordered = sorted(items, key=size, reverse=True)
         starts = range(0, len(ordered), self.batch_size)
         for start in tqdm(starts, desc=what, disable=quiet or not starts):
@@ -240,15 +239,16 @@ class HarnessLM(TemplateLM):
         return torch.tensor(ids, dtype=torch.long, device=self._device)
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        raise ValueError("chat templates are not supported here: omit the option, and the model continues the "
-                         "tasks' plain text")
+        raise ValueError(f"apply_chat_template: {NO_CHAT}")
 
 
 def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (B, T, V) and targets (B, T), where -1 is none: the sum of log p(target)
-    (B,), and whether each target is the likeliest (B,).
+    """Sums of log p(target) (B,), and whether all targets are the likeliest (B,).
+
+    logits (B, T, V), targets (B, T); -1 is none.
     """
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="none")
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
+                           reduction="none")
     same = (logits.argmax(-1) == targets) | (targets < 0)
     return -loss.view_as(targets).double().sum(-1), same.all(-1)
 
@@ -259,8 +259,8 @@ def longest(cfg: ModelConfig, max_length: int | None) -> int | None:
     Raises ValueError for more than it has learned positions.
     """
     if max_length and cfg.longest and max_length > cfg.longest:
-        raise ValueError(f"--max_length {max_length}: the model has learned {cfg.longest} positions; omit it, or "
-                         "give at most these")
+        raise ValueError(f"--max_length {max_length}: the model has learned {cfg.longest} positions; omit "
+                         "it, or give at most as many")
     return max_length or (cfg.block_size if "a" in cfg.mixers else None)
 
 
@@ -268,9 +268,9 @@ def longest(cfg: ModelConfig, max_length: int | None) -> int | None:
 # Generated text
 
 class Answer:
-    """A text as it grows, until one of the strings `until` stands in it, or it has ended.
+    """A text as it grows, until it ends, or one of the strings `until` stands in it.
 
-    Special tokens count for `until`, and are not part of the text.
+    Special tokens count for these, and are not part of the text.
     """
 
     def __init__(self, enc, until: list[str]):
@@ -301,7 +301,7 @@ class Answer:
 
 def special_ids(enc) -> set[int]:
     """The tokens that control and say nothing."""
-    if isinstance(enc, ByteLevelBPE):
+    if hasattr(enc, "spec"):
         return set(enc.spec["special"].values())
     return {enc.encode_single_token(name) for name in enc.special_tokens_set}
 
@@ -316,21 +316,21 @@ def generation(task: str, kwargs: dict, max_length: int | None) -> tuple[list[st
     foreign = [f"{key} = {value!r}" for key, value in kwargs.items()
                if key not in GENERATION and NEUTRAL.get(key, ...) != value]
     if foreign:
-        raise ValueError(f"task {task}: generation with {brief(', '.join(foreign))} is not supported; there are "
-                         f"{', '.join(sorted(GENERATION))}; omit the task")
+        raise ValueError(f"task {task}: generation with {brief(', '.join(foreign))} is not supported; there "
+                         f"are {', '.join(sorted(GENERATION))}; omit the task")
     try:
         values, how = normalize_gen_kwargs(kwargs, MAX_GEN_TOKS), Sampling(temperature=0.0)
         if values["do_sample"]:
-            how = Sampling(temperature=float(values.get("temperature", 1.0)), top_k=values.get("top_k") or None,
-                           top_p=values.get("top_p"))
+            how = Sampling(temperature=float(values.get("temperature", 1.0)),
+                           top_k=values.get("top_k") or None, top_p=values.get("top_p"))
     except (TypeError, ValueError) as e:
-        raise ValueError(f"task {task}: its generation_kwargs can't be used ({brief(e)}): correct them, or give "
-                         "others by --gen_kwargs") from None
+        raise ValueError(f"task {task}: its generation_kwargs can't be used ({brief(e)}): correct them, or "
+                         "give others by --gen_kwargs") from None
     n, until = values["max_gen_toks"], [str(stop) for stop in values["until"] if stop]
     if n < 1 or max_length and n >= max_length:
         most = f" and less than the {max_length} tokens that the model reads" if max_length else ""
-        raise ValueError(f"task {task}: max_gen_toks = {n} must be at least 1{most}; give another by --gen_kwargs "
-                         "max_gen_toks=..., or raise --max_length")
+        raise ValueError(f"task {task}: max_gen_toks = {n} must be at least 1{most}; give another by "
+                         "--gen_kwargs max_gen_toks=..., or raise --max_length")
     return until, n, how
 
 
@@ -347,8 +347,8 @@ def find_tasks(cfg: HarnessConfig):
 
     folder, wanted = cfg.tasks_folder, [name.strip() for name in cfg.tasks.split(",") if name.strip()]
     if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"tasks_folder = {folder!r}: there is no such folder; give the one that holds the tasks' "
-                         ".yaml files")
+        raise ValueError(f"tasks_folder = {folder!r}: there is no such folder; give the one that holds the "
+                         "tasks' .yaml files")
     own = TaskManager(include_path=folder, include_defaults=False) if folder else None
     if not wanted:
         known = f": those of {folder} are {', '.join(own.all_tasks) or 'none'}" if own else ""
@@ -464,11 +464,12 @@ def as_markdown(report: dict) -> str:
                 continue
             arrow = {True: " ↑", False: " ↓"}.get(first["higher_is_better"].get(name, {}).get(metric), "")
             title = metric + (f" ({kind})" if kind != "none" else "") + arrow
+            shots = first["n-shot"].get(name, "")
             count = first["n-samples"].get(name, {}).get("effective", "")
             cells = [cell(report[who]["results"][name], metric, kind) for who in models]
-            lines.append(f"| {name} | {first['n-shot'].get(name, '')} | {count} | {title} | {' | '.join(cells)} |")
-    cut = [f"{report[who]['truncated']} prompts of the {who} were longer than the {report[who]['max_length']} "
-           "tokens that it reads, and cut on the left." for who in models if report[who]["truncated"]]
+            lines.append(f"| {name} | {shots} | {count} | {title} | {' | '.join(cells)} |")
+    cut = [f"The {who} reads {report[who]['max_length']} tokens: the beginning of {report[who]['truncated']} "
+           "longer prompts was cut off." for who in models if report[who]["truncated"]]
     return "\n".join([*lines, *([""] if cut else []), *cut])
 
 
@@ -489,8 +490,7 @@ def refuse_chat(argv: list[str]) -> None:
     for argument in argv:
         name = argument.lstrip("-").partition("=")[0].replace("-", "_").removeprefix("no_")
         if argument.startswith("--") and name in CHAT:
-            raise ValueError(f"--{name}: chat templates are not supported here; omit it, and the model continues "
-                             "the tasks' plain text")
+            raise ValueError(f"--{name}: {NO_CHAT}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -498,10 +498,12 @@ def main(argv: list[str] | None = None) -> None:
     cfg = cli(HarnessConfig, argv)
     device = pick_device(cfg.device)
     if TemplateLM is object:
-        raise ValueError("the package lm_eval is not installed: pip install -c constraints.txt -e '.[harness]'")
+        raise ValueError("the package lm_eval is not installed: pip install -c constraints.txt -e "
+                         "'.[harness]'")
     import lm_eval
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in ("lm_eval", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     folders = ({"teacher": cfg.teacher} if cfg.teacher else {}) | {"student": cfg.ckpt}
     if cfg.out:                                    # all that can be wrong before all the measuring
         check_place([Path(cfg.out)], is_report, "--out")
