@@ -20,6 +20,7 @@ from torch import Tensor
 from lib.folders import expected_shapes
 from model import ModelConfig
 from tools.checkpoint import Checkpoint, refuse, take
+from tools.pure_rwkv import LLAMA_SHAPED, OFFICIAL, not_in
 
 NAMES = """
 ours            rwkv7                 arwkv7                form
@@ -63,12 +64,7 @@ HEADER, *ROWS = [line.split() for line in NAMES.strip().splitlines()]
 TABLE = {row[0]: dict(zip(HEADER, row)) for row in ROWS}
 SHIFTS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")  # in this order in one tensor; x_g with a gate alone
 
-FORMS = {  # by architecture: the values that a setting may have there
-    "rwkv7": {"norm": ("layernorm",), "ln0": (True,), "ffn": ("channelmix", "relu2"), "gate": (True,),
-              "group_norm": (True,)},
-    "arwkv7": {"norm": ("rmsnorm",), "ln0": (False,), "ffn": ("swiglu",)},
-}
-NOWHERE = ("rwkv_rope", "qk_norm", "qkv_bias", "output_bias", "bias")
+FORMS = {"rwkv7": OFFICIAL, "arwkv7": LLAMA_SHAPED}
 EPS_KEYS = {"rwkv7": "attention.layer_norm_epsilon", "arwkv7": "attention.layer_norm_rms_epsilon"}
 LORA_KEYS = {"w": "decay", "a": "iclr", "v": "value_residual_mix", "g": "gate"}  # attention.*_lora_rank
 
@@ -78,21 +74,7 @@ LORA_KEYS = {"w": "decay", "a": "iclr", "v": "value_residual_mix", "g": "gate"} 
 
 def architecture(cfg: ModelConfig) -> str:
     """That of the two which says more of the model."""
-    return min(FORMS, key=lambda arch: len(not_in(cfg, arch)))
-
-
-def not_in(cfg: ModelConfig, arch: str) -> list[str]:
-    """What of this model an architecture has no place for."""
-    allowed = FORMS[arch] | dict.fromkeys(NOWHERE, (False,))
-    reasons = [f"{key} = {getattr(cfg, key)} instead of {' or '.join(map(str, values))}"
-               for key, values in allowed.items() if getattr(cfg, key) not in values]
-    if "a" in cfg.mixers:
-        reasons.append(f"attention in layer {cfg.mixers.index('a')}")
-    if cfg.positions == "learned":
-        reasons.append("learned positions")
-    if cfg.rwkv_width != cfg.n_embd:
-        reasons.append(f"heads of {cfg.rwkv_width} together in a width of {cfg.n_embd}")
-    return reasons
+    return min(FORMS, key=lambda arch: len(not_in(cfg, FORMS[arch])))
 
 
 def full_form(cfg: ModelConfig) -> ModelConfig:

@@ -16,6 +16,7 @@ import tiktoken
 from data.bpe import BYTE, ByteLevelBPE
 from data.foreign import GGUF_SPLITS, LLAMA3_NAMES, brief, read_gguf_tokenizer
 from data.tokenizer import END, get_tokenizer, opening, stops
+from tools.tokenizer_parts import jinja, merges_of
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 PRINTED = {byte: character for character, byte in BYTE.items()}
@@ -138,29 +139,10 @@ def bpe_vocabulary(kinds: dict[int, dict[str, int]], pre: str) -> Vocabulary:
     for kind, ids in kinds.items():
         for token, i in ids.items():
             tokens[i], types[i] = token, kind
-    return Vocabulary("gpt2", tokens, types, pre, find_merges(kinds[NORMAL], pre) or NO_MERGES)
-
-
-def find_merges(ranks: dict[str, int], pre: str) -> list[str]:
-    """The last merge of each token's characters, lowest id first.
-
-    Raises ValueError for a token that more than two parts make, unless `pre` takes a
-    piece that is a token as it is.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = list(token)
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            if min(pairs) >= rank:
-                break
-            at = pairs.index(min(pairs))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            merges.append(" ".join(parts))
-        elif len(parts) > 2 and pre not in LLAMA3_NAMES:
-            raise ValueError(f"the token {token!r} is not made by merging two, as a GGUF has it")
-    return merges
+    merges, whole = merges_of(kinds[NORMAL])
+    if whole and pre not in LLAMA3_NAMES:
+        raise ValueError(f"the token {whole[0]!r} is not made by merging two, as a GGUF has it")
+    return Vocabulary("gpt2", tokens, types, pre, merges or NO_MERGES)
 
 
 def world_vocabulary(enc: tiktoken.Encoding) -> Vocabulary:
@@ -175,40 +157,6 @@ def world_vocabulary(enc: tiktoken.Encoding) -> Vocabulary:
             tokens.append("")
             types.append(UNUSED)
     return Vocabulary("rwkv", tokens, types)
-
-
-# ------------------------------------------------------------------------------------------
-# Chat templates: the frames of data/chat.py as programs
-
-def jinja(chat: dict) -> str:
-    """The Jinja template that makes what `chat.frame` does, in one line."""
-    content = "message['content']"
-    if chat.get("dense"):                              # without its empty lines
-        content = f"{content}.replace('\\r\\n', '\\n').split('\\n') | select('ne', '') | join('\\n')"
-    if chat["trim"]:
-        content += " | trim"
-
-    def framed(role: str) -> str:
-        before, *after = chat[role]
-        before += chat.get("lead", "") * (role == "assistant")
-        return f"{{{{ {quoted(before)} + ({content}) + {quoted(''.join(after))} }}}}"
-
-    roles = [("message['role'] == 'user'", framed("user")),
-             ("message['role'] == 'assistant'", framed("assistant"))]
-    if chat["system"]:
-        roles.append(("message['role'] == 'system' and loop.first", framed("system")))
-    cases = "{% el".join(f"if {test} %}}{text}" for test, text in roles)
-    return ("{% if messages[0]['role'] != 'system' %}{{ " + quoted(chat["default"]) + " }}{% endif %}"
-            "{% for message in messages %}{% " + cases
-            + "{% else %}{{ raise_exception('no frame for this role here') }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ " + quoted(chat["assistant"][0]) + " }}{% endif %}")
-
-
-def quoted(text: str) -> str:
-    """A Jinja string, with the escapes that every reader of Jinja knows."""
-    for character, escape in {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}.items():
-        text = text.replace(character, escape)
-    return f"'{text}'"
 
 
 # ------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from data.foreign import brief
 from lib.folders import expected_shapes
 from model import ModelConfig
 from tools.checkpoint import Checkpoint, refuse, take
+from tools.pure_rwkv import LLAMA_SHAPED, OFFICIAL, not_in
 
 NAMES = """
 ours            rwkv7                       rwkv_hybrid               form
@@ -66,12 +67,7 @@ TABLE = {kind: {row[0]: (row[i], row[3] if kind == "rwkv7" else "same") for row 
          for i, kind in enumerate(HEADER) if kind.startswith("rwkv")}
 MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")  # older rwkv7 has one x_x, in this order
 
-FORMS = {  # by kind: the values that a setting may have there
-    "rwkv7": {"norm": ("layernorm",), "ln0": (True,), "ffn": ("channelmix", "relu2"), "gate": (True,),
-              "group_norm": (True,)},
-    "rwkv_hybrid": {"norm": ("rmsnorm",), "ln0": (False,), "ffn": ("swiglu",)},
-}
-NOWHERE = ("rwkv_rope", "qk_norm", "qkv_bias", "output_bias", "bias")
+FORMS = {"rwkv7": OFFICIAL, "rwkv_hybrid": LLAMA_SHAPED}
 
 
 # ------------------------------------------------------------------------------------------
@@ -79,23 +75,16 @@ NOWHERE = ("rwkv_rope", "qk_norm", "qkv_bias", "output_bias", "bias")
 
 def kind_of(cfg: ModelConfig) -> str:
     """The model_type that says more of the model."""
-    return min(FORMS, key=lambda kind: len(not_in(cfg, kind)))
+    return min(FORMS, key=lambda kind: len(not_in(cfg, FORMS[kind])))
 
 
-def not_in(cfg: ModelConfig, kind: str) -> list[str]:
-    """What of this model a model_type has no place for."""
-    allowed = FORMS[kind] | dict.fromkeys(NOWHERE, (False,))
-    reasons = [f"{key} = {getattr(cfg, key)} instead of {' or '.join(map(str, values))}"
-               for key, values in allowed.items() if getattr(cfg, key) not in values]
-    if "a" in cfg.mixers:
-        reasons.append(f"attention in layer {cfg.mixers.index('a')}")
-    if cfg.positions == "learned":
-        reasons.append("learned positions")
-    if cfg.rwkv_width != cfg.n_embd:
-        reasons.append(f"heads of {cfg.rwkv_width} together in a width of {cfg.n_embd}")
+def reasons(cfg: ModelConfig) -> list[str]:
+    """What of this model a Hugging Face folder has no place for."""
+    kind = kind_of(cfg)
+    found = not_in(cfg, FORMS[kind])
     if kind == "rwkv7" and cfg.norm_eps <= 0:
-        reasons.append(f"norm_eps = {cfg.norm_eps}, of which the eps of the heads' norm is a multiple there")
-    return reasons
+        found.append(f"norm_eps = {cfg.norm_eps}, of which the eps of the heads' norm is a multiple there")
+    return found
 
 
 def full_form(cfg: ModelConfig) -> ModelConfig:

@@ -3,19 +3,14 @@
     tokenizer.json          vocabulary, merges, split patterns, added tokens
     tokenizer_config.json   what opens, ends and pads a text; the chat template in Jinja
 
-tiktoken merges any pair whose bytes are a token, Hugging Face those that are listed.
-The pairs to list are the last merges of each token's own bytes (`data/foreign.py` has
-the argument), and they are listed in the order of the tokens.
-
 What it is not: for the World vocabulary, whose own file goes along instead.
 """
-
-import math
 
 import tiktoken
 
 from data.bpe import BYTE, ByteLevelBPE
 from data.foreign import GPT2, LLAMA3
+from tools.tokenizer_parts import jinja, merges_of
 
 # Of tiktoken's own, as other libraries spell them: those read some signs otherwise
 SPLITS = {"bytes": [], "cl100k_base": [LLAMA3]}
@@ -48,7 +43,7 @@ def spec_of(enc: tiktoken.Encoding) -> dict:
 def tokenizer_json(spec: dict) -> dict:
     """The file's content. Raises ValueError for tokens that can't be told apart."""
     vocab = {token: i for i, token in enumerate(spec["tokens"]) if token is not None}
-    merges, unlisted = merges_of(vocab)
+    merges, whole = merges_of(vocab)
     special, unknown = spec["special"] | spec["added"], None
     for name, i in special.items():
         if vocab.setdefault(name, i) != i:
@@ -77,32 +72,11 @@ def tokenizer_json(spec: dict) -> dict:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": unlisted,
+            "ignore_merges": bool(whole),
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
             "merges": merges,
         },
     }
-
-
-def merges_of(vocab: dict[str, int]) -> tuple[list[str], bool]:
-    """The last merge of each token's own bytes, "l r", and whether some have none.
-
-    Those stand for whole pieces of text alone.
-    """
-    merges, unlisted = [], False
-    for token, i in vocab.items():
-        parts = list(token)
-        while len(parts) > 2:
-            ids = [vocab.get(left + right, math.inf) for left, right in zip(parts, parts[1:])]
-            at = ids.index(min(ids))
-            if ids[at] >= i:
-                break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2 and vocab.keys() >= {*parts}:
-            merges.append(" ".join(parts))
-        elif len(parts) > 1:
-            unlisted = True
-    return merges, unlisted
 
 
 def pre_tokenizer(patterns: list[str]) -> dict:
@@ -155,31 +129,3 @@ def tokenizer_config(spec: dict) -> dict:
 
 def chat_template(chat: dict | None) -> dict:
     return {"chat_template": jinja(chat)} if chat else {}
-
-
-def jinja(chat: dict) -> str:
-    """The frames (`data/chat.py`) as a Jinja template."""
-    content = "message['content']"
-    if chat.get("dense"):  # without its empty lines
-        content = f"({content} | replace('\\r\\n', '\\n')).split('\\n') | select | join('\\n')"
-    content += " | trim" if chat["trim"] else ""
-    roles = ["system"] * (chat["system"] is not None) + ["user", "assistant"]
-    lines = ["{%- for message in messages %}"]
-    if chat["default"]:
-        lines.append(f"{{%- if loop.first and message['role'] != 'system' %}}{text(chat['default'])}"
-                     "{%- endif %}")
-    for n, role in enumerate(roles):
-        before, *after = chat[role]
-        before += chat.get("lead", "") if role == "assistant" else ""
-        first = " and loop.first" if role == "system" else ""
-        lines.append(f"{{%- {'elif' if n else 'if'} message['role'] == '{role}'{first} %}}"
-                     f"{text(before)}{{{{- {content} }}}}{text(''.join(after))}")
-    lines += ["{%- else %}{{- raise_exception('the template has no frame for this message: '"
-              " ~ message['role']) }}{%- endif %}", "{%- endfor %}",
-              f"{{%- if add_generation_prompt %}}{text(chat['assistant'][0])}{{%- endif %}}"]
-    return "\n".join(lines)
-
-
-def text(literal: str) -> str:
-    """A piece of the template that gives these characters, whatever they are."""
-    return f"{{{{- {ascii(literal)} }}}}"

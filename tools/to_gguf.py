@@ -27,8 +27,9 @@ from lib.folders import expected_shapes, open_model, read_tensor, stored_shapes,
 from model import ModelConfig
 from tools.checkpoint import as_dtype
 from tools.from_gguf import open_gguf
-from tools.gguf_rwkv import FORMS, SHIFTS, architecture, full_form, not_in, place, settings_of
+from tools.gguf_rwkv import FORMS, SHIFTS, architecture, full_form, place, settings_of
 from tools.gguf_tokenizer import tokenizer_settings
+from tools.pure_rwkv import not_in
 from tools.widen import HEAD_SIZE, factor, widened, widened_parameter
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -38,7 +39,7 @@ Q8_BLOCK = 32  # numbers of a row that have one scale
 
 def reasons(cfg: ModelConfig) -> list[str]:
     """What of this model neither architecture has a place for."""
-    return not_in(cfg, architecture(cfg))
+    return not_in(cfg, FORMS[architecture(cfg)])
 
 
 def require_own(file: Path) -> None:

@@ -21,18 +21,13 @@ from data.tokenizer import load_tokenizer, read_meta
 from lib.folders import expected_shapes, open_model, read_tensor, stored_shapes
 from model import LM, ModelConfig
 from tools.checkpoint import DTYPES, write_safetensors
-from tools.huggingface_rwkv import (arrange_there, factor, full_form, kind_of, not_in, place, settings_of,
+from tools.huggingface_rwkv import (arrange_there, factor, full_form, kind_of, place, reasons, settings_of,
                                     shape_there)
 from tools.huggingface_tokenizer import WORLD, chat_template, spec_of, tokenizer_config, tokenizer_json
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
          "tokenizer_config.json", WORLD)
 MARK = {"exported_by": "nanoRWKVInside"}  # in config.json: such a folder may be replaced
-
-
-def reasons(cfg: ModelConfig) -> list[str]:
-    """What of this model a Hugging Face folder has no place for."""
-    return not_in(cfg, kind_of(cfg))
 
 
 def require_own(out: Path) -> None:

@@ -12,7 +12,8 @@ from data.foreign import read_tokenizer_json
 from data.template import render
 from data.tokenizer import get_tokenizer
 from tools.from_huggingface import read_tokenizer
-from tools.huggingface_tokenizer import jinja, merges_of, spec_of, tokenizer_config, tokenizer_json
+from tools.huggingface_tokenizer import spec_of, tokenizer_config, tokenizer_json
+from tools.tokenizer_parts import jinja, merges_of
 
 hf = pytest.importorskip("transformers")
 
@@ -133,4 +134,4 @@ def test_the_frames_of_world_as_jinja():
 def test_the_pair_of_a_token_is_its_last_merge():
     """ab and bc could both begin abc: the earlier token does."""
     vocab = {"a": 0, "b": 1, "c": 2, "bc": 3, "ab": 4, "abc": 5, "cabc": 6, "xyz": 7}
-    assert merges_of(vocab) == (["b c", "a b", "a bc", "c abc"], True)
+    assert merges_of(vocab) == (["b c", "a b", "a bc", "c abc"], ["xyz"])
