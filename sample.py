@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from data.tokenizer import TextStream, read_prompt, stops
+from data.tokenizer import read_prompt
 from lib.decode import Decoder
-from lib.session import Session, SessionConfig, first_tokens, hush, read_only, report, room, session
+from lib.session import Ending, Session, SessionConfig, first_tokens, hush, read_only, report, room, session
 from lib.states import process, repeat
 from model import LM, State
 
@@ -49,8 +49,8 @@ class SampleConfig:
     prompt: str = ""                             # text, or FILE:path; empty = a new document
     num_samples: int = at_least(1, 1, below=2**16)    # one is printed as it comes; several side by side
     max_tokens: int = at_least(0, 300, below=2**31)   # new ones per sample; 0 only reads, for --save_state
-    stop: bool = True                            # end at the model's end tokens; --no-stop goes on
     seed: int = at_least(0, 1337, below=2**63)
+    ending: Annotated[Ending, OmitArgPrefixes] = Ending()
     how: Annotated[Sampling, OmitArgPrefixes] = Sampling(temperature=0.8)
     session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
 
@@ -71,12 +71,12 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     top_k first, then top_p; both count in the full distribution. top_p keeps the
     smallest set of likeliest tokens whose probability reaches it, and at least one.
     """
+    largest = logits.float().amax(-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise ValueError("the model's logits are not finite: it has diverged, take an earlier checkpoint")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() - logits.float().amax(-1, keepdim=True)        # so that 1e-9 divides safely
-    p = torch.softmax(logits / temperature, -1)
-    if not p.isfinite().all():
-        raise ValueError("the model's logits are not finite: it has diverged, take an earlier checkpoint")
+    p = torch.softmax((logits.float() - largest) / temperature, -1)        # <= 0, so that 1e-9 divides safely
     if top_k is None and top_p is None:
         return torch.multinomial(p, 1, generator=generator).squeeze(1)
     p, order = p.topk(min(top_k or p.shape[1], p.shape[1]))                # likeliest first
@@ -132,26 +132,27 @@ def write(cfg: SampleConfig, text: str, here: Session) -> None:
     if cfg.max_tokens == 0:
         return read_only(prompt, here)
     n = int(min(cfg.max_tokens, room(here, len(prompt))))
-    stop = stops(here.enc) if cfg.stop else ()
     rows = torch.tensor([prompt], device=decoder.device).expand(B, -1)     # (B, T)
     generator = torch.Generator(decoder.device).manual_seed(cfg.seed)
-    steps = generate(decoder, rows, n, state=here.state and repeat(here.state, B), stop=stop,
-                     generator=generator, **vars(cfg.how))
-    streams, samples, times = [TextStream(here.enc) for _ in rows], [""] * B, [time.perf_counter()]
+    steps = generate(decoder, rows, n, state=here.state and repeat(here.state, B),
+                     stop=here.ends(cfg.ending), generator=generator, **vars(cfg.how))
+    streams, samples, times = [here.stream(cfg.ending) for _ in rows], [""] * B, [time.perf_counter()]
     print(text if B == 1 else "", end="", flush=True)
     try:
         for tokens, state in steps:
             times.append(time.perf_counter())
-            pieces = ["" if token in stop else add(token) for token, add in zip(tokens.tolist(), streams)]
+            pieces = [add(token) for token, add in zip(tokens.tolist(), streams)]
             samples = [sample + piece for sample, piece in zip(samples, pieces)]
             print(pieces[0] if B == 1 else "", end="", flush=True)
+            if all(stream.ended for stream in streams):
+                break
     except (KeyboardInterrupt, OSError) as e:                              # what is to be kept is kept
         if not cfg.session.save_state or len(times) == 1:
             raise
         if isinstance(e, OSError):
             hush(e)
-    # only now, and both: Ctrl-C may come between any two lines above
-    here.state, here.unread = state, [token for token in tokens.tolist() if token not in stop]
+    # assigned together, after the loop: Ctrl-C may come between any two lines of it
+    here.state, here.unread = state, streams[0].unread(tokens[0].item())
     ends = [add(None) for add in streams]
     texts = (text + sample + end for sample, end in zip(samples, ends))
     print(ends[0] if B == 1 else "\n---------------\n".join(texts), flush=True)

@@ -33,7 +33,7 @@ from tyro.conf import OmitArgPrefixes
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from lib.bptt import backward_in_pieces
-from lib.folders import check_start, check_vocabulary, load_model, same_tokenizer
+from lib.folders import check_start, check_vocabulary, load_model, rows, same_tokenizer
 from lib.hybrid import describe, mixer_letters
 from lib.processes import data_parallel, joined, main_first, setup
 from lib.runs import Meter, Progress, Run, RunConfig
@@ -245,7 +245,7 @@ def train(cfg: TrainConfig) -> dict:
         check_vocabulary(start, start, train_half)
         same_tokenizer(train_half, cfg.init)
     torch.manual_seed(cfg.run.seed)
-    model = (start or LM(replace(shape, vocab_size=train_half.vocab_size))).to(device)
+    model = (start or LM(replace(shape, vocab_size=rows(shape, train_half)))).to(device)
     meta = {"tokenizer": train_half.meta["tokenizer"], "data": cfg.data}
     run.begin(model, meta, cfg, describe(model.cfg, shape.block_size))
 

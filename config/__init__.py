@@ -140,7 +140,7 @@ def cli(cls: type, argv: list[str] | None = None):
         with contextlib.redirect_stderr(box):
             return tyro.cli(cls, args=argv, default=default, description=description)
     except SystemExit as e:
-        if not e.code:                                                        # --help
+        if not e.code or os.environ.get("RANK", "0") != "0":           # --help; under torchrun one speaks
             raise
         raise ValueError(without_frame(box.getvalue()) + "; --help lists all settings") from None
 
@@ -219,11 +219,10 @@ def apply(default, values: dict, where: str = ""):
     ValueError for a key that it does not have, or a value of another type.
     """
     hints, homes = get_type_hints(type(default)), flat_settings(default)
-    changed = {}
+    changed, at_home = {}, {}
     for key, value in values.items():
         if key in homes:
-            home = homes[key]
-            changed[home] = apply(changed.get(home, getattr(default, home)), {key: value}, where)
+            at_home.setdefault(homes[key], {})[key] = value
             continue
         if key not in hints:
             raise ValueError(f"unknown setting {where}{key}: {nearest(key, hints)}")
@@ -232,6 +231,8 @@ def apply(default, values: dict, where: str = ""):
             changed[key] = apply(current, value, f"{where}{key}.")
         else:
             changed[key] = as_type(value, hints[key], f"{where}{key}")
+    for home, together in at_home.items():             # checked as a whole, in whatever order they stand
+        changed[home] = apply(changed.get(home, getattr(default, home)), together, where)
     return replace(default, **changed)
 
 
@@ -254,6 +255,8 @@ def as_type(value, hint, name: str):
     kinds = kinds_of(hint)
     if float in kinds and int not in kinds and type(value) is int and abs(value) < 2**63:
         return float(value)
+    if tuple in kinds and type(value) is list:
+        return tuple(value)
     if type(value) not in kinds:
         raise ValueError(f"{name} = {shown(value)}: expected {named(kinds)}")
     return value

@@ -29,6 +29,7 @@ BYTE = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(H
 
 
 LARGEST = 2**24  # ids are smaller
+END = "<|endoftext|>"
 
 
 class Encoding(tiktoken.Encoding):
@@ -39,7 +40,39 @@ class Encoding(tiktoken.Encoding):
             return super().encode_ordinary(text)
 
 
-class ByteLevelBPE(tiktoken.Encoding):
+class Specified:
+    """What the encodings with a `spec` share: reading text that spells special tokens.
+    """
+
+    @property
+    def eot_token(self) -> int:
+        return self.spec["end"]
+
+    def encode(self, text: str, *, allowed_special: str | Collection[str] = ()) -> list[int]:
+        """Ids of `text`, which may spell the tokens `allowed_special` ("all" or these).
+
+        Other special tokens are text.
+        """
+        special = self._special if allowed_special == "all" else finder(allowed_special)
+        return self.encode_parts([(text, True)], special)
+
+    def encode_parts(self, parts: list[tuple[str, bool]], special: re.Pattern | None = None) -> list[int]:
+        """Ids of all texts as one.
+
+        `special` tokens (all, if None) are read where a text bearing True spells them.
+        """
+        ids, pending = [], ""
+        for text, spells in parts:
+            for n, part in enumerate((special or self._special).split(text) if spells else [text]):
+                if n % 2:
+                    ids += [*self.encode_ordinary(pending), self.spec["special"][part]]
+                    pending = ""
+                else:
+                    pending += part
+        return ids + self.encode_ordinary(pending)
+
+
+class ByteLevelBPE(Specified, tiktoken.Encoding):
     """A model's own tokenizer. `spec`, what our tokenizer.json holds:
 
     tokens      every token that text can give, at its id, in visible characters
@@ -64,7 +97,7 @@ class ByteLevelBPE(tiktoken.Encoding):
         self.spec, self.chat = spec, spec["chat"]
         *early, last = spec["split"] or [r"(?s:.)+"]
         self._early, self._last = [regex.compile(pattern) for pattern in early], last
-        self._special, self._added = _finder(spec["special"]), _finder(spec["added"])
+        self._special, self._added = finder(spec["special"]), finder(spec["added"])
         n = 1 + max([*ranks.values(), *special.values()])
         self._absent = bytes(b for b in range(256) if bytes([b]) not in ranks)
         # tiktoken wants a number for every byte
@@ -73,10 +106,6 @@ class ByteLevelBPE(tiktoken.Encoding):
         super().__init__(fingerprint(spec), pat_str=rf"{last}|(?>(?:(?!{last})(?s:.))+)",
                          mergeable_ranks=ranks, special_tokens=special)
         self.max_token_value = n - 1
-
-    @property
-    def eot_token(self) -> int:
-        return self.spec["end"]
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a user's text: no special token, whatever it spells."""
@@ -90,29 +119,6 @@ class ByteLevelBPE(tiktoken.Encoding):
         for n, part in enumerate(self._added.split(text)):  # text, token, text, ...
             ids += [self.spec["added"][part]] if n % 2 else self._pieces(part)
         return ids
-
-    def encode(self, text: str, *, allowed_special: str | Collection[str] = ()) -> list[int]:
-        """Ids of `text`, which may spell the tokens `allowed_special` ("all" or these).
-
-        Other special tokens are text.
-        """
-        special = self._special if allowed_special == "all" else _finder(allowed_special)
-        return self.encode_parts([(text, True)], special)
-
-    def encode_parts(self, parts: list[tuple[str, bool]], special: re.Pattern | None = None) -> list[int]:
-        """Ids of all texts as one.
-
-        `special` tokens (all, if None) are read where a text bearing True spells them.
-        """
-        ids, pending = [], ""
-        for text, spells in parts:
-            for n, part in enumerate((special or self._special).split(text) if spells else [text]):
-                if n % 2:
-                    ids += [*self.encode_ordinary(pending), self.spec["special"][part]]
-                    pending = ""
-                else:
-                    pending += part
-        return ids + self.encode_ordinary(pending)
 
     def _pieces(self, text: str) -> list[int]:
         """Ids of a text without added tokens."""
@@ -133,7 +139,7 @@ class ByteLevelBPE(tiktoken.Encoding):
         return [i for piece in rest if piece for i in self._encode_single_piece(piece)]
 
 
-def _finder(tokens: Collection[str]) -> re.Pattern:
+def finder(tokens: Collection[str]) -> re.Pattern:
     """Finds any of these, at each place the longest; of none, nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("(" + ("|".join(re.escape(token) for token in longest_first) or "(?!)") + ")")

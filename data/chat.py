@@ -17,12 +17,24 @@ makes it when a model is imported; a template that is more than frames is left o
                 which ends in a special token
     trim        whether space around a message is cut off
 
+and, where a template needs them,
+
+    lead        what an answer begins with: learnt, and not shown
+    dense       whether the empty lines of a message are left out
+
+`stop` may also be a plain text, such as the empty line of RWKV's World models (`WORLD`,
+as their own demos have it): then generating looks for it in what is said.
+
 What it is not: tools, documents, hidden reasoning.
 """
 
+import re
 from itertools import groupby
 
 Turns = list[tuple[str, str]]  # (role, text) of each message
+
+WORLD = {"default": "", "system": ["System: ", "\n\n"], "user": ["User: ", "\n\n"],
+         "assistant": ["Assistant:", "\n\n", ""], "lead": " ", "trim": True, "dense": True}
 
 
 def frame(chat: dict, turns: Turns) -> str:
@@ -63,7 +75,15 @@ def _parts(chat: dict, turns: Turns, opens: bool) -> list[tuple[str, bool, bool]
         opening = chat["default"] if first and role != "system" else ""
         learnt = role == "assistant"
         parts.append((opening + before, True, False))
-        parts.append((text.strip() if chat["trim"] else text, False, learnt))
+        parts.append((chat.get("lead", "") if learnt else "", True, learnt))
+        parts.append((_tidied(chat, text), False, learnt))
         parts.append((after[0], True, learnt))
         parts += [(rest, True, False) for rest in after[1:]]
     return parts
+
+
+def _tidied(chat: dict, text: str) -> str:
+    """A message as the template has it."""
+    if chat.get("dense"):
+        text = re.sub(r"\n+", "\n", text.replace("\r\n", "\n"))
+    return text.strip() if chat["trim"] else text

@@ -119,10 +119,15 @@ def digest_of(meta: dict) -> str:
 def seal(folder: Path) -> None:
     """Write the digests of a finished folder into its meta.json."""
     meta = read_meta(folder)
-    names = sorted(path.name for path in folder.iterdir() if path.name != "meta.json")
-    meta["blocks"] = {name: "".join(_block_digests(folder / name)) for name in names}
+    meta["blocks"] = digests(folder)
     meta["digest"] = digest_of(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of every file of a data folder but its meta.json."""
+    names = sorted(path.name for path in folder.iterdir() if path.name in FILES - {"meta.json"})
+    return {name: "".join(_block_digests(folder / name)) for name in names}
 
 
 def _block_digests(path: Path) -> Iterator[str]:

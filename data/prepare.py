@@ -6,8 +6,8 @@
 SOURCE is pydoc, pydoc-sft, pydoc-dpo, shakespeare, a URL, or a .txt/.md/.jsonl(.gz)
 file, a folder of them, or a pipe: `sources.py`. `loader.py` makes the batches.
 
-TOKENIZER is bytes, one of tiktoken's names, or the folder of a model whose own
-tokenizer is to be used.
+TOKENIZER is bytes, one of tiktoken's names, world (or its vocabulary's file), or the
+folder of a model whose own tokenizer is to be used.
 
 The folder, for each half in (train, val):
 
@@ -310,7 +310,7 @@ def _copy_rows(spool: Path, dtype: np.dtype, rows: list[tuple[int, int]], path: 
 class PrepareConfig:
     source: tyro.conf.Positional[str] = "pydoc"   # what to read: see sources.py
     out: str | None = None                 # folder to write; None: data/ and the source's name
-    tokenizer: str = "bytes"               # or gpt2, another of tiktoken's names, a model's folder
+    tokenizer: str = "bytes"               # or gpt2, another of tiktoken's names, world, a model's folder
     val_fraction: float = 0.1              # of the documents, for the validation half
     split: Literal["hash", "tail"] = "hash"    # by document; or the source's end
     overwrite: bool = False                # replace an already prepared folder

@@ -3,8 +3,9 @@
 `bytes` needs no download: 256 tokens, id = byte value, and `<|endoftext|>` = 256.
 `gpt2`, `cl100k_base`, ... are tiktoken's, fetched once and cached. `bpe-...` is a
 model's own (`bpe.py`), kept as a `tokenizer.json` beside the weights and the data; the
-name is a fingerprint of all that decides ids. A data or model folder's `meta.json`
-holds the name under "tokenizer": equal names are equal tokens.
+name is a fingerprint of all that decides ids. So is `world` (`world.py`), the
+vocabulary of RWKV's models, which needs its file once. A data or model folder's
+`meta.json` holds the name under "tokenizer": equal names are equal tokens.
 
 Text is always encoded with `encode_ordinary`: a user's text that happens to spell a
 special token is just text.
@@ -13,33 +14,54 @@ special token is just text.
 import codecs
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import tiktoken
 
 from config import read_text
-from data.bpe import ByteLevelBPE, Encoding, fingerprint
+from data.bpe import END, ByteLevelBPE, Encoding, Specified, fingerprint
 from data.folder import read_meta, require_whole
 from data.foreign import has_tokenizer, read_json, read_tokenizer_json
-
-END = "<|endoftext|>"
+from data.pairing import advice, check_folder, rows_of
+from data.world import FILE, World, find_vocabulary, from_spec, read_vocabulary
 
 
 # ------------------------------------------------------------------------------------------
 # By name
 
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The encoding called `name`, or that of the folder `name`: one of ours, or a
-    Hugging Face model's.
+def get_tokenizer(name: str, beside: str | Path = ".") -> tiktoken.Encoding:
+    """The encoding called `name`, or that of the file or folder `name`: one of ours, a
+    Hugging Face model's, or a World vocabulary.
 
-    Raises ValueError for an unknown name, or when its files can't be downloaded.
+    The file that `world` needs may also stand in the folder `beside`. Raises ValueError
+    for an unknown name, or when its files can't be had.
     """
     if not name.strip():
-        raise ValueError("--tokenizer is empty: give bytes, one of tiktoken's names, or a model's folder")
-    if name == "bytes" or name in tiktoken.list_encoding_names() or not Path(name).is_dir():
+        raise ValueError("--tokenizer is empty: give bytes, one of tiktoken's names, world, or a model's "
+                         "folder")
+    path = Path(name)
+    if name == "world":
+        return _official(beside)
+    if name == "bytes" or name in tiktoken.list_encoding_names() or not path.exists():
         return _named(name)
-    is_ours = (Path(name) / "meta.json").exists() or not has_tokenizer(Path(name))
-    return load_tokenizer(name) if is_ours else ByteLevelBPE(read_tokenizer_json(name))
+    if not path.is_dir():
+        return read_vocabulary(path)
+    if (path / "meta.json").exists() or not (has_tokenizer(path) or (path / FILE).exists()):
+        return load_tokenizer(path)
+    enc = ByteLevelBPE(read_tokenizer_json(path)) if has_tokenizer(path) else read_vocabulary(path / FILE)
+    check_folder(path, enc.name, enc.n_vocab)
+    return enc
+
+
+def _official(folder: str | Path) -> World:
+    """World's, whose file may stand in the folder."""
+    path = find_vocabulary(folder)
+    enc = read_vocabulary(path)
+    if enc.name != "world":
+        raise ValueError(f"{path} is another vocabulary than World's, with {enc.n_vocab:,} tokens: to use it "
+                         "give its path as --tokenizer")
+    return enc
 
 
 def _named(name: str) -> tiktoken.Encoding:
@@ -49,14 +71,14 @@ def _named(name: str) -> tiktoken.Encoding:
         # ranks each becomes its UTF-8 bytes.
         return Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256})
     if name not in tiktoken.list_encoding_names():
-        choices = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+        choices = ", ".join(["bytes", *tiktoken.list_encoding_names(), "world"])
         raise ValueError(f"unknown tokenizer {name!r}: choose one of {choices}, or a model's folder")
     try:
         original = tiktoken.get_encoding(name)
     except Exception as error:  # requests' errors, a hash mismatch, a full disk: the remedy is the same
         raise ValueError(f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): "
                          "set TIKTOKEN_CACHE_DIR to a folder that has its files, each named by the "
-                         "SHA-1 of its URL, or use --tokenizer bytes") from error
+                         "SHA-1 of its URL; for a model of your own there is --tokenizer bytes") from error
     enc = Encoding.__new__(Encoding)  # the same, without building it a second time
     enc.__dict__ |= original.__dict__
     return enc
@@ -67,13 +89,13 @@ def opening(enc: tiktoken.Encoding) -> list[int]:
 
     A token of its own, or the end of the document before.
     """
-    start = enc.spec["start"] if isinstance(enc, ByteLevelBPE) else None
+    start = enc.spec["start"] if isinstance(enc, Specified) else None
     return [enc.eot_token if start is None else start]
 
 
 def stops(enc: tiktoken.Encoding) -> tuple[int, ...]:
     """The tokens that end a generated text."""
-    return tuple(enc.spec["stop"]) if isinstance(enc, ByteLevelBPE) else (enc.eot_token,)
+    return tuple(enc.spec["stop"]) if isinstance(enc, Specified) else (enc.eot_token,)
 
 
 # ------------------------------------------------------------------------------------------
@@ -86,8 +108,9 @@ def write_tokenizer(spec: dict, folder: str | Path) -> str:
     """
     text = json.dumps(spec, ensure_ascii=False) + "\n"
     (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
-    _name(fingerprint(spec), folder)
-    return fingerprint(spec)
+    name = from_spec(spec).name if spec.get("kind") == "world" else fingerprint(spec)
+    _name(name, folder)
+    return name
 
 
 def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path) -> None:
@@ -95,7 +118,7 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path) -> None:
 
     Its name goes into `meta.json`, beside whatever else is there, with its files.
     """
-    if isinstance(enc, ByteLevelBPE):
+    if isinstance(enc, Specified):
         write_tokenizer(enc.spec, folder)
     else:
         _name(enc.name, folder)
@@ -119,16 +142,27 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     """
     meta = read_meta(folder)
     name = meta.get("tokenizer")
+    rows = rows_of(folder)
     if not isinstance(name, str):
-        raise ValueError(f'{Path(folder) / "meta.json"} has no "tokenizer": add its name, '
-                         'for example "bytes"')
-    if not name.startswith("bpe-"):
-        return _named(name)
+        remedy = f"import the model again ({advice(rows)})" if rows else "prepare the data again"
+        raise ValueError(f'{Path(folder) / "meta.json"} has no "tokenizer": {remedy}')
     path = Path(folder) / "tokenizer.json"
+    if name == "world" and not path.exists():
+        enc = _official(folder)
+    elif name.startswith(("bpe-", "world")):
+        enc = _read_own(path, name, meta)
+    else:
+        enc = _named(name)
+    check_folder(folder, name, enc.n_vocab)
+    return enc
+
+
+def _read_own(path: Path, name: str, meta: dict) -> ByteLevelBPE | World:
+    """The encoding of a tokenizer.json, which `meta` calls `name`."""
     spec = read_json(path)
     require_whole(path, meta)
     try:
-        enc = ByteLevelBPE(spec)
+        enc = from_spec(spec) if spec.get("kind") == "world" else ByteLevelBPE(spec)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): "
                          "copy it from where the folder comes from") from None
@@ -150,20 +184,53 @@ def _name(name: str, folder: str | Path) -> None:
 class TextStream:
     """Tokens in, text out as it becomes whole.
 
-    A character's bytes may come in several tokens; what is no UTF-8 becomes U+FFFD.
+    A character's bytes may come in several tokens; what is no UTF-8 becomes U+FFFD. The
+    text ends at a token of `ends`, or where it comes to one of the `stop` texts: it is
+    whole up to there, and of the stop nothing is shown. What may be the beginning of
+    one is held back.
     """
 
-    def __init__(self, enc: tiktoken.Encoding):
-        self.enc, self.decoder = enc, codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, enc: tiktoken.Encoding, ends: Collection[int] = (), stop: Collection[str] = ()):
+        self.enc, self.ends, self.stop = enc, ends, sorted(stop, key=len, reverse=True)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held, self.ended = "", False
+        self.by, self.cut = None, None  # the text that it stopped at, and the part of a token up to there
 
     def __call__(self, token: int | None) -> str:
         """The characters that `token` completes; None ends the text."""
         if token is None:
-            return self.decoder.decode(b"", final=True)
+            rest, self.held = self.held + self.decoder.decode(b"", final=True), ""
+            return rest
+        if self.ended or token in self.ends:
+            self.ended = True
+            return ""
         try:
-            return self.decoder.decode(self.enc.decode_single_token_bytes(token))
+            data = self.enc.decode_single_token_bytes(token)
         except KeyError:  # the model's vocabulary is larger than the tokenizer's
-            return self.decoder.decode("\ufffd".encode())
+            data = "\ufffd".encode()
+        return "".join(self._add(data, i) for i in range(len(data)) if not self.ended)
+
+    def _add(self, data: bytes, i: int) -> str:
+        """What byte i of a token completes."""
+        text = self.held + self.decoder.decode(data[i : i + 1])
+        for stop in self.stop:
+            if text.endswith(stop):
+                self.by, self.cut = stop, data[: i + 1] if data[i + 1 :] else None
+                self.held, self.ended = "", True
+                return text.removesuffix(stop)
+        # the longest end of the text that a stop begins with
+        n = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        text, self.held = text[: len(text) - n], text[len(text) - n :]
+        return text
+
+    def unread(self, token: int) -> list[int]:
+        """What of the last `token` belongs to the text: nothing of an end, and of a
+        token that goes on behind a stop what leads up to the stop's end.
+        """
+        if self.cut is None:
+            return [] if token in self.ends else [token]
+        ids = self.enc._encode_bytes(self.cut)  # tiktoken's: these may be no UTF-8
+        return [i for i in ids if i < self.enc.n_vocab]
 
 
 def read_prompt(prompt: str) -> str:

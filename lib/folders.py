@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import as_type
+from data.folder import digests
 from data.foreign import brief, read_json, require_file, unreadable
 from data.loader import Loader
+from data.pairing import check_folder, too_small
 from data.tokenizer import read_meta
 from lib.hybrid import is_letters, mixer_letters
 from model import LM, ModelConfig
@@ -43,6 +45,27 @@ def write_json(file: Path, values: dict) -> None:
     write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def write_sealed(file: Path, values: dict) -> None:
+    """As `write_json`, with a checksum of the values, for `require_sealed`."""
+    write_json(file, values | {"crc32": checksum_of(values)})
+
+
+def require_sealed(values: dict) -> dict:
+    """What `write_sealed` was given; files of before have no checksum.
+
+    Raises ValueError where it is another one's.
+    """
+    rest = {key: value for key, value in values.items() if key != "crc32"}
+    if "crc32" in values and values["crc32"] != checksum_of(rest):
+        raise ValueError("it does not fit its own checksum")
+    return rest
+
+
+def checksum_of(values) -> int:
+    """CRC-32 of what JSON can hold, the same after it was written and read."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
 def save_model(model: LM, folder: str | Path, meta: dict) -> None:
     """Write a model folder; `meta` names the tokenizer."""
     folder = Path(folder)
@@ -52,6 +75,7 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
     write_json(folder / "config.json", asdict(model.cfg))
     write_json(folder / "meta.json", meta)
     checksums = {name: checksum(weight) for name, weight in stored.items()}
+    checksums["config.json"] = checksum_of_config(model.cfg)
     metadata = {"crc32": json.dumps(checksums)}        # one entry alone: several come in any order
     write_whole(folder / "model.safetensors", lambda part: save_file(stored, part, metadata))
 
@@ -59,6 +83,12 @@ def save_model(model: LM, folder: str | Path, meta: dict) -> None:
 def checksum(x: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
     return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
+
+
+def checksum_of_config(cfg: ModelConfig) -> int:
+    """CRC-32 of settings but for defaults: a setting added later changes none."""
+    values, defaults = asdict(cfg) | {"mixer": cfg.mixers}, asdict(ModelConfig())
+    return checksum_of({key: value for key, value in values.items() if value != defaults[key]})
 
 
 def checksums_in(f, file: str | Path) -> dict[str, int]:
@@ -78,20 +108,18 @@ def fingerprint(folder: str | Path) -> int | None:
     if (folder / "model.safetensors").exists():
         with safe_open(folder / "model.safetensors", "pt") as f:
             known = checksums_in(f, folder / "model.safetensors")
-        files = ["model.safetensors"]
     elif (folder / "meta.json").exists():
         meta = read_meta(folder)
-        known = meta.get("blocks") and [meta[key] for key in ("kind", "tokenizer", "vocab_size", "blocks")]
-        files = sorted(file.name for file in folder.glob("*.bin"))
+        blocks = meta.get("blocks") or digests(folder)       # of before: all is read
+        known = [*(meta.get(key) for key in ("kind", "tokenizer", "vocab_size")), blocks]
     else:
         return None
     if known:
-        return zlib.crc32(json.dumps(known, sort_keys=True).encode())
+        return checksum_of(known)
     crc = 0
-    for name in files:                             # of before: all of them are read
-        with (folder / name).open("rb") as f:
-            while piece := f.read(2**24):
-                crc = zlib.crc32(piece, crc)
+    with (folder / "model.safetensors").open("rb") as f:     # of before: all of it is read
+        while piece := f.read(2**24):
+            crc = zlib.crc32(piece, crc)
     return crc
 
 
@@ -124,7 +152,12 @@ def open_model(folder: str | Path) -> tuple[LM, Path]:
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise ValueError(f"the model at {folder} does not fit its config.json: {name} is "
-                             f"{shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}")
+                             f"{shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}; restore "
+                             "both from a checkpoint, or from a copy")
+    with safe_open(file, "pt") as f:
+        if checksums_in(f, file).get("config.json") not in (None, checksum_of_config(cfg)):
+            raise ValueError(f"{config} is damaged: it has another checksum than when the model was saved; "
+                             "restore it from a checkpoint, or from a copy")
     model = on_paper(cfg)
     model.pattern = values.get("mixer", cfg.mixer)  # as it was written; see lib/state_file.py
     return model, file
@@ -283,6 +316,18 @@ def check_vocabulary(teacher: LM, student: LM, loader: Loader) -> None:
                              "data with the model's tokenizer, without texts that spell its added tokens")
 
 
+def rows(cfg: ModelConfig, loader: Loader) -> int:
+    """How many tokens a new model knows: the data's, or as many more as are asked for.
+
+    Raises ValueError for more than rounding up explains.
+    """
+    if too_small(loader.vocab_size, cfg.vocab_size):
+        raise ValueError(f"vocab_size = {cfg.vocab_size}, but {loader.folder} has {loader.vocab_size} "
+                         "tokens: prepare the data with another tokenizer, or give --vocab_size "
+                         f"{loader.vocab_size}")
+    return max(cfg.vocab_size, loader.vocab_size)
+
+
 def largest_id(loader: Loader) -> int:
     """Of all tokens in a data folder, in every split."""
     files = [loader.folder / f"{split}.bin" for split in loader.meta["tokens"]]
@@ -290,9 +335,15 @@ def largest_id(loader: Loader) -> int:
 
 
 def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
-    """Raises ValueError where a model folder's tokenizer is not the loader's."""
+    """Raises ValueError where a model folder's tokenizer is not the loader's, or by its
+    size not the model's.
+    """
     for folder in folders:
         names = read_meta(folder).get("tokenizer"), loader.meta["tokenizer"]
+        if names[0] is None:
+            raise ValueError(f"{folder} has no tokenizer, {loader.folder} holds {names[1]}: import the model "
+                             "again with --tokenizer, and prepare the data with that")
         if names[0] != names[1]:
             raise ValueError(f"{folder} reads {names[0]} tokens, {loader.folder} holds {names[1]}: "
                              f"prepare the data again with the model's tokenizer, --tokenizer {folder}")
+        check_folder(folder, names[0], loader.vocab_size)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.foreign import read_json
-from lib.folders import fingerprint, write_json
+from lib.folders import fingerprint, require_sealed, write_sealed
 
 try:
     import fcntl
@@ -44,7 +44,7 @@ class Home:
     def __init__(self, out: str, kind: str, resume: bool, overwrite: bool):
         self.out, self.resume, self.overwrite = Path(out), resume, overwrite
         self.writes, self.foreign = (TRAIN, "start.json") if kind == "train" else (DISTILL, "checkpoints")
-        self.replacing, self.lock = False, None
+        self.replacing, self.lock, self.reads = False, None, ()
 
     @property
     def root(self) -> Path:
@@ -55,26 +55,32 @@ class Home:
         """Raises ValueError, before anything is written, where another's work would be
         lost, or what this run `reads`.
         """
-        check_free(self.out, self.resume, self.overwrite, self.writes, self.foreign, reads)
+        self.reads = reads
+        self.check_free()
         if (self.out / ".lock").exists():
             lock(self.out).close()
 
-    def enter(self, settings: dict, world: int) -> None:
-        """Make the folder the run's, which is started with these settings.
+    def check_free(self) -> None:
+        check_free(self.out, self.resume, self.overwrite, self.writes, self.foreign, self.reads)
+
+    def enter(self, settings: dict, world: int, mixers: str) -> None:
+        """Make the folder the run's, which is started with these settings, and whose
+        layers have these letters.
 
         Raises ValueError where it was started with others, or another process is there.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out)
+        self.check_free()                          # another run may have come and gone meanwhile
         tidy(self.out, self.writes)
         if self.writes is DISTILL:
             take_over_former_names(self.out)
-        values = flatten(settings, world)
+        values = flatten(settings, world) | {"mixer": mixers}      # however --mixer says it
         if self.resume:
             values = go_on(self.out, values)
         self.replacing = self.overwrite and any((self.out / name).exists() for name in self.writes)
         self.root.mkdir(exist_ok=True)
-        write_json(self.root / "settings.json", values)
+        write_sealed(self.root / "settings.json", values)
 
     def follow(self) -> None:
         """On the other processes, after the first has entered."""
@@ -108,6 +114,8 @@ def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], 
         if would_replace(out, writes, Path(folder).resolve()):
             raise ValueError(f"{folder} is read by this run and would be replaced by it: choose another "
                              "--out")
+    if foreign == "start.json" and out.name in STAGES and (out.parent / "start.json").exists():
+        raise ValueError(f"{out} is a stage of the distillation in {out.parent}: choose another --out")
     if (out / foreign).exists():
         raise ValueError(f"{out} holds a run of another script: choose another --out")
     present = [name for name in writes if name != "settings.json" and is_full(out / name)]
@@ -239,6 +247,7 @@ def go_on(out: Path, values: dict) -> dict:
     begun = [stage for stage in STAGES if (out / stage / "checkpoints").exists()]
     done = [stage for stage in begun if (out / stage / "stage.json").exists()]
     asked = values.get("stages", "").split(",")
+    check_order(out, asked, begun, before.get("stages", values.get("stages", "")).split(","))
     complete = all(stage in done for stage in asked)
     differences, longer = [], set()
     for name in before.keys() & values.keys():
@@ -262,6 +271,27 @@ def go_on(out: Path, values: dict) -> dict:
     for stage in longer:
         (out / stage / "stage.json").unlink()
     return values
+
+
+def check_same(out: Path, settings: dict, world: int, mixers: str) -> None:
+    """Raises ValueError where the distillation in `out` had other settings than these,
+    up to the stage `match`.
+    """
+    before, values = read_settings(out / "settings.json"), flatten(settings, world) | {"mixer": mixers}
+    names = [name for name in sorted(before.keys() & values.keys() - {"stages"}) if owner(name) != "finish"]
+    differences = [told(name, before, values) for name in names if not same(before[name], values[name])]
+    if differences:
+        raise ValueError(f"{out} was distilled with {'; '.join(differences[:5])}: repeat the settings of its "
+                         "start")
+
+
+def check_order(out: Path, asked: Sequence[str], begun: Sequence[str], before: Sequence[str]) -> None:
+    """Raises ValueError for a stage that would come after one that is built upon it."""
+    for stage in asked:
+        later = [name for name in begun if stage in STAGES and STAGES.index(name) > STAGES.index(stage)]
+        if later and stage not in begun and stage not in before:
+            raise ValueError(f"{out} has begun {later[0]} without {stage}, which cannot come after it: omit "
+                             f"{stage} from --stages, or choose another --out")
 
 
 def owner(name: str) -> str | None:
@@ -290,4 +320,7 @@ def told(name: str, before: dict, values: dict) -> str:
 def read_settings(file: Path) -> dict:
     """What `Home.enter` wrote; nothing for a run of before, which did not."""
     remedy = "remove it, and --resume goes on without comparing settings"
-    return read_json(file, remedy) if file.exists() else {}
+    try:
+        return require_sealed(read_json(file, remedy)) if file.exists() else {}
+    except ValueError as e:
+        raise e if str(file) in str(e) else ValueError(f"{file} is damaged ({e}): {remedy}") from None

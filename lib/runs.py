@@ -30,7 +30,7 @@ from tqdm import tqdm
 from config import at_least, settings
 from data.loader import Loader
 from data.tokenizer import copy_tokenizer
-from lib.folders import check_vocabulary, load_model, save_model, write_whole
+from lib.folders import check_vocabulary, load_model, require_sealed, save_model, write_sealed, write_whole
 from lib.home import FORMER, MODEL, Home
 from lib.processes import agree, global_sum, main_first, world_size
 from lib.states import tree_map
@@ -60,6 +60,7 @@ class Progress:
     step: int = 0
     tokens: int = 0         # inputs read, over all processes
     seconds: float = 0.0    # of training
+    loss: float = math.inf  # the mean that was last read back
 
     def fraction(self, cfg) -> float:
         """0 at the start, 1 at the end, by whichever limit of the FitConfig is nearest.
@@ -67,6 +68,7 @@ class Progress:
         done = [self.step / cfg.max_steps if cfg.max_steps else 1.0]
         done += [self.tokens / cfg.max_tokens] if cfg.max_tokens else []
         done += [self.seconds / 60 / cfg.max_minutes] if cfg.max_minutes else []
+        done += [1.0] if cfg.terminate_at_loss and self.loss <= cfg.terminate_at_loss else []
         return min(1.0, max(done))
 
 
@@ -105,7 +107,7 @@ class Run:
         self.say(json.dumps(asdict(settings)), *lines)
         with main_first(self.rank):
             if self.rank == 0:
-                self.home.enter(asdict(settings), world_size())
+                self.home.enter(asdict(settings), world_size(), model.cfg.mixers)
                 self.wandb = start_wandb(self.cfg)
         self.home.follow()
 
@@ -168,7 +170,7 @@ class Run:
         self.say("after {name}: loss {val_loss:.4f}, gap to the teacher {gap:.4f}, KL {kl:.4f}, "
                  "top-1 {top1:.1%}".format(**row))
         if self.rank == 0:
-            write_whole(self.out / name, lambda part: part.write_text(json.dumps(row)))
+            write_sealed(self.out / name, row)
         return row
 
     def read_row(self, name: str) -> dict | None:
@@ -232,8 +234,8 @@ class Meter:
         check_finite(rows, at.step, self.run)
         means = dict(zip(losses, rows[:, 1:].mean(0).tolist()))
         speed = (at.tokens - self.tokens) / max(1e-9, elapsed)
-        limit = self.cfg.terminate_at_loss
-        self.ends = at.fraction(self.cfg) >= 1 or bool(limit) and means["loss"] <= limit
+        at.loss = means["loss"]
+        self.ends = at.fraction(self.cfg) >= 1
         self.bar.set_postfix_str(
             f"loss {means['loss']:.4f}, lr {lr:.1e}, {speed / 1000:.1f}k tok/s", refresh=False
         )
@@ -328,12 +330,12 @@ def read_row(path: Path) -> dict:
     Raises ValueError, with the remedy, for a damaged file.
     """
     try:
-        row = json.loads(path.read_bytes())
+        row = require_sealed(json.loads(path.read_bytes()))
         scores = [row[key] for key in ("tokens", "minutes", "val_loss", "gap", "kl", "top1", "top5")]
         if not all(map(math.isfinite, scores)):
             raise ValueError
         return row | {"name": FORMER.get(row["name"], row["name"])}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, AttributeError, KeyError, TypeError, OverflowError, RecursionError):
         raise ValueError(f"{path} is damaged: remove it, and --resume measures or finishes that stage "
                          "again") from None
 
@@ -431,7 +433,7 @@ def restore_trainer(
     loader.load_state_dict(states, trainer["step"], str(checkpoint))
     optimizer.load_state_dict(trainer["optimizer"])
     torch.set_rng_state(trainer["rng"])
-    return Progress(trainer["step"], trainer["tokens"], trainer["seconds"])
+    return Progress(trainer["step"], trainer["tokens"], trainer["seconds"], trainer["loss"])
 
 
 def load_trainer(folder: Path) -> dict:
@@ -445,7 +447,7 @@ def load_trainer(folder: Path) -> dict:
                 raise ValueError(damaged)
         trainer = torch.load(folder / "trainer.pt", weights_only=True)
         needed = {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")}
-        return needed | {"states": trainer.get("states")}
+        return needed | {"states": trainer.get("states"), "loss": trainer.get("loss", math.inf)}
     except PermissionError:
         raise
     except Exception as e:  # torch raises many kinds here; each means the same to the user

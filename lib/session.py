@@ -12,7 +12,7 @@ import tiktoken
 import torch
 
 from config import hush, settings
-from data.tokenizer import load_tokenizer, opening
+from data.tokenizer import TextStream, load_tokenizer, opening, stops
 from lib.decode import Decoder
 from lib.folders import load_model
 from lib.owned import check_place
@@ -41,6 +41,25 @@ class SessionConfig:
             raise ValueError(f"--save_state {self.save_state} is a folder: name a file")
 
 
+@settings
+class Ending:
+    """What ends a text."""
+
+    stop: tuple[str, ...] = ()             # also these texts, which are not shown: --stop A B
+    no_stop: bool = False                  # go on past the model's end tokens
+
+    def __post_init__(self):
+        check_stop(self.stop)
+
+
+def check_stop(stop: tuple[str, ...]) -> None:
+    """Raises ValueError for what no text can stop at."""
+    if not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop = {stop}: give one or more texts, none of them empty")
+    if any(text.lower() in ("true", "false") for text in stop):
+        raise ValueError(f"stop = {stop}: it takes texts; --no-stop goes on past the model's end tokens")
+
+
 @dataclass
 class Session:
     """A model that writes, its tokenizer, and its memory: a state, and tokens that it
@@ -51,6 +70,13 @@ class Session:
     enc: tiktoken.Encoding
     state: State | None
     unread: list[int]
+
+    def ends(self, how: Ending) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return () if how.no_stop else stops(self.enc)
+
+    def stream(self, how: Ending) -> TextStream:
+        return TextStream(self.enc, self.ends(how), how.stop)
 
 
 @contextlib.contextmanager

@@ -120,13 +120,13 @@ LLAMA_CPP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "l
 
 
 def write_gguf(file: Path, model: torch.nn.Module, arch: str, quantise=lambda name, p: None,
-               **changes) -> None:
+               tensors_per_part: int = 0, **changes) -> None:
     """A GGUF as llama.cpp's converter lays it out: llama's q and k rows in pairs.
 
     `quantise` names a tensor's type; the model then gets what the file can say.
     """
     gguf = pytest.importorskip("gguf")
-    c, writer = model.config, gguf.GGUFWriter(file, arch)
+    c, writer = model.config, gguf.GGUFWriter(file, arch, split_max_tensors=tensors_per_part)
     values = {
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
@@ -162,6 +162,27 @@ def write_gguf(file: Path, model: torch.nn.Module, arch: str, quantise=lambda na
         plain = 5000.0 ** (-torch.arange(0, 32, 2) / 32)
         factors = (plain / model.model.rotary_emb.inv_freq).float()
         writer.add_tensor("rope_freqs.weight", factors.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def rewrite_gguf(file: Path, out: Path, arch: str | None = None, settings: dict | None = None,
+                 tensors: dict | None = None) -> None:
+    """The same GGUF with other settings, or tensors (arrays); None is without one."""
+    gguf = pytest.importorskip("gguf")
+    reader, settings, tensors = gguf.GGUFReader(file), settings or {}, tensors or {}
+    old = {key: (field.contents(), field.types) for key, field in reader.fields.items()}
+    arch = arch or old["general.architecture"][0]
+    writer = gguf.GGUFWriter(out, arch)
+    for key, (value, (kind, *of_items)) in old.items():
+        value = settings.get(key, value)
+        if not key.startswith(("GGUF.", "general.architecture")) and value is not None:
+            writer.add_key_value(key, value, kind, *of_items)
+    for name, t in ({t.name: t.data for t in reader.tensors} | tensors).items():
+        if t is not None:
+            writer.add_tensor(name, np.array(t))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

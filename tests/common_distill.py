@@ -1,6 +1,6 @@
 """What the tests of distillation share.
 
-Tiny jobs and their teacher, a model that passes for attention, sums over rows.
+Tiny jobs and their teacher, sums over rows.
 Processes that are spawned import this file by its name, so check_gather stands here.
 """
 
@@ -15,7 +15,7 @@ from common import tiny_model
 from distill import AllGather, DistillConfig, VFirstHolder
 from lib.folders import load_model, save_model
 from lib.runs import RunConfig
-from model import LM, CausalSelfAttention
+from model import LM
 from train import FitConfig
 
 META = {"tokenizer": "bytes"}
@@ -77,29 +77,6 @@ def weights(folder: Path | str) -> dict[str, torch.Tensor]:
 
 # ------------------------------------------------------------------------------------------
 # Models and losses
-
-
-class Pretender(CausalSelfAttention):
-    """Passes for attention, and does what a student's mixer does, v_first included."""
-
-    def __init__(self, cfg, mixer, shared):
-        super().__init__(cfg)
-        self.mixer, self.shared = mixer, shared
-
-    def forward(self, x, v_first, state):
-        student_v_first = None if self.mixer.first else self.shared["v_first"]
-        y, self.shared["v_first"], _ = self.mixer(x, student_v_first, None)
-        return y, v_first, None
-
-
-def pretend(student, layers=(0, 1)):
-    """A teacher that is the student, but whose mixers are called attention."""
-    teacher, shared = tiny_model(7, mixer="a", ffn=student.cfg.ffn), {}
-    common = {name: p for name, p in student.state_dict().items() if ".att." not in name}
-    teacher.load_state_dict(common, strict=False)
-    for i in layers:
-        teacher.blocks[i].att = Pretender(teacher.cfg, student.blocks[i].att, shared)
-    return teacher.eval()
 
 
 def assert_sum_of_rows(loss: Callable, batch, rows: list, model: LM) -> None:

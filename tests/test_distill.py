@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from common import T, metrics, padded, random_batch, shake, state_dict, tiny_model
-from common_distill import job, pretend, teacher, weights  # noqa: F401   (fixtures)
+from common_distill import job, teacher, weights  # noqa: F401   (fixtures)
+from common_models import pretend
 from distill import (DistillConfig, Stage, StudentConfig, VFirstHolder, align_loss, distill, divergence,
                      make_student, match_loss, open_stage, wrap)
 from lib.folders import load_model
@@ -210,3 +211,13 @@ def test_one_run_moves_what_its_stages_train_and_ends_in_a_model_and_a_report(jo
     assert json.loads((out / "report.json").read_text()) == report and report["student"]["stage"] == "match"
     assert [len(metrics(out / stage)) for stage in ("align", "match", "finish")] == [3, 3, 3]
     assert (out / "model.safetensors").read_bytes() == (out / "finish" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("freeze", ["emb", "head", "emb,head"])
+def test_a_tied_head_and_its_embedding_are_frozen_as_one(freeze):
+    teacher = tiny_model(tied=True).requires_grad_(False)
+    student = make_student(teacher, StudentConfig())
+    stage = open_stage("match", DistillConfig(freeze=freeze), student, teacher, teacher, "text")
+    model = stage.model(student)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"emb.weight"} and model.head.weight is model.emb.weight

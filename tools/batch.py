@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from data.tokenizer import TextStream, read_prompt, stops
+from data.tokenizer import read_prompt
 from lib.decode import Decoder
-from lib.session import Session, SessionConfig, first_tokens, report, room, session
+from lib.session import Ending, Session, SessionConfig, first_tokens, report, room, session
 from lib.states import join, process_rows, repeat
 from model import LM, State
 from sample import Sampling, choose
@@ -30,8 +30,8 @@ Batches = list[tuple[list[int], State]]      # [(rows, the State that holds them
 class BatchConfig:
     prompts: str = ""                            # a text file with one prompt per line
     max_tokens: int = at_least(1, 300, below=2**31)   # new tokens per prompt
-    stop: bool = True                            # end at the model's end tokens; --no-stop goes on
     seed: int = at_least(0, 1337, below=2**63)   # each prompt draws what it would draw alone
+    ending: Annotated[Ending, OmitArgPrefixes] = Ending()
     how: Annotated[Sampling, OmitArgPrefixes] = Sampling(temperature=0.8)
     session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
 
@@ -120,20 +120,22 @@ def read_prompts(file: str) -> list[str]:
 
 def write_rows(cfg: BatchConfig, texts: list[str], here: Session) -> None:
     """Print every text with its continuation, when all are done. Ctrl-C ends them."""
-    enc, decoder, stop = here.enc, here.decoder, stops(here.enc)
+    decoder = here.decoder
     prompts = [first_tokens(text, here, cfg.session.ckpt) for text in texts]
     lengths = list(map(len, prompts))
     room(here, max(lengths), f" in line {lengths.index(max(lengths)) + 1}")
     n = int(min(cfg.max_tokens, room(here, min(lengths))))
     generators = [torch.Generator(decoder.device).manual_seed(cfg.seed) for _ in texts]
-    streams, times = [TextStream(enc) for _ in texts], [time.perf_counter()]
+    streams, times = [here.stream(cfg.ending) for _ in texts], [time.perf_counter()]
     before_all = here.state and repeat(here.state, len(texts))
-    for tokens, batches in generate_rows(decoder, prompts, n, state=before_all, stop=stop if cfg.stop else (),
+    for tokens, batches in generate_rows(decoder, prompts, n, state=before_all, stop=here.ends(cfg.ending),
                                          generators=generators, **vars(cfg.how)):
         times.append(time.perf_counter())
-        hidden = (-1, *stop) if cfg.stop else (-1,)
-        pieces = ["" if token in hidden else add(token) for token, add in zip(tokens.tolist(), streams)]
+        # -1: there was no room for another
+        pieces = ["" if token == -1 else add(token) for token, add in zip(tokens.tolist(), streams)]
         texts = [text + piece for text, piece in zip(texts, pieces)]
+        if all(stream.ended or token == -1 for stream, token in zip(streams, tokens.tolist())):
+            break
     whole = [text + add(None) for text, add in zip(texts, streams)]
     print("\n---------------\n".join(whole), flush=True)
     report(times, sum(lengths), [state for _, state in batches], decoder.cfg, len(texts))

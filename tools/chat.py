@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes
 
 from data.chat import encode_turns
 from data.tokenizer import TextStream, read_prompt, stops
-from lib.session import Session, SessionConfig, hush, session
+from lib.session import Session, SessionConfig, check_stop, hush, session
 from lib.state_file import compress, expand
 from lib.states import memory_line
 from sample import Sampling, generate
@@ -28,9 +28,13 @@ LONGEST = 2**20                                  # characters of a line, and one
 class ChatConfig:
     prompt: str = ""                             # the first message, or FILE:path
     max_tokens: int = at_least(1, 300, below=2**31)   # per answer
+    stop: tuple[str, ...] = ()                   # texts that end an answer, beside the template's: --stop A B
     seed: int = at_least(0, 1337, below=2**63)
     how: Annotated[Sampling, OmitArgPrefixes] = Sampling(temperature=0.8)
     session: Annotated[SessionConfig, OmitArgPrefixes] = SessionConfig()
+
+    def __post_init__(self):
+        check_stop(self.stop)
 
 
 def chat(cfg: ChatConfig, first: str, here: Session) -> None:
@@ -63,7 +67,9 @@ def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Genera
     """Print a message's answer as it comes; False if the conversation has no room."""
     enc, stop, limit = here.enc, stops(here.enc), here.decoder.cfg.longest
     _, end, between = enc.chat["assistant"]
-    closing = enc.encode(end + between, allowed_special="all")
+    closing, after_end = (enc.encode(text, allowed_special="all") for text in (end + between, between))
+    # a template's end that is no token of its own is looked for in what is said
+    texts = cfg.stop if {*closing} & {*stop} else (end, *cfg.stop)
     ids, _ = encode_turns(enc, [("user", message)], opens=here.state is None, reply=True)
     prompt, n = here.unread + ids, cfg.max_tokens
     if limit is not None:
@@ -73,13 +79,19 @@ def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Genera
               "new one", file=sys.stderr)
         return False
     tokens = torch.tensor([prompt], device=here.decoder.device)
-    stream, state = TextStream(enc), here.state and expand(here.state)
+    stream, state = TextStream(enc, stop, texts), here.state and expand(here.state)
+    lead = enc.chat.get("lead", "")
     for tokens, after in generate(here.decoder, tokens, n, state=state, stop=stop,
                                   generator=generator, **vars(cfg.how)):
         token = tokens.item()
         # whatever ends the answer, the next message follows a whole one
-        here.state, here.unread = after, [token] * (token not in stop) + closing
-        print("" if token in stop else stream(token), end="", flush=True)
+        here.state, here.unread = after, stream.unread(token) + closing
+        text = stream(token)
+        print(text.removeprefix(lead), end="", flush=True)
+        lead = "" if text else lead
+        if stream.ended:
+            here.unread = stream.unread(token) + (after_end if stream.by == end else closing)
+            break
     print(stream(None), flush=True)
     here.state = compress(here.state, cfg.session.state_dtype)
     return True

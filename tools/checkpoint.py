@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from data.foreign import brief
 from lib.folders import expected_shapes
 from model import ModelConfig
 
+Dtype = Literal["float32", "bfloat16", "float16"]                               # of weights on disk
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # torch's: safetensors' name
 
 NAMES = """
@@ -144,23 +146,24 @@ def fit_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     shapes = expected_shapes(cfg)
     needed = {checkpoint.source(name) for name in shapes}
     surplus = {name for name in tensors.keys() - needed if not re.fullmatch(checkpoint.ignored, name)}
-    name_some(needed - tensors.keys(), "are missing")
-    name_some(surplus, "have no place in such a model")
+    name_some(needed - tensors.keys(), "are missing", "fetch the checkpoint again")
+    name_some(surplus, "have no place in such a model", "it is of another kind, or damaged")
     numbers = Counter()
     for name, shape in shapes.items():
         numbers[checkpoint.source(name)] += math.prod(shape)
     for name, shape in shapes.items():
         source = checkpoint.source(name)
         if math.prod(tensors[source]) != numbers[source]:
-            raise ValueError(f"{source} is {tensors[source]}, which is no shape for {name}, expected {shape}")
+            raise ValueError(f"{source} is {tensors[source]}, which is no shape for {name}, expected "
+                             f"{shape}: fetch the checkpoint again")
     return shapes
 
 
-def name_some(names: set[str], what: str) -> None:
+def name_some(names: set[str], what: str, remedy: str) -> None:
     """Raises ValueError for these tensors, if there are any, naming the first four."""
     if names:
-        more = " ..." * (len(names) > 4)
-        raise ValueError(f"{len(names)} tensors {what}: {brief(', '.join(sorted(names)[:4]))}{more}")
+        some = brief(", ".join(sorted(names)[:4])) + " ..." * (len(names) > 4)
+        raise ValueError(f"{len(names)} tensors {what}: {some} ({remedy})")
 
 
 def parameter(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -204,7 +207,7 @@ def as_dtype(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -
     """
     if t.shape != shape or t.dtype not in (torch.float64, *DTYPES):
         raise ValueError(f"{name} is {tuple(t.shape)} of {t.dtype}, expected {shape} of "
-                         "floating-point numbers")
+                         "floating-point numbers: fetch the checkpoint again")
     t = t.to(dtype).contiguous()
     if not t.isfinite().all():
         raise ValueError(f"{name} has infinite values or NaN as {dtype}: choose another --dtype, "

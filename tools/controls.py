@@ -6,14 +6,16 @@ Its settings are those of the distillation in OUT, which has run; the rows go to
 OUT/controls, a folder each, and into its report. What is there goes on or is read back.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from config import at_least, cli, run as run_script, settings
 from data.foreign import read_json
 from data.loader import Loader
 from distill import DistillConfig, distill
-from lib.folders import load_model
+from lib.folders import load_model, open_model
+from lib.home import check_same, lock
+from lib.hybrid import mixer_letters
 from lib.processes import joined, main_first, setup
 from lib.report import as_markdown, write_report
 from lib.runs import RunConfig
@@ -75,20 +77,31 @@ def in_folder(run: RunConfig, name: str) -> RunConfig:
     return replace(run, out=str(folder), resume=folder.exists(), overwrite=False)
 
 
+def check_settings(cfg: ControlsConfig, out: Path, world: int) -> None:
+    """Raises ValueError for other settings than the distillation in `out` had."""
+    t = open_model(cfg.teacher)[0].cfg
+    shape = replace(t, rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
+    settings = asdict(replace(cfg, block_size=cfg.block_size or t.block_size))
+    check_same(out, settings, world, mixer_letters(shape, cfg.student.mixer))
+
+
 def add_controls(cfg: ControlsConfig) -> dict:
     """Run them, and put their rows into OUT's report."""
     check_stages(cfg)
     out = Path(cfg.run.out)
-    rank, _, _ = setup(cfg.run.device)
+    rank, world, _ = setup(cfg.run.device)
     with main_first(rank):                 # who has just distilled writes the report, the others wait
         if not (out / "report.json").exists():
             raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
+        check_settings(cfg, out, world)
+        held = lock(out) if rank == 0 else None            # nobody replaces OUT meanwhile
     controls = run_controls(cfg)
     report = read_json(out / "report.json", "distil again") | {"controls": controls}
     if rank == 0:
         curves = {"teacher": Path(cfg.teacher)} | {name: out / name for name in cfg.named}
         write_report(out, report, {name: folder / "metrics.jsonl" for name, folder in curves.items()})
         print(as_markdown(report))
+        held.close()
     return report
 
 

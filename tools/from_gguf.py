@@ -1,7 +1,8 @@
-"""GGUF files of llama.cpp: a llama, qwen2 or qwen3, quantised or not.
+"""GGUF files of llama.cpp: a llama, qwen2 or qwen3, or an RWKV-7 (gguf_rwkv.py).
 
 Quantised weights become what they stand for. llama's rows of q and k are in the order
-that interleaved rope wants.
+that interleaved rope wants. A model may come in parts, NAME-00001-of-00003.gguf: give
+any one of them.
 """
 
 import re
@@ -11,26 +12,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.foreign import brief, read_gguf_tokenizer, require_file
+from data.foreign import brief, require_file
 from model import ModelConfig, rope_frequencies
 from tools.checkpoint import TABLE, Checkpoint, refuse, rename, take, unchanged
+from tools.gguf_rwkv import FORMS, rwkv_checkpoint
+from tools.gguf_tokenizer import contents, read_tokenizer
 
 MOST_SETTINGS, MOST_TENSORS = 2**12, 2**14
 MOST_ITEMS = 2**22  # in all arrays of a file together: tokens, their types, merges
 
 
 def from_gguf(file: Path) -> Checkpoint:
-    """The checkpoint in a file.
+    """The checkpoint in a file, or in the parts of which it is one.
 
     Raises ValueError for what is not supported or damaged.
     """
-    require_file(file)
-    reader, values = open_gguf(file)
-    tensors = {t.name: t for t in reader.tensors}
+    places, fields, values = open_parts(part_names(file))
+    shapes = {name: tuple(map(int, reversed(t.shape))) for name, (_, t) in places.items()}
     arch = take(values, "general.architecture", str)
-    if arch not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"architecture {brief(repr(arch))} is not supported: llama, qwen2 and qwen3 are")
+    if arch not in ("llama", "qwen2", "qwen3", *FORMS):
+        raise ValueError(f"architecture {brief(repr(arch))} is not supported: llama, qwen2, qwen3, "
+                         f"{', '.join(FORMS)} are")
     values = {key.removeprefix(arch + "."): value for key, value in values.items()}
+    require_rows(fields, shapes)
+    has_tokenizer = contents(fields, "model") not in (None, "none")
+    common = {"read": lambda name: read_gguf_tensor(*places[name]),
+              "tokenizer": (lambda: read_tokenizer(fields)) if has_tokenizer else None}
+    if arch in FORMS:
+        return rwkv_checkpoint(arch, values, shapes, **common)
+    return llama_checkpoint(arch, values, {name: t for name, (_, t) in places.items()}, shapes, common)
+
+
+def llama_checkpoint(arch: str, values: dict, tensors: dict, shapes: dict, common: dict) -> Checkpoint:
+    """That of a transformer; `common` are a Checkpoint's fields that all files have."""
     refuse(values, (0, 1), "a mixture of experts", "expert_count")
     refuse(values, (0,), "a sliding window", "attention.sliding_window")
     refuse(values, (0.0,), "soft-capping of logits", "attn_logit_softcapping", "final_logit_softcapping")
@@ -45,16 +59,81 @@ def from_gguf(file: Path) -> Checkpoint:
             return t
         return t.unflatten(0, (-1, cfg.att_head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
 
-    def tokenizer() -> dict:
-        return read_gguf_tokenizer(reader.fields)
-
-    has_tokenizer = "tokenizer.ggml.model" in reader.fields
-    shapes = {name: tuple(map(int, reversed(t.shape))) for name, t in tensors.items()}
     return Checkpoint(cfg, shapes, lambda name: rename(name, TABLE["gguf"]),
-                      lambda name: read_gguf_tensor(file, tensors[name]),
-                      uninterleave if arch == "llama" else unchanged,
-                      ignored="rope_freqs.weight", tokenizer=tokenizer if has_tokenizer else None)
+                      arrange=uninterleave if arch == "llama" else unchanged,
+                      ignored="rope_freqs.weight", **common)
 
+
+def require_rows(fields: dict, shapes: dict) -> None:
+    """Raises ValueError where the embedding has not a row for each token."""
+    tokens, (rows, *_) = contents(fields, "tokens"), shapes.get("token_embd.weight") or (None,)
+    if rows is not None and isinstance(tokens, list) and len(tokens) != rows:
+        raise ValueError(f"tokenizer.ggml.tokens has {len(tokens)} tokens, token_embd.weight {rows} rows: "
+                         "the file is damaged, fetch it again")
+
+
+# ------------------------------------------------------------------------------------------
+# Parts
+
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
+MOST_PARTS = 2**10
+
+
+def part_names(file: Path) -> list[Path]:
+    """All parts of the model of which `file` is one, in order; often there is but one.
+
+    Raises ValueError for one that is missing.
+    """
+    match = PART.fullmatch(file.name)
+    if not match or not 0 < int(match[2]) <= int(match[3]):
+        return [file]
+    n = int(match[3])
+    require_at_most(n, MOST_PARTS, "parts")
+    parts = [file.with_name(f"{match[1]}-{i:05}-of-{n:05}{match[4]}") for i in range(1, n + 1)]
+    missing = [part.name for part in parts if not part.exists()]
+    if missing:
+        raise ValueError(f"of its {n} parts {len(missing)} are missing beside it: "
+                         f"{brief(', '.join(missing))}; fetch them too")
+    return parts
+
+
+def open_parts(files: list[Path]) -> tuple[dict, dict, dict]:
+    """Of all files together: (file, gguf.ReaderTensor) by name, the first's fields, and
+    its settings by key.
+
+    Raises ValueError for parts that are not of one model.
+    """
+    places, n_tensors, first = {}, 0, None
+    for i, file in enumerate(files):
+        require_file(file)
+        try:
+            reader, values = open_gguf(file)
+        except ValueError as e:
+            raise ValueError(f"{file.name}: {e}" if len(files) > 1 else str(e)) from None
+        first = first or (reader.fields, values)
+        require_part(file, values, i, len(files))
+        n_tensors += len(reader.tensors)
+        places |= {t.name: (file, t) for t in reader.tensors}
+    expected = take(first[1], "split.tensors.count", int, n_tensors)
+    if not n_tensors == len(places) == expected:
+        raise ValueError(f"its parts have {n_tensors} tensors, {len(places)} of them different, where it "
+                         f"says {expected}: they are not of one model, or damaged; fetch all of them again")
+    return places, *first
+
+
+def require_part(file: Path, values: dict, i: int, n: int) -> None:
+    """Raises ValueError for a file that is not part i of n (from 0), as it says."""
+    number, count = take(values, "split.no", int, 0), take(values, "split.count", int, 1)
+    if n == 1 and count > 1:
+        raise ValueError(f"it is part {number + 1} of {count}: the parts are found by their names, which "
+                         f"must end in -{number + 1:05}-of-{count:05}.gguf")
+    if (number, max(1, count)) != (i, n):
+        raise ValueError(f"{file.name} says that it is part {number + 1} of {count}: the parts are not of "
+                         "one model; fetch all of them again")
+
+
+# ------------------------------------------------------------------------------------------
+# One file
 
 def open_gguf(file: Path) -> tuple:
     """A gguf.GGUFReader of the file, weights left on disk, and its settings by key.
@@ -72,7 +151,8 @@ def open_gguf(file: Path) -> tuple:
         values = {key: reader.fields[key].contents() for key in settings}
         require_apart(reader.tensors, reader.data_offset)
     except Exception as e:  # gguf and numpy raise many kinds here; each means the same to the user
-        raise ValueError(f"damaged, or not a GGUF file ({type(e).__name__}: {brief(e)})") from None
+        raise ValueError(f"damaged, or not a GGUF file ({type(e).__name__}: {brief(e)}): "
+                         "fetch it again") from None
     return reader, values
 
 

@@ -3,19 +3,25 @@
     gpt2                          q, k and v stand in one matrix; matrices (in, out);
                                   learned positions
     llama, mistral, qwen2, qwen3  qwen2 has biases on q, k and v, qwen3 norms on q and k
+    rwkv7, rwkv_hybrid            RWKV-7 of fla, of RWKVInside: huggingface_rwkv.py
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import tiktoken
 import torch
 from torch import Tensor
 
 from data.foreign import brief, has_tokenizer, read_json, read_tokenizer_json
+from data.tokenizer import get_tokenizer
 from lib.folders import read_shapes, read_tensor
 from model import ModelConfig
 from tools.checkpoint import TABLE, Checkpoint, plain_names, refuse, rename, take, unchanged
+from tools.huggingface_rwkv import READ, rwkv_checkpoint
+from tools.huggingface_tokenizer import WORLD, spec_of
 
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}  # gpt2's: ours
 DEFAULTS = {  # of settings that a file omits, by kind
@@ -34,30 +40,47 @@ def from_hugging_face(folder: Path) -> Checkpoint:
     config = read_settings(folder)
     refuse(config, (0, 1), "a mixture of experts", "num_local_experts", "num_experts", "n_routed_experts")
     kind = take(config, "model_type", str)
-    if kind not in ("gpt2", *DEFAULTS):
-        raise ValueError(f"model_type {brief(repr(kind))} is not supported: gpt2, llama, mistral, qwen2 and "
-                         "qwen3 are")
+    if kind not in ("gpt2", *DEFAULTS, *READ):
+        raise ValueError(f"model_type {brief(repr(kind))} is not supported: gpt2, llama, mistral, qwen2, "
+                         "qwen3, rwkv7 and rwkv_hybrid are")
     refuse(config, ({},), "a quantised checkpoint", "quantization_config")
     refuse(config, (), "soft-capping of logits", "attn_logit_softcapping", "final_logit_softcapping")
 
     places, shapes = find_tensors(folder, "transformer." if kind == "gpt2" else "")
+
+    def read(name: str) -> Tensor:
+        return read_tensor(*places[name])
+
+    checkpoint = rwkv_checkpoint if kind in READ else transformer_checkpoint
+    found = checkpoint(kind, config, shapes, read)
+    emb, head = found.source("emb.weight"), found.source("head.weight")
+    tied, ignored = found.cfg.tied, found.ignored
+    if tied and emb in places and head in places and not torch.equal(read(emb), read(head)):
+        tied = False  # the file has a head of its own, whatever its config says
+    if tied:
+        ignored += r"|lm_head\.weight"
+    has_one = has_tokenizer(folder) or (folder / WORLD).exists()
+    tokenizer = (lambda: read_tokenizer(folder)) if has_one else None
+    return replace(found, cfg=replace(found.cfg, tied=tied), ignored=ignored, tokenizer=tokenizer)
+
+
+def transformer_checkpoint(kind: str, config: dict, shapes: dict, read: Callable) -> Checkpoint:
+    """Of GPT-2, Llama and what is built as it is; `read` gives a tensor by its name."""
     if kind == "gpt2":
         cfg, table, arrange = gpt2_config(config), TABLE["gpt2"], split_conv1d
         ignored = r"h\.\d+\.attn\.(masked_)?bias"        # causal masks
     else:
         cfg, table, arrange = llama_config(config, kind), TABLE["llama"], unchanged
         ignored = r".*\.rotary_emb\.inv_freq"            # rotary frequencies
+    return Checkpoint(cfg, shapes, lambda name: rename(name, table), read, arrange, ignored)
 
-    def read(name: str) -> Tensor:
-        return read_tensor(*places[name])
 
-    emb, head = f"{table['emb']}.weight", f"{table['head']}.weight"
-    if cfg.tied and emb in places and head in places and not torch.equal(read(emb), read(head)):
-        cfg = replace(cfg, tied=False)  # the file has a head of its own, whatever its config says
-    if cfg.tied:
-        ignored += r"|lm_head\.weight"
-    tokenizer = (lambda: read_tokenizer_json(folder)) if has_tokenizer(folder) else None
-    return Checkpoint(cfg, shapes, lambda name: rename(name, table), read, arrange, ignored, tokenizer)
+def read_tokenizer(folder: Path) -> dict | tiktoken.Encoding:
+    """The folder's tokenizer: World's, a spec, or the bytes where that is no more."""
+    if not has_tokenizer(folder):
+        return get_tokenizer(str(folder / WORLD))
+    spec, plain = read_tokenizer_json(folder), get_tokenizer("bytes")
+    return plain if spec == spec_of(plain) else spec
 
 
 def read_settings(folder: Path) -> dict:

@@ -23,6 +23,7 @@ import torch
 
 from distill import DistillConfig, StudentConfig, distill
 from lib.folders import load_model, write_json, write_whole
+from lib.home import lock
 from lib.hybrid import mixer_letters, remembered_bytes
 from lib.owned import check_place, contents
 from lib.processes import setup
@@ -186,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [out / f"recall.{kind}" for kind in ("json", "md", "png")]
     places = [out / "data" / "meta.json", out / "data", *cfg.folders.values(), *results]
     check_place(places, is_recall, "--out")
+    held = lock(out)                                       # another process may be training on the data in it
     report = recall(cfg)
     text = as_markdown(report)
     write_json(results[0], report)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from data.foreign import brief, require_file
+from lib.folders import open_model, read_tensor, write_whole
 from model import ModelConfig
-from tools.checkpoint import Checkpoint, plain_names, unchanged
+from tools.checkpoint import Checkpoint, as_dtype, plain_names, unchanged
 
 
 def from_pth(content: dict) -> Checkpoint:
@@ -144,3 +145,37 @@ def not_official(cfg: ModelConfig) -> list[str]:
     if cfg.rwkv_size not in (None, cfg.n_embd):
         reasons.append(f"heads of {cfg.rwkv_size} together in a width of {cfg.n_embd}")
     return reasons
+
+
+def require_own(file: Path) -> None:
+    """Raises ValueError for a file that --overwrite may not replace."""
+    try:
+        from_pth(open_pth(file))
+    except (ValueError, OSError):
+        raise ValueError(f"{file} is no RWKV-7 of this format, so it is not replaced: "
+                         "choose another --out") from None
+
+
+def write(folder: Path, out: Path, dtype: str | None) -> None:
+    """Write a model folder as the file `out`.
+
+    torch.save wants all tensors at once; each is a copy, of whose file nothing stays in
+    memory.
+    """
+    model, file = open_model(folder)
+
+    def read(name: str) -> Tensor:
+        tied = model.cfg.tied and name == "head.weight"
+        t = read_tensor(file, "emb.weight" if tied else name)  # a tied head is written as a copy
+        return as_dtype(name, t, shapes[name], getattr(torch, dtype) if dtype else t.dtype).clone()
+
+    names = official_names(model.cfg.n_layer)
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    assert set(names) == set(shapes), "a model that passes not_official has the official parameters"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: read(name) for name in names}
+    write_whole(out, lambda part: torch.save(tensors, part))
+
+
+def how_to_run(out: Path) -> str:
+    return f"{out}: for the package rwkv, RWKV(model=\"{out.with_suffix('')}\", strategy=\"cpu fp32\")"

@@ -48,6 +48,16 @@ def test_flags_win_over_the_preset_which_wins_over_defaults(tmp_path):
     assert type(config.cli(Settings, [path]).near.rate) is float
 
 
+def test_under_torchrun_the_first_process_says_what_all_of_them_read(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as silent:
+        config.cli(Settings, ["--nonsense"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="--nonsense"):
+        config.cli(Settings, ["--nonsense"])
+    assert silent.value.code
+
+
 @pytest.mark.parametrize(
     "form, value", [("--fast", True), ("--no-fast", False), ("--fast=True", True), ("--fast=False", False)]
 )
@@ -298,3 +308,9 @@ def test_a_preset_that_is_a_pipe_or_endless_or_no_text_is_refused(tmp_path):
         one_line(e.value)
     with pytest.raises(IsADirectoryError):
         config.cli(Hostile, [str(tmp_path / "folder.toml")])
+
+
+def test_flat_settings_of_a_preset_are_checked_together_in_whatever_order_they_stand(tmp_path):
+    """16 by the three heads of the default does not work, by two it does."""
+    (tmp_path / "a.toml").write_text("n_embd = 16\nn_head = 2\n")
+    assert config.cli(TrainConfig, [str(tmp_path / "a.toml")]).model.n_embd == 16

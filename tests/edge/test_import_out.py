@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data.folder
 from common import start
 from common_convert import KINDS, original, refused, rwkv
 from lib.folders import load_model, save_model
@@ -49,7 +50,7 @@ def is_whole(folder) -> bool:
 def test_the_new_model_stands_where_the_old_one_was(at_once, source, tmp_path, monkeypatch):
     old_model(tmp_path / "out")
     if not at_once:
-        monkeypatch.setattr(convert, "exchange", lambda a, b: False)
+        monkeypatch.setattr(data.folder, "exchange", lambda a, b: False)
     refused("--overwrite", call=lambda: bring(source, tmp_path / "out"))
     bring(source, tmp_path / "out", overwrite=True)
     assert load_model(tmp_path / "out").cfg.qkv_bias
@@ -88,7 +89,7 @@ def test_what_the_disk_refuses_is_one_line_and_the_old_model_stays(where, number
     def fail(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(convert, "exchange", lambda a, b: False)
+    monkeypatch.setattr(data.folder, "exchange", lambda a, b: False)
     if where == "mkdir":
         monkeypatch.setattr(convert.Path, "mkdir", fail)
     elif where == "write":

@@ -36,8 +36,10 @@ def test_bad_options_of_the_library_are_one_line():
         with pytest.raises(ValueError, match=rule) as e:
             next(generate(model, bad, 5))
         one_line(e.value)
-    with pytest.raises(ValueError, match="not finite"):
-        next(generate(constant_model([NAN, 1.0]), torch.tensor([[0]]), 5))
+    for temperature in (0.0, 1.0):
+        for bad in ([NAN, 1.0], [1.0, INF]):
+            with pytest.raises(ValueError, match="not finite"):
+                next(generate(constant_model(bad), torch.tensor([[0]]), 5, temperature=temperature))
 
 
 def test_text_beyond_learned_positions_is_refused_before_it_is_read():

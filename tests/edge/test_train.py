@@ -373,3 +373,17 @@ def test_what_a_run_writes_is_said_once():
     """Options of the run are no options of the loop, and have no prefix."""
     run, loop = (set(cls.__dataclass_fields__) for cls in (RunConfig, FitConfig))
     assert not run & loop and {"save_every", "log_every", "out", "device"} <= run
+
+
+@pytest.mark.parametrize("asked, rows", [("100", 257), ("257", 257), ("320", 320)])
+def test_a_vocabulary_has_at_least_the_tokens_of_the_data_and_more_if_asked(tmp_path, tiny, asked, rows):
+    train.main([*TINY, "--data", tiny.text, "--vocab_size", asked, "--max_steps", "1", "--batch_size", "1",
+                "--eval_tokens", "20", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert load_model(tmp_path / "run").emb.weight.shape[0] == rows
+
+
+def test_a_vocabulary_that_cannot_be_the_datas_is_refused(tmp_path, tiny):
+    with pytest.raises(ValueError, match="vocab_size = 65536, but .* has 257 tokens: prepare"):
+        train.main([*TINY, "--data", tiny.text, "--vocab_size", "65536", "--device", "cpu",
+                    "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

@@ -2,7 +2,9 @@
 began.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,13 +16,16 @@ import torch
 import data.prepare
 import distill
 import lib.home
+import lib.runs
+import tools.controls
+import tools.recall
 import train
 from common import TINY, one_line, tiny_model
 from common_distill import META, job, loop, rerun, teacher  # noqa: F401   (fixtures)
 from common_train import QUIET, Killed, dies_at_call, run_fit
 from lib.folders import fingerprint, load_model, read_tensor, save_model
-from lib.home import NEW, OLD, TRAIN, replace as take_place, tidy
-from lib.runs import load_trainer
+from lib.home import NEW, OLD, TRAIN, check_order, read_settings, replace as take_place, tidy
+from lib.runs import load_trainer, read_row
 from train import FitConfig, cross_entropy_loss
 
 HOLD = """
@@ -320,3 +325,133 @@ def test_links_to_nowhere_are_named_and_an_empty_folder_is_no_run(tmp_path, tiny
     run_fit(out, tiny.text, steps(2), resume=False)
     assert (disk / "step_0000002/trainer.pt").exists()
     refused(lambda: run_fit(out, tiny.text, steps(2), resume=False, overwrite=True), "would not empty")
+
+
+# ------------------------------------------------------------------------------------------
+# What a second adversary found
+
+def test_a_flipped_bit_of_a_row_or_of_the_settings_is_no_other_number(tmp_path, job):  # noqa: F811
+    """Of a checksum's own name nothing depends: without one it is a file of before."""
+    distill.distill(job("out", stages="align"))
+    out = tmp_path / "out"
+    for name, read in (("align/stage.json", read_row), ("start.json", read_row),
+                       ("settings.json", read_settings)):
+        good, expected = (out / name).read_bytes(), read(out / name)
+        refusals = 0
+        for place in range(0, len(good) - 1, max(1, len(good) // 150)):
+            bad = bytearray(good)
+            bad[place] ^= 1 << place % 7
+            (out / name).write_bytes(bad)
+            try:
+                assert expected.items() <= read(out / name).items()
+            except ValueError as error:
+                assert name.split("/")[-1] in one_line(error) and "remove it" in str(error)
+                refusals += 1
+        assert refusals > 90
+        (out / name).write_bytes(good)
+        assert read(out / name) == expected
+
+
+def test_a_changed_setting_of_a_saved_model_is_found(tmp_path):
+    """One that leaves all shapes as they are."""
+    save_model(tiny_model(), tmp_path, META)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace("10000.0", "18000.0"))
+    refused(lambda: load_model(tmp_path), "config.json is damaged: it has another checksum")
+    (tmp_path / "config.json").write_text(text)
+    load_model(tmp_path)
+
+
+def test_a_student_with_other_layers_is_refused_before_its_first_checkpoint(
+    job, tmp_path, monkeypatch  # noqa: F811
+):
+    """start.json holds what the first one knew."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(distill, "fit", dies_at_call(1))
+        distill.distill(job("out"))
+    before = files(tmp_path / "out")
+    again = job("out", resume=True)
+    refused(lambda: distill.distill(replace(again, student=replace(again.student, mixer="first:1"))), "mixer")
+    assert files(tmp_path / "out") == before
+    distill.distill(replace(again, student=replace(again.student, mixer="rr")))      # said otherwise
+
+
+def test_a_run_that_ended_by_its_loss_is_at_its_end_when_resumed(tmp_path, tiny):
+    first = run_fit(tmp_path, tiny.text, steps(9, terminate_at_loss=1e9))
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert run_fit(tmp_path, tiny.text, steps(9, terminate_at_loss=1e9))["step"] == first["step"] < 9
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert run_fit(tmp_path, tiny.text, steps(9))["step"] == 9
+
+
+def test_data_are_the_same_with_and_without_their_digests(tmp_path, tiny):
+    """Their message advises to remove them."""
+    shutil.copytree(tiny.text, tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    del meta["blocks"], meta["digest"]
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    assert fingerprint(tmp_path / "data") == fingerprint(tiny.text)
+
+
+def test_a_stage_is_nobody_elses_folder_and_none_comes_after_what_is_built_upon_it(
+    job, tmp_path, tiny  # noqa: F811
+):
+    distill.distill(job("out", stages="match"))
+    out = tmp_path / "out"
+    for how in ("--overwrite", "--resume"):
+        refused(lambda: train.main([*FLAGS, "--data", tiny.text, "--out", str(out / "match"), how]),
+                "is a stage of the distillation in ")
+    refused(lambda: distill.distill(job("out", stages="align,match", resume=True)),
+            "has begun match without align")
+    check_order(out, ["align", "match"], ["match"], ["align", "match"])      # removed, as a message advised
+
+
+def test_a_run_that_came_and_went_meanwhile_is_seen(tmp_path, tiny, monkeypatch):
+    """Between a look at the folder and the first step a large model is read."""
+    out, begin = tmp_path / "run", lib.runs.Run.begin
+
+    def late(self, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(lib.runs.Run, "begin", begin)
+            run_fit(out, tiny.text, steps(2))
+        begin(self, *args)
+
+    monkeypatch.setattr(lib.runs.Run, "begin", late)
+    refused(lambda: run_fit(out, tiny.text, steps(4), resume=False), "holds another run")
+
+
+def test_controls_are_of_the_distillation_that_is_there_and_keep_its_folder(
+    job, tmp_path, monkeypatch  # noqa: F811
+):
+    cfg = job("out", stages="align,match")
+    distill.distill(cfg)
+    same = {name: getattr(cfg, name) for name in cfg.__dataclass_fields__}
+    before = files(tmp_path)
+    refused(lambda: tools.controls.add_controls(tools.controls.ControlsConfig(**same | {"align": loop(9)})),
+            "was distilled with align.max_steps")
+    student = replace(cfg.student, mixer="first:1")
+    refused(lambda: tools.controls.add_controls(tools.controls.ControlsConfig(**same | {"student": student})),
+            "was distilled with mixer = rr, not ra")
+    assert files(tmp_path) == before
+
+    def held(cfg):
+        code = "import pathlib, sys; from lib.home import lock; lock(pathlib.Path(sys.argv[1]))"
+        done = subprocess.run([sys.executable, "-c", code, cfg.run.out], capture_output=True, text=True,
+                              cwd=Path(train.__file__).parent)
+        assert f"another process ({os.getpid()} on" in done.stderr
+        raise Killed
+
+    monkeypatch.setattr(tools.controls, "run_controls", held)
+    with pytest.raises(Killed):
+        tools.controls.add_controls(tools.controls.ControlsConfig(**same))
+
+
+def test_a_second_recall_leaves_the_data_of_the_first_alone(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, cwd=Path(train.__file__).parent)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        refused(lambda: tools.recall.main(["--out", str(tmp_path), "--device", "cpu"]), "another process")
+        assert not any((tmp_path / "data").iterdir())
+    finally:
+        other.communicate("")

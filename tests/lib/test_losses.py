@@ -102,3 +102,20 @@ def test_a_padded_batch_has_the_losses_and_gradients_of_its_rows_alone(loss):
         return match_loss(wrap(student, None), batch, teacher=teacher, **how)[0]["loss"]
 
     assert_sum_of_rows(value, *padded([5, 16, 9, 12]), student)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_a_temperature_softens_both_models_and_leaves_the_gradient_its_size(kind):
+    """Hinton et al., 2015: KL of logits / t, times t^2; cross-entropies stay."""
+    teacher, student = tiny_model(3), tiny_model(mixer="r")
+    batch, _ = padded([5, 16, 9])
+    with torch.no_grad():
+        t, s = teacher(batch.x)[0].double(), student(batch.x)[0].double()
+    plain, _ = match_loss(student, batch, teacher=teacher, kind=kind)
+    for tau in (0.5, 2.0, 30.0):
+        p, q = (t / tau).softmax(-1), (s / tau).softmax(-1)
+        kl = (p * (p / q).log()).sum(-1) if kind == "forward" else (q * (q / p).log()).sum(-1)
+        terms, _ = match_loss(student, batch, teacher=teacher, kind=kind, temperature=tau)
+        assert terms["kl"].item() == pytest.approx((kl * batch.mask).sum().item() * tau**2, rel=1e-3), tau
+        assert terms["loss"] == terms["kl"] != plain["kl"]
+        assert terms["ce"] == plain["ce"] and terms["teacher_ce"] == plain["teacher_ce"]

@@ -104,7 +104,7 @@ def test_resuming_with_a_model_of_another_shape_is_refused(tmp_path, tiny):
     run_fit(out, tiny.text, steps(2))
     before = (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
     for shape, name in (
-        ({"mixer": "r", "n_layer": 3}, "n_layer"),
+        ({"mixer": "r", "n_layer": 3}, "mixer = rr, not rrr"),
         ({"mixer": "a"}, "mixer"),
         ({"mixer": "r", "n_embd": 64}, "n_embd"),
     ):
@@ -181,15 +181,27 @@ def test_half_a_line_at_the_end_of_the_metrics_is_dropped(tmp_path):
     assert read_metrics(tmp_path / "none") == []
 
 
-def test_an_interrupt_is_put_off_to_the_end_of_the_step_but_a_second_one_is_not():
-    guard = Interrupt()
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupt_is_put_off_to_the_end_of_the_step_but_a_second_one_is_not(name):
+    guard, number = Interrupt(), getattr(signal, name)
+    before = signal.getsignal(number)
     with guard:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         assert guard.seen
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_under_nohup_a_closed_terminal_does_not_stop_a_run():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        guard = Interrupt()
+        with guard:
+            signal.raise_signal(signal.SIGHUP)
+        assert not guard.seen and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

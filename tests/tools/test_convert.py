@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from common_convert import COMMON, KINDS, bring, hf, original, write_gguf
+from data import strict_json
 from lib.folders import load_model, open_model, stored_shapes
 from model import LM, ModelConfig
 from tools.convert import ExportConfig, ImportConfig, export_model, import_model
@@ -95,12 +96,15 @@ def account(call: Callable, files: list[Path], trace: Path) -> Account:
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf", "pth"])
 def test_memory_stays_below_a_fifth_more_than_the_model(kind, tmp_path, monkeypatch):
-    """An import has one tensor in memory, beside a .pth that is mapped as it is.
+    """An import has one tensor in memory, beside a .pth that is mapped as it is, and
+    so has the export to a GGUF.
 
-    Loading and export have the model once, and one tensor more. The model's file is
-    mapped anew for each tensor: one that stays mapped keeps in memory what was read.
+    Loading and export to a .pth have the model once, and one tensor more. The model's
+    file is mapped anew for each tensor: one that stays mapped keeps in memory what was
+    read.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(strict_json, "MOST", 2**19)  # the buffer for a meta.json, whatever its size
     source, stored = write_source(kind, tmp_path), tmp_path / "out" / "model.safetensors"
     files = [stored, *source.glob("*.safetensors")] if source.is_dir() else [stored, source]
     importing = ImportConfig(path=source.name, out="out", overwrite=True)
@@ -114,6 +118,10 @@ def test_memory_stays_below_a_fifth_more_than_the_model(kind, tmp_path, monkeypa
     assert size > 30e6 and piece < size / 5
     assert more.allocated < piece and more.mapped <= max(file.stat().st_size for file in files)
 
+    if kind == "pth":
+        as_gguf = ExportConfig(folder="out", format="gguf", overwrite=True)
+        more = account(lambda: export_model(as_gguf), [stored], tmp_path / "trace.json")
+        assert more.allocated < piece and more.mapped <= size
     calls = [lambda: load_model("out")]
     if kind == "pth":
         calls.append(lambda: export_model(exporting))

@@ -6,8 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common_convert import COMMON, GROUPED, KINDS, LLAMA3, bring, edit, original, refused, relative, text
+from common import shake
+from common_convert import (COMMON, GROUPED, KINDS, LLAMA3, bring, edit, original, refused, relative, rwkv,
+                            text)
 from data.tokenizer import load_tokenizer
+from lib.folders import open_model, read_config, save_model
+from tools.convert import ExportConfig, export_model
+from tools.huggingface_rwkv import settings_of
+from tools.to_huggingface import write_tensors
 
 
 @torch.no_grad()
@@ -169,3 +175,79 @@ def test_the_tokenizer_beside_the_weights_comes_along(tmp_path):
     # the weights with another model's tokenizer
     bring(tmp_path / "original", tmp_path, "again", tokenizer=str(tmp_path / "imported"))
     assert load_tokenizer(tmp_path / "again").encode_ordinary(words) == expected
+
+
+# ------------------------------------------------------------------------------------------
+# RWKV-7
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [
+    dict(head_dim=16, norm_eps=1e-3),
+    dict(head_dim=32, attention_hidden_size=96, norm_bias=False, v_low_rank_dim=5),
+    dict(num_heads=1, intermediate_size=99, num_hidden_layers=1),
+], ids=str)
+def test_rwkv7_of_others_has_the_logits_of_rwkv7_hf(changes, tmp_path):
+    """A random model saved by that package, in shards; also as older files have it."""
+    rwkv7_hf = pytest.importorskip("rwkv7_hf")
+    torch.manual_seed(0)
+    settings = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2) | changes
+    model, folder = rwkv7_hf.RWKV7ForCausalLM(rwkv7_hf.RWKV7Config(**settings)).eval(), tmp_path / "original"
+    shake(model, 0.3)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    tokens = text(40)
+    imported = bring(folder, tmp_path)
+    assert relative(imported(tokens)[0], model(tokens).logits) < 1e-5
+    assert imported.cfg.rwkv_width == settings.get("attention_hidden_size", 64)
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file(older(model.state_dict()), folder / "model.safetensors")
+    edit(folder, intermediate_size=None, num_heads=..., num_attention_heads=None, value_dim=...)
+    assert relative(bring(folder, tmp_path)(tokens)[0], imported(tokens)[0]) == 0
+
+
+def older(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All shares of the token shifts in one tensor, and a value residual in layer 0."""
+    mixes = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+    tensors = dict(tensors)
+    for i in range(2):
+        names = [f"model.layers.{i}.attn.{mix}" for mix in mixes]
+        if names[0] in tensors:
+            tensors[f"model.layers.{i}.attn.x_x"] = torch.cat([tensors.pop(name)[0] for name in names])
+    return tensors | {"model.layers.0.attn.v_lora.lora.0.weight": torch.ones(5, 64)}
+
+
+@torch.no_grad()
+def test_without_a_first_norm_there_is_no_ln0(tmp_path):
+    """fla's norm_first = false."""
+    model = rwkv(V=97, L=2, ln0=False)
+    save_model(model, tmp_path / "m", {})
+    write_checkpoint(tmp_path / "m", tmp_path / "original", norm_first=False)
+    assert relative(bring(tmp_path / "original", tmp_path)(text(40))[0], model(text(40))[0]) < 1e-6
+
+
+def write_checkpoint(folder, out, **changes) -> None:
+    """A folder of fla's, also of what --format hf refuses."""
+    cfg = read_config(json.loads((folder / "config.json").read_text()), "config.json")
+    out.mkdir()
+    model, file = open_model(folder)
+    write_tensors(model, file, "rwkv7", torch.float32, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(settings_of(cfg, "rwkv7") | changes))
+
+
+@torch.no_grad()
+def test_arwkv_is_read_with_what_its_code_never_uses(tmp_path):
+    """x_g without a gate, layer 0's value residual; ranks are the tensors'."""
+    hybrid = dict(ffn="swiglu", norm="rmsnorm", ln0=False, norm_eps=1e-6, gate=False, rank_w=7, rank_v=3)
+    model = rwkv(V=97, L=2, tied=True, **hybrid)
+    save_model(model, tmp_path / "m", {})
+    out = export_model(ExportConfig(folder=str(tmp_path / "m"), format="hf"))
+    tensors = load_file(out / "model.safetensors")
+    tensors.pop("lm_head.weight")
+    mixer = "model.layers.{}.self_attn.time_mixer.{}"
+    tensors |= {mixer.format(i, "x_g"): torch.ones(1, 1, 96) for i in range(2)}
+    tensors |= {mixer.format(0, name): torch.ones(3, 3) for name in ("v0", "v1", "v2")}
+    save_file(tensors, out / "model.safetensors")
+    edit(out, tie_word_embeddings=True, wkv_layers="full", wkv_has_gate=..., num_attention_heads=7)
+    imported = bring(out, tmp_path)
+    assert relative(imported(text(40))[0], model(text(40))[0]) == 0
+    assert imported.cfg.tied and imported.cfg.rank("w") == 7

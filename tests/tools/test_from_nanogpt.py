@@ -44,8 +44,11 @@ def test_the_tokenizer_beside_it_comes_along(tmp_path):
     bring(tmp_path / "ckpt.pt", tmp_path)
     words = "What is this? 12 things, and then the rest."
     assert load_tokenizer(tmp_path / "imported").encode_ordinary(words) == tokenizer.encode(words).ids
-    bring(tmp_path / "ckpt.pt", tmp_path, "again", tokenizer="bytes")
-    assert json.loads((tmp_path / "again" / "meta.json").read_text())["tokenizer"] == "bytes"
+    bring(tmp_path / "ckpt.pt", tmp_path, "again", tokenizer=str(tmp_path / "imported"))
+    metas = [json.loads((tmp_path / name / "meta.json").read_text()) for name in ("imported", "again")]
+    assert metas[0]["tokenizer"] == metas[1]["tokenizer"]
+    refused("bytes has 257 tokens, the model 1,536 rows",
+            call=lambda: bring(tmp_path / "ckpt.pt", tmp_path, "third", tokenizer="bytes"))
 
 
 @pytest.mark.parametrize("changes, words", [

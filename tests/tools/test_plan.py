@@ -85,23 +85,6 @@ def test_the_manuals_row_of_a_preset_is_its_plan_for_8_gpus(name):
     ), cells
 
 
-@pytest.mark.parametrize(
-    "n, text",
-    [
-        (0, "0 bytes"),
-        (999, "999 bytes"),
-        (1000, "1.00 kB"),
-        (999_990, "999.99 kB"),
-        (12_982_272, "12.98 MB"),
-        (68_049_600_000, "68.05 GB"),
-        (10**12, "1.00 TB"),
-        (1.2345e15, "1,234.50 TB"),
-    ],
-)
-def test_bytes_for_people(n, text):
-    assert unit(n) == text
-
-
 @pytest.mark.parametrize("ffn", ["gelu", "gelu_exact", "swiglu", "relu2", "channelmix"])
 @pytest.mark.parametrize(
     "mixer",
