@@ -349,7 +349,7 @@ def test_what_is_wrong_is_said_in_one_line_before_the_model_is_loaded(pair, quiz
         ([*ours, "--tasks", "choice", "--tasks_folder", "nowhere"], "tasks_folder = 'nowhere': there is no"),
         (["--ckpt", str(tmp_path / "none"), *here, "--tasks", "choice"], "no model at"),
         ([*ours, "--teacher", str(tmp_path / "none"), *here, "--tasks", "choice"], "no model at"),
-        (["--ckpt", str(tmp_path / "mute"), *here, "--tasks", "choice"], 'has no "tokenizer": add its name'),
+        (["--ckpt", str(tmp_path / "mute"), *here, "--tasks", "choice"], 'meta.json has no "tokenizer": '),
         ([*ours, *here, "--tasks", "choice", "--apply_chat_template"], "--apply_chat_template: .* omit it"),
         ([*ours, *here, "--tasks", "choice", "--system-instruction=a"], "--system_instruction: .* omit it"),
         ([*ours, *here, "--tasks", "choice", "--out", str(tmp_path / "other.json")], "did not write it"),
