@@ -1,4 +1,4 @@
-"""tools.harness: scores are those of the harness' own backend, and of plain logits."""
+"""tools.harness: its scores are those of lm_eval's own backend, and of plain logits."""
 
 import json
 import sys
@@ -40,12 +40,11 @@ output_type: {kind}
 metric_list:
 """
 METRICS = {"multiple_choice": ["acc", "acc_norm"], "generate_until": ["exact_match", "bleu"],
-           "loglikelihood_rolling": ["word_perplexity", "bits_per_byte"],
-           "loglikelihood": ["acc", "perplexity"]}
+           "loglikelihood_rolling": ["word_perplexity", "bits_per_byte"]}
 
 
 def docs() -> list[dict]:
-    """Questions from none to more than the context's 128 tokens; one choice to many."""
+    """Questions of no words to more than 128 tokens, choices of one word to many."""
     rows = []
     for i, n in enumerate((0, 3, 7, 12, 30, 150, 8, 8, 60)):
         text = " ".join(WORDS[50 * i : 50 * i + n])
@@ -125,7 +124,7 @@ def scores(results: dict) -> dict[str, float]:
 
 
 def test_scores_and_answers_are_those_of_its_own_backend_on_the_same_weights(llama, quiz):
-    """Truncated, in windows, with and without a prompt; greedy text up to a stop."""
+    """Truncated, windowed, with and without a prompt; greedy text up to a stop."""
     shots = 2 if llama.name.endswith("1") else 0
     backend = HFLM(str(llama / "hf"), device="cpu", dtype="float32", batch_size=3)
     expected, their_samples = answers(backend, quiz, num_fewshot=shots)
@@ -145,9 +144,8 @@ def test_scores_and_answers_are_those_of_its_own_backend_on_the_same_weights(lla
 # Against plain logits of the whole text
 
 TEXTS = [("", "alone"), ("the same prompt", " yes"), ("the same prompt", " no, and longer"), ("short", "r"),
-         ("the same prompt", "."), ("ends in spaces  ", "x"), ("   ", "nothing but spaces"),
-         ("a" * 70, "b" * 30),
-         ("empty", ""), ("", ""), ("é漢", "🙂é"), ("other", "w" * 700)]
+         ("the same prompt", "."), ("ends in spaces  ", "x"), ("   ", "only spaces"), ("a" * 70, "b" * 30),
+         ("empty", ""), ("", ""), ("é漢", "🙂é"), ("other", "w" * 150)]
 
 
 def requests(kind: str, *arguments: tuple) -> list[Instance]:
@@ -181,13 +179,13 @@ def test_log_likelihoods_are_those_of_all_tokens_at_once(kind, tmp_path):
         kept = context.rstrip()
         ids = list((context[len(kept):] + continuation).encode())
         expected.append(plainly(lm.model, list(kept.encode()) or [256], ids) if ids else (0.0, True))
-    for size in (1, 5):
+    for size in (1, 5) if kind == "student" else (5,):
         found = harness_lm(tmp_path, batch_size=size).loglikelihood(requests("loglikelihood", *TEXTS))
         assert numbers(found) == pytest.approx(numbers(expected), abs=1e-4, rel=1e-6)
     texts = [(text,) for _, text in TEXTS]
     whole = [plainly(lm.model, [256], list(text.encode()))[0] if text else 0.0 for text, in texts]
-    rolling = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
-    assert rolling == pytest.approx(whole, abs=1e-4)
+    found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
+    assert found == pytest.approx(whole, abs=1e-4, rel=1e-6)
 
 
 def test_a_prompt_is_read_once_for_all_its_continuations(tmp_path, monkeypatch):
@@ -214,7 +212,7 @@ def test_greedy_is_what_greedy_decoding_writes(tmp_path):
 
 
 def test_attention_reads_the_end_of_what_is_too_long(tmp_path):
-    """block_size is 16; a pure RWKV-7 reads all, and --max_length cuts it, too."""
+    """16 tokens of block_size; pure RWKV-7 reads all, and --max_length cuts it, too."""
     text = ("0123456789" * 5, "abc")
     for name, mixer in (("a", "a"), ("r", "r")):
         save_model(tiny_model(mixer=mixer), tmp_path / name, {"tokenizer": "bytes"})
@@ -315,8 +313,7 @@ def test_scores_are_saved_before_they_are_printed(pair, quiz, tmp_path, monkeypa
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=gone, flush=lambda: None))
     with pytest.raises(BrokenPipeError):
         main(["--ckpt", str(pair / "student"), "--tasks", "choice", "--tasks_folder", str(quiz),
-              "--limit", "1",
-              "--out", str(tmp_path / "scores.json")])
+              "--limit", "1", "--out", str(tmp_path / "scores.json")])
     assert json.loads((tmp_path / "scores.json").read_text())["student"]["results"]["choice"]
 
 
@@ -349,12 +346,12 @@ def test_what_is_wrong_is_said_in_one_line_before_the_model_is_loaded(pair, quiz
     for flags, words in (
         ([*ours, *here], "--tasks is empty: .* are choice, page, story"),
         ([*ours, *here, "--tasks", "choise"], "no task is called 'choise': did you mean choice"),
-        ([*ours, "--tasks", "choice", "--tasks_folder", "nowhere"], "tasks_folder = 'nowhere': there is"),
+        ([*ours, "--tasks", "choice", "--tasks_folder", "nowhere"], "tasks_folder = 'nowhere': there is no"),
         (["--ckpt", str(tmp_path / "none"), *here, "--tasks", "choice"], "no model at"),
         ([*ours, "--teacher", str(tmp_path / "none"), *here, "--tasks", "choice"], "no model at"),
-        (["--ckpt", str(tmp_path / "mute"), *here, "--tasks", "choice"], 'has no "tokenizer": import'),
+        (["--ckpt", str(tmp_path / "mute"), *here, "--tasks", "choice"], 'meta.json has no "tokenizer": '),
         ([*ours, *here, "--tasks", "choice", "--apply_chat_template"], "--apply_chat_template: .* omit it"),
-        ([*ours, *here, "--tasks", "choice", "--system-instruction=be kind"], "--system_instruction: .*omit"),
+        ([*ours, *here, "--tasks", "choice", "--system-instruction=a"], "--system_instruction: .* omit it"),
         ([*ours, *here, "--tasks", "choice", "--out", str(tmp_path / "other.json")], "did not write it"),
         (["--ckpt", str(tmp_path / "learned"), *here, "--tasks", "choice", "--max_length", "17"],
          "has learned 16 positions"),
