@@ -26,11 +26,9 @@ def read(path: Path) -> object:
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is no file")
-    with open(path, "rb") as file:
-        content = file.read(MOST + 1)
-    if len(content) > MOST:
+    if path.stat().st_size > MOST:
         raise ValueError(f"it is larger than {MOST} bytes")
-    return loads(content.decode("utf-8"))
+    return loads(path.read_bytes().decode("utf-8"))
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
