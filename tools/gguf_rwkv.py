@@ -20,7 +20,7 @@ from torch import Tensor
 from lib.folders import expected_shapes
 from model import ModelConfig
 from tools.checkpoint import Checkpoint, refuse, take
-from tools.pure_rwkv import LLAMA_SHAPED, OFFICIAL, not_in
+from tools.pure_rwkv import LLAMA_SHAPED, OFFICIAL, best_form
 
 NAMES = """
 ours            rwkv7                 arwkv7                form
@@ -74,7 +74,7 @@ LORA_KEYS = {"w": "decay", "a": "iclr", "v": "value_residual_mix", "g": "gate"} 
 
 def architecture(cfg: ModelConfig) -> str:
     """That of the two which says more of the model."""
-    return min(FORMS, key=lambda arch: len(not_in(cfg, FORMS[arch])))
+    return best_form(cfg, FORMS)
 
 
 def full_form(cfg: ModelConfig) -> ModelConfig:

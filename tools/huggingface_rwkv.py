@@ -27,7 +27,7 @@ from data.foreign import brief
 from lib.folders import expected_shapes
 from model import ModelConfig
 from tools.checkpoint import Checkpoint, refuse, take
-from tools.pure_rwkv import LLAMA_SHAPED, OFFICIAL, not_in
+from tools.pure_rwkv import LLAMA_SHAPED, OFFICIAL, best_form, not_in
 
 NAMES = """
 ours            rwkv7                       rwkv_hybrid               form
@@ -75,7 +75,7 @@ FORMS = {"rwkv7": OFFICIAL, "rwkv_hybrid": LLAMA_SHAPED}
 
 def kind_of(cfg: ModelConfig) -> str:
     """The model_type that says more of the model."""
-    return min(FORMS, key=lambda kind: len(not_in(cfg, FORMS[kind])))
+    return best_form(cfg, FORMS)
 
 
 def reasons(cfg: ModelConfig) -> list[str]:

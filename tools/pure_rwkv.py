@@ -10,6 +10,11 @@ LLAMA_SHAPED = {"norm": ("rmsnorm",), "ln0": (False,), "ffn": ("swiglu",)}
 NOWHERE = ("rwkv_rope", "qk_norm", "qkv_bias", "output_bias", "bias")
 
 
+def best_form(cfg: ModelConfig, forms: dict[str, dict[str, tuple]]) -> str:
+    """The name of the shape that says most of the model."""
+    return min(forms, key=lambda name: len(not_in(cfg, forms[name])))
+
+
 def not_in(cfg: ModelConfig, shape: dict[str, tuple]) -> list[str]:
     """What of this model a shape has no place for."""
     allowed = shape | dict.fromkeys(NOWHERE, (False,))

@@ -31,7 +31,8 @@ def mixed(world) -> tuple[str, list[int]]:
     texts = [token.decode("utf-8", "ignore") for token in world.tokens[1:]]
     whole = [text for token, text in zip(world.tokens[1:], texts) if text.encode() == token]
     chinese = [text for text in whole if "\u4e00" <= text[0] <= "\u9fff"]
-    odd = ["é", "ü", "naïve ", "🙂", "👍🏽", "\x00", "\x1b[0m", "\r\n", "\n\n", "ça ", "\u0301", END, "\t"]
+    odd = ["é", "ü", "naïve ", "🙂", "👍🏽", "\x00", "\x1b[0m", "\r\n", "\n\n", "ça ",
+           "\u0301", END, "\t"]
     codes = [*range(0xD800), *range(0xE000, 0x110000)]
     parts = [inspect.getsource(random) * 8, "".join(rng.choices(chinese, k=40_000)),
              "".join(rng.choices(odd, k=50_000)), " " * 100_000, "".join(rng.choices(whole, k=20_000)),

@@ -280,7 +280,8 @@ def test_bytes_and_world_give_the_same_ids_in_llama_cpp_and_come_back(tmp_path, 
     for enc, rows in ((plain, 257), (plain, 260), (world, 320), (merged(), 1500)):
         monkeypatch.setattr(to_gguf, "load_tokenizer", lambda folder, enc=enc: enc)
         files[export(rwkv(N=64, C=64, L=1, V=rows), tmp_path, f"{enc.name}{rows}", enc.name)] = enc
-    texts = [text for text in (*MIXED[:2], *MIXED[4:40], "there the   漢字漢é'\"\r\n\n\n\x00\x01") if text]
+    texts = [text for text in (*MIXED[:2], *MIXED[4:40],
+                               "there the   漢字漢é'\"\r\n\n\n\x00\x01") if text]
     questions = [["/tokenize", {"content": text, "parse_special": False}] for text in texts]
     answers = ask(dict.fromkeys(files, questions + [["/tokenize", {"content": "Hi", "add_special": True}]]))
     for (file, enc), (*of_texts, of_prompt) in zip(files.items(), answers):
