@@ -21,6 +21,8 @@ import stat
 import sys
 import tomllib
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -193,6 +195,9 @@ def load_preset(path: str) -> dict:
         raise ValueError(f"{path} is not TOML: {str(e).partition('; use sys.')[0]}") from None
 
 
+PIECE = 2**16  # bytes
+
+
 def read_text(path: str | Path, what: str, most: int = 2**26) -> str:
     """What a text file holds, up to `most` bytes, without a byte order mark.
 
@@ -202,7 +207,8 @@ def read_text(path: str | Path, what: str, most: int = 2**26) -> str:
     if stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith("/dev/"):      # <(...) is /dev/fd/63
         raise ValueError(f"{what} {path} is a pipe: give a file")
     with open(path, "rb") as file:
-        data = file.read(most + 1)
+        pieces = iter(partial(file.read, PIECE), b"")          # else there is a buffer of `most` bytes
+        data = b"".join(islice(pieces, most // PIECE + 1))
     if len(data) > most:
         raise ValueError(f"{what} {path} has more than {most:,} bytes: give a shorter one")
     try:

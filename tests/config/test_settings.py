@@ -4,6 +4,7 @@ refused in one line that helps.
 
 import os
 import sys
+import tracemalloc
 from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ from tyro.conf import OmitArgPrefixes
 
 import config
 from common import one_line
-from config import at_least, settings
+from config import PIECE, at_least, read_text, settings
 from train import TrainConfig
 
 # ------------------------------------------------------------------------------------------
@@ -314,3 +315,18 @@ def test_flat_settings_of_a_preset_are_checked_together_in_whatever_order_they_s
     """16 by the three heads of the default does not work, by two it does."""
     (tmp_path / "a.toml").write_text("n_embd = 16\nn_head = 2\n")
     assert config.cli(TrainConfig, [str(tmp_path / "a.toml")]).model.n_embd == 16
+
+
+def test_a_text_of_any_size_is_read_whole_up_to_its_limit_and_takes_no_more_memory(tmp_path):
+    for n in (0, 3, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE):
+        (tmp_path / "a.txt").write_text("x" * n)
+        assert read_text(tmp_path / "a.txt", "text", most=max(1, n)) == "x" * n
+        if n:
+            with pytest.raises(ValueError, match=f"more than {n - 1:,} bytes"):
+                read_text(tmp_path / "a.txt", "text", most=n - 1)
+    (tmp_path / "a.txt").write_text("x")
+    tracemalloc.start()
+    read_text(tmp_path / "a.txt", "text")
+    highest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert highest < 2**20
