@@ -128,7 +128,8 @@ def wrap(student: LM, teacher: LM | None) -> LM:
         return view
 
     holder, view = VFirstHolder(), shallow(student)
-    view.blocks = nn.ModuleList(map(shallow, student.blocks))
+    depth = teacher and student.cfg.mixers.rfind("r") + 1                  # aligning needs none above them
+    view.blocks = nn.ModuleList(map(shallow, student.blocks[: depth or None]))
     for i, block in enumerate(view.blocks):
         if isinstance(block.att, TimeMixer):
             block.att = AttentionWrapper(block.att, teacher and teacher.blocks[i].att, holder)
@@ -152,7 +153,7 @@ class StudentConfig:
     # spread: a head's channels remember 2 to block_size tokens; lookback: as far as the
     # teacher's head looks back on one batch
     decay: Literal["spread", "official", "lookback"] = "spread"
-    calibrate: bool = False        # scale each head so that the mixer is nearest to the attention on a batch
+    calibrate: bool = False        # output maps by least squares: mixers are nearest to attention on a batch
 
     @property
     def looks(self) -> bool:
@@ -302,7 +303,7 @@ class DistillConfig:
     data: str = "data/pydoc"               # text, for align and match
     finish_data: str = "data/pydoc-sft"    # supervised data: SFT; preference data: DPO
     stages: str = "align,match,finish"
-    student: Annotated[StudentConfig, OmitArgPrefixes] = StudentConfig()
+    student: Annotated[StudentConfig, OmitArgPrefixes] = StudentConfig(decay="lookback", calibrate=True)
     align_kind: Literal["relative", "l2norm"] = "relative"
     kl_kind: Literal["forward", "reverse", "adaptive"] = "forward"
     kl_weight: float = at_least(0.0, 1.0)
@@ -314,9 +315,10 @@ class DistillConfig:
     dpo_kind: Literal["sigmoid", "hinge"] = "sigmoid"
     dpo_beta: float = at_least(0.0, 0.1)
     dpo_smoothing: float = at_least(0.0, 0.0, below=0.5)
-    align: FitConfig = FitConfig(max_steps=400, batch_size=4, learning_rate=5e-3, eval_every=None)
-    match: FitConfig = FitConfig(max_steps=3000, batch_size=2, learning_rate=5e-4, rwkv_lr_multiplier=2.0,
-                                 weight_decay=0.0, eval_every=1000)
+    align: FitConfig = FitConfig(max_steps=400, batch_size=4, optimizer="muon", learning_rate=1e-2,
+                                 eval_every=None)
+    match: FitConfig = FitConfig(max_steps=3000, batch_size=2, optimizer="muon", learning_rate=5e-4,
+                                 rwkv_lr_multiplier=2.0, weight_decay=0.0, eval_every=1000)
     finish: FitConfig = FitConfig(max_steps=100, batch_size=8, learning_rate=1e-4, weight_decay=0.0,
                                   eval_every=None)
     block_size: int | None = at_least(1, None)         # tokens per sequence; None = the teacher's
@@ -382,14 +384,12 @@ def distill(cfg: DistillConfig) -> dict:
     prepare_data(cfg, rank)
     T = cfg.block_size or teacher.cfg.block_size
     torch.manual_seed(cfg.run.seed)
-    student = make_student(teacher, cfg.student, first_tokens(cfg, T, device), T).to(device)
+    student = make_student(teacher, cfg.student, first_tokens(cfg, teacher, T), T).to(device)
     check_student(cfg, student)
     loaders = open_loaders(cfg, student, logit_teacher, T, rank, world)
     meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}
     run.begin(student, meta, replace(cfg, block_size=T), introduce(cfg, teacher, student, T))
-
     held_out = HeldOut(teacher, student, loaders["val"], cfg.eval_tokens, cfg.match.bptt_chunk)
-
     start = {"name": "start", "tokens": 0, "minutes": 0.0}
     rows = [run.read_row("start.json") or run.note(start | held_out.row(), "start.json")]
     for name in STAGES:

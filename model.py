@@ -314,11 +314,11 @@ class ModelConfig:
 
     vocab_size: int = at_least(1, 257)         # the byte tokenizer's: 256 bytes and <|endoftext|>
     block_size: int = at_least(1, 256)         # tokens per sequence; a limit only to learned positions
-    n_layer: int = at_least(1, 3, below=2**24)
-    n_embd: int = at_least(1, 96)
+    n_layer: int = at_least(1, 2, below=2**24)
+    n_embd: int = at_least(1, 128)
     mixer: Annotated[str, Suppress] = "a"      # a letter per layer, repeated: a = attention, r = RWKV-7
-    n_head: int = at_least(1, 3)
-    rwkv_head_size: int = at_least(1, 32)
+    n_head: int = at_least(1, 2)
+    rwkv_head_size: int = at_least(1, 64)
     positions: Literal["rope", "learned", "none"] = "rope"
     ffn: Literal["relu2", "gelu", "gelu_exact", "swiglu", "channelmix"] = "relu2"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"

@@ -35,6 +35,7 @@ from data.prepare import ensure_prepared
 from lib.bptt import backward_in_pieces
 from lib.folders import check_start, check_vocabulary, load_model, rows, same_tokenizer
 from lib.hybrid import describe, mixer_letters
+from lib.muon import Muon
 from lib.processes import data_parallel, joined, main_first, setup
 from lib.runs import Meter, Progress, Run, RunConfig
 from lib.scores import cross_entropy, mean_loss
@@ -54,6 +55,7 @@ class FitConfig:
     accum: int = at_least(1, 1)                             # micro-batches per step
     bptt_chunk: int | None = at_least(1, None)              # tokens whose activations exist at once
     bptt_truncate: bool = False                             # text goes on from step to step, gradients do not
+    optimizer: Literal["adamw", "muon"] = "adamw"           # muon (lib/muon.py) is for the blocks' matrices
     learning_rate: float = at_least(0.0, 2e-3)
     learning_rate_end: float | None = at_least(0.0, None)   # None = a twentieth
     warmup_steps: int = at_least(0, 20)
@@ -80,11 +82,11 @@ class FitConfig:
 # Optimizer and schedules
 
 def param_groups(model: nn.Module, cfg: FitConfig) -> list[dict]:
-    """AdamW groups by the official RWKV-7 rule.
+    """The optimizer's groups by the official RWKV-7 rule.
 
     Decay only on the matrices of projections, embedding and head (names in .weight, two
-    dimensions or more); `w0`, the decay of the state, learns twice as fast; all in RWKV
-    mixers by rwkv_lr_multiplier.
+    dimensions); `w0`, the decay of the state, learns twice as fast; all in RWKV mixers
+    by rwkv_lr_multiplier. Muon is for the blocks' matrices.
     """
     in_rwkv = {id(p) for m in model.modules() if isinstance(m, TimeMixer) for p in m.parameters()}
     groups: dict[tuple, list] = {}
@@ -95,12 +97,12 @@ def param_groups(model: nn.Module, cfg: FitConfig) -> list[dict]:
         rate *= cfg.rwkv_lr_multiplier if id(p) in in_rwkv else 1.0
         own = {".att.": cfg.att_weight_decay, ".ffn.": cfg.ffn_weight_decay}
         decay = next((own[part] for part in own if part in name and own[part] is not None), cfg.weight_decay)
-        if not name.endswith(".weight") or p.ndim < 2:
-            decay = 0.0
-        groups.setdefault((rate, decay), []).append(p)
+        matrix = name.endswith(".weight") and p.ndim == 2
+        muon = cfg.optimizer == "muon" and matrix and name.startswith("blocks.")
+        groups.setdefault((rate, decay if matrix else 0.0, muon), []).append(p)
     if not groups:
         raise ValueError("nothing to train: every parameter is frozen")
-    return [{"params": params, "rate": rate, "decay": decay} for (rate, decay), params in groups.items()]
+    return [dict(zip(("rate", "decay", "muon"), how), params=params) for how, params in groups.items()]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, cfg: FitConfig, at: Progress) -> float:
@@ -148,7 +150,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, run
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
     groups, betas = param_groups(model, cfg), (cfg.beta1, cfg.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.eps, fused=True)
+    optimizer = Muon(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.eps, fused=True)
     at = run.resume(optimizer, loader)                     # step, tokens, seconds
     last = {"loss": math.nan}
     module = Step(model, loss_fn)

@@ -43,6 +43,11 @@ def settings(cls: type) -> type:
     return dataclass(frozen=True)(cls)
 
 
+def narrow(cfg, cls: type, **changes):
+    """The settings of a class `cls` that cfg's class extends, some of them changed."""
+    return cls(**{f.name: getattr(cfg, f.name) for f in fields(cls)} | changes)
+
+
 def check(self) -> None:
     """What every instance of a settings class goes through."""
     hints = get_type_hints(type(self))

@@ -162,7 +162,10 @@ def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None)
 
 @contextlib.contextmanager
 def figure(path: Path, n: int, width: float = 3.6, height: float = 3.2):
-    """n panels side by side, saved as `path` in the end; None without matplotlib."""
+    """n panels side by side, saved as `path` in the end; None without matplotlib.
+
+    Of equal panels an .svg has equal bytes.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -170,13 +173,14 @@ def figure(path: Path, n: int, width: float = 3.6, height: float = 3.2):
         yield None
         return
     matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": path.name}
     import matplotlib.pyplot as plt
     fig, (axes,) = plt.subplots(1, n, figsize=(width * n, height), constrained_layout=True, squeeze=False)
     yield axes
     for ax in axes:
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=7)
-    fig.savefig(path, dpi=120)
+    fig.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(fig)
 
 

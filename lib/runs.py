@@ -18,7 +18,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +51,11 @@ class RunConfig:
     log_every: int = at_least(1, 10)
     compile: bool = False
     wandb: str | None = None                            # project name
+
+    def within(self, name: str) -> "RunConfig":
+        """The same in the folder OUT/name, where an earlier run goes on."""
+        folder = Path(self.out) / name
+        return replace(self, out=str(folder), resume=folder.exists(), overwrite=False)
 
 
 @dataclass
@@ -421,12 +426,13 @@ def restore_trainer(
     restore(model, checkpoint)
 
     def rates(groups: list[dict]) -> list[tuple]:
-        return [(group["rate"], group["decay"], len(group["params"])) for group in groups]
+        return [(group["rate"], group["decay"], group.get("muon", False), len(group["params"]))
+                for group in groups]
 
     if rates(optimizer.param_groups) != rates(trainer["optimizer"]["param_groups"]):
         raise ValueError(
-            f"{checkpoint} had another weight decay, rwkv_lr_multiplier or freeze: resume with the "
-            "settings it was started with"
+            f"{checkpoint} had another optimizer, weight decay, rwkv_lr_multiplier or freeze: resume with "
+            "the settings it was started with"
         )
     device = next(model.parameters()).device
     states = [tree_map(lambda x: x.to(device), state) for state in trainer["states"] or []]

@@ -38,15 +38,17 @@ def prepare_data(cfg, rank: int) -> None:
             ensure_prepared(cfg.finish_data, cfg.teacher)
 
 
-def first_tokens(cfg, T: int, device: torch.device) -> Tensor | None:
-    """About 4096 tokens of training text (B, T), the same in every process, for a
-    student that looks.
+def first_tokens(cfg, teacher: LM, T: int) -> Tensor | None:
+    """Training text (B, T), the same in every process, for a student that looks: 4096
+    tokens, and for wide models 16 for each channel.
     """
     if not cfg.student.looks:
         return None
-    loader = Loader(cfg.data, "train", max(1, 4096 // T), T, cfg.run.seed)
+    n = max(4096, 16 * teacher.cfg.n_head * teacher.cfg.att_head_size)
+    loader = Loader(cfg.data, "train", max(1, n // T), T, cfg.run.seed)
+    check_vocabulary(teacher, teacher, loader)
     same_tokenizer(loader, cfg.teacher)
-    return loader.step(0)[0][0].x.to(device)
+    return loader.step(0)[0][0].x.to(teacher.emb.weight.device)
 
 
 def check_student(cfg, student: LM) -> None:

@@ -1,6 +1,8 @@
-"""Where a student's decay and output begin, by rule or by a look at its teacher."""
+"""Where a student's decays and output maps begin: by rule, or a look at its teacher."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
@@ -35,28 +37,60 @@ def spread_decay(m: TimeMixer, longest: int | Tensor) -> Tensor:
 
 @torch.no_grad()
 def look_at_teacher(teacher: LM, student: LM, tokens: Tensor, decay: bool, output: bool) -> None:
-    """Set each head's decay and output scale by what attention does with tokens (B, T).
+    """Set each head's decay and each output map by what attention does with tokens
+    (B, T).
 
     As in stage 1, each mixer reads what the teacher's attention reads.
     """
-    v_first = None
-    for i, (x, target) in attention_io(teacher, tokens).items():
-        mixer = student.blocks[i].att
-        if not isinstance(mixer, TimeMixer):
-            continue
-        if decay:
+    mixers = {i: block.att for i, block in enumerate(student.blocks) if isinstance(block.att, TimeMixer)}
+    if decay:
+        seen = attention_io(teacher, tokens[: max(1, 4096 // tokens.shape[1])])
+        for i, mixer in mixers.items():
             # a head that attends to its last n tokens alike looks back d = (n - 1) / 2:
             # let its channels remember 2 ... 2d + 1
-            reach = 2 * lookback(teacher.blocks[i].att, x) + 1
+            reach = 2 * lookback(teacher.blocks[i].att, seen[i][0]) + 1
             mixer.w0.copy_(spread_decay(mixer, reach.clamp(min=2.5)))
-        heads = []
-        hook = mixer.output.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
-        _, v_first, _ = mixer(x, v_first, None)
+    if output:
+        fits = {i: LeastSquares(mixer.output) for i, mixer in mixers.items()}
+        for row in tokens.split(1):
+            v_first = None
+            for i, (x, target) in attention_io(teacher, row).items():
+                if i in fits:
+                    with fits[i].listening(target):
+                        _, v_first, _ = mixers[i](x, v_first, None)
+        for fit in fits.values():
+            fit.solve()
+
+
+class LeastSquares:
+    """A linear map m (A -> C) that is to bring what it reads, y, nearest to a target.
+
+    m's weight W becomes W + E^T Y (Y^T Y + ridge)^-1, E = target - m(Y): the least
+    squares solution, drawn a little towards what m was.
+    """
+
+    RIDGE = 1e-3                                   # of the mean of Y^T Y's diagonal
+
+    def __init__(self, m: nn.Linear):
+        self.m, (C, A) = m, m.weight.shape
+        self.gram, self.cross = (m.weight.new_zeros(n, A, dtype=torch.float64) for n in (A, C))
+
+    @contextlib.contextmanager
+    def listening(self, target: Tensor) -> Iterator[None]:
+        """Note what m reads and gives meanwhile, beside what it should give."""
+        hook = self.m.register_forward_hook(lambda m, args, out: self.note(args[0], target - out))
+        yield
         hook.remove()
-        if output:
-            target = target if mixer.output.bias is None else target - mixer.output.bias
-            scales = head_scales(heads[0].flatten(0, 1), mixer.output.weight, target.flatten(0, 1), mixer.H)
-            mixer.output.weight.mul_(scales.repeat_interleave(mixer.N))
+
+    def note(self, y: Tensor, error: Tensor) -> None:
+        y, error = y.flatten(0, 1).double(), error.flatten(0, 1).double()
+        self.gram += y.T @ y
+        self.cross += error.T @ y
+
+    def solve(self) -> None:
+        mean = self.gram.diagonal().mean().clamp(min=1e-9)
+        ridge = self.RIDGE * mean * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+        self.m.weight.add_(torch.linalg.solve(self.gram + ridge, self.cross.T).T.to(self.m.weight.dtype))
 
 
 def attention_io(model: LM, tokens: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -86,16 +120,3 @@ def lookback(att: CausalSelfAttention, x: Tensor) -> Tensor:
     # where each position looks, (B, H, T)
     mean = F.scaled_dot_product_attention(q, k, values, is_causal=True, enable_gqa=grouped)[..., 0]
     return (position - mean).mean((0, 2))
-
-
-def head_scales(y: Tensor, W: Tensor, target: Tensor, H: int) -> Tensor:
-    """The factors (H,) of y's heads that bring their sum nearest to target (M, C).
-
-    y (M, H N), W (C, H N); the share of head h is u_h = y_h W_h^T. Least squares: solve
-    sum_h <u_g, u_h> c_h = <u_g, target>, drawn a little towards 1.
-    """
-    shares = [y_h @ W_h.T for y_h, W_h in zip(y.chunk(H, 1), W.chunk(H, 1))]
-    u = torch.stack(shares).flatten(1).double()                                    # (H, M C)
-    gram, wish = u @ u.T, u @ target.flatten().double()
-    ridge = 1e-3 * gram.diagonal().mean().clamp(min=1e-9) * torch.eye(H, device=y.device, dtype=u.dtype)
-    return torch.linalg.solve(gram + ridge, wish + ridge.sum(1)).to(y.dtype)

@@ -66,6 +66,18 @@ def job(tiny, teacher, tmp_path) -> Callable[..., DistillConfig]:
     return make
 
 
+def flags(cfg: DistillConfig) -> list[str]:
+    """What to give a script for such a job."""
+    words = ["--teacher", cfg.teacher, "--data", cfg.data, "--out", cfg.run.out,
+             "--device", "cpu", "--log_every", "1", "--eval_tokens", str(cfg.eval_tokens)]
+    for stage in ("align", "match", "finish"):
+        fit = getattr(cfg, stage)
+        for name in ("max_steps", "batch_size", "warmup_steps", "learning_rate", "rwkv_lr_multiplier",
+                     "weight_decay", "optimizer"):
+            words += [f"--{stage}.{name}", str(getattr(fit, name))]
+    return words
+
+
 def rerun(cfg: DistillConfig, **options) -> DistillConfig:
     """The same job with other settings of its run."""
     return replace(cfg, run=replace(cfg.run, **options))

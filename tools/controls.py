@@ -4,12 +4,15 @@
 
 Its settings are those of the distillation in OUT, which has run; the rows go to
 OUT/controls, a folder each, and into its report. What is there goes on or is read back.
+The first is no control but a variant: a student whose heads rotate as its teacher's do,
+or one whose heads do not.
 """
 
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from config import at_least, cli, run as run_script, settings
+from config import at_least, cli, narrow, run as run_script, settings, shown
+
 from data.foreign import read_json
 from data.loader import Loader
 from distill import DistillConfig, distill
@@ -20,12 +23,32 @@ from lib.processes import joined, main_first, setup
 from lib.report import as_markdown, write_report
 from lib.runs import RunConfig
 from lib.scores import measure
+from model import ModelConfig
 from train import FitConfig, TrainConfig, train
+
+SCRATCH = "RWKV-7 from scratch"
+CONTROLS = ("rotating heads", "no stage 1", "no weight transfer", "cross-entropy only", SCRATCH,
+            "teacher trained on")
 
 
 @settings
 class ControlsConfig(DistillConfig):
+    only: str = ",".join(CONTROLS)                 # those to run
     scratch_rate: float = at_least(0.0, 2e-3)      # learning rate of RWKV-7 from scratch: the teacher's
+
+    def __post_init__(self):
+        if set(self.asked) - set(CONTROLS):
+            raise ValueError(f"only = {shown(self.only)}: name some of {','.join(CONTROLS)}")
+
+    @property
+    def asked(self) -> list[str]:
+        return self.only.split(",")
+
+    @property
+    def alone(self) -> FitConfig:
+        """Stage 2's loop, for as many tokens as both stages have together."""
+        sequences = sum(loop.max_steps * loop.batch_size * loop.accum for loop in (self.align, self.match))
+        return replace(self.match, max_steps=sequences // (self.match.batch_size * self.match.accum))
 
 
 def check_stages(cfg: DistillConfig) -> None:
@@ -37,48 +60,51 @@ def check_stages(cfg: DistillConfig) -> None:
 
 def run_controls(cfg: ControlsConfig) -> dict:
     """A row each, against the same teacher; all see as many tokens as the student."""
-    sequences = sum(loop.max_steps * loop.batch_size * loop.accum for loop in (cfg.align, cfg.match))
-    alone = replace(cfg.match, max_steps=sequences // (cfg.match.batch_size * cfg.match.accum))
     changes = {
-        "no stage 1": {"stages": "match", "match": alone},
+        "rotating heads": {"student": replace(cfg.student, rwkv_rope=not cfg.student.rwkv_rope)},
+        "no stage 1": {"stages": "match", "match": cfg.alone},
         "no weight transfer": {"student": replace(cfg.student, transfer=False)},
         "cross-entropy only": {"kl_weight": 0.0, "ce_weight": 1.0}}
     rows = {}
-    for name, change in changes.items():
-        control = replace(cfg, **{"stages": "align,match"} | change, run=in_folder(cfg.run, name))
-        done = distill(control)["stages"]
+    for name in filter(changes.get, cfg.asked):
+        change = {"stages": "align,match"} | changes[name]
+        done = distill(narrow(cfg, DistillConfig, **change, run=place(cfg.run, name)))["stages"]
         rows[name] = done[-1] | {key: sum(row[key] for row in done) for key in ("tokens", "minutes")}
-    return rows | trained_alone(cfg, alone)
-
-
-def trained_alone(cfg: ControlsConfig, loop: FitConfig) -> dict:
-    """RWKV-7 from scratch, and the teacher trained on, each on the same tokens."""
-    rank, world, device = setup(cfg.run.device)
-    teacher = load_model(cfg.teacher, device).eval()
-    t, N, T = teacher.cfg, teacher.cfg.att_head_size, cfg.block_size or teacher.cfg.block_size
-    shape = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=N,
-                    rwkv_size=t.n_head * N, block_size=T)
-    scratch_loop = replace(loop, learning_rate=cfg.scratch_rate, rwkv_lr_multiplier=1.0)
-    hows = {"RWKV-7 from scratch": {"model": shape, "fit": scratch_loop},
-            "teacher trained on": {"init": cfg.teacher, "fit": loop}}
-    val = Loader(cfg.data, "val", 16, T, 0, rank, world)
-    rows = {}
-    for name, how in hows.items():
-        place = in_folder(cfg.run, name)
-        done = train(TrainConfig(data=cfg.data, run=place, **how))
-        scores = measure(teacher, load_model(place.out, device), val, cfg.eval_tokens, cfg.match.bptt_chunk)
-        rows[name] = {"name": name, "tokens": done["tokens"], "minutes": done["minutes"]} | scores
+    teacher = load_model(cfg.teacher).cfg
+    alone = {SCRATCH: from_scratch(cfg, teacher, cfg.alone),
+             "teacher trained on": {"init": cfg.teacher, "fit": cfg.alone}}
+    for name in filter(alone.get, cfg.asked):
+        rows[name] = {"name": name} | trained_alone(cfg, place(cfg.run, name), **alone[name])
     return rows
 
 
-def in_folder(run: RunConfig, name: str) -> RunConfig:
-    """The same run in OUT/controls/NAME, where an earlier one goes on."""
-    folder = Path(run.out) / "controls" / name.replace(" ", "-")
-    return replace(run, out=str(folder), resume=folder.exists(), overwrite=False)
+def from_scratch(cfg: ControlsConfig, t: ModelConfig, loop: FitConfig) -> dict:
+    """How RWKV-7 learns what its teacher of shape t did, without that teacher."""
+    N, T = t.att_head_size, cfg.block_size or t.block_size
+    shape = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=N,
+                    rwkv_size=t.n_head * N, block_size=T)
+    loop = replace(loop, learning_rate=cfg.scratch_rate, rwkv_lr_multiplier=1.0)
+    return {"model": shape, "fit": loop}
 
 
-def check_settings(cfg: ControlsConfig, out: Path, world: int) -> None:
-    """Raises ValueError for other settings than the distillation in `out` had."""
+def trained_alone(cfg: ControlsConfig, run: RunConfig, **how) -> dict:
+    """Train a model by train.py, and compare it with the teacher as a student is."""
+    rank, world, device = setup(cfg.run.device)
+    done = train(TrainConfig(data=cfg.data, run=run, **how))
+    teacher, model = (load_model(folder, device).eval() for folder in (cfg.teacher, run.out))
+    val = Loader(cfg.data, "val", 16, cfg.block_size or teacher.cfg.block_size, 0, rank, world)
+    scores = measure(teacher, model, val, cfg.eval_tokens, cfg.match.bptt_chunk)
+    return {key: done[key] for key in ("tokens", "minutes")} | scores
+
+
+def place(run: RunConfig, name: str) -> RunConfig:
+    return run.within("controls/" + name.replace(" ", "-"))
+
+
+def check_distilled(cfg: ControlsConfig, out: Path, world: int) -> None:
+    """Raises ValueError where `out` has no distillation with these settings."""
+    if not (out / "report.json").exists():
+        raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
     t = open_model(cfg.teacher)[0].cfg
     shape = replace(t, rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
     settings = asdict(replace(cfg, block_size=cfg.block_size or t.block_size))
@@ -91,12 +117,11 @@ def add_controls(cfg: ControlsConfig) -> dict:
     out = Path(cfg.run.out)
     rank, world, _ = setup(cfg.run.device)
     with main_first(rank):                 # who has just distilled writes the report, the others wait
-        if not (out / "report.json").exists():
-            raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
-        check_settings(cfg, out, world)
+        check_distilled(cfg, out, world)
         held = lock(out) if rank == 0 else None            # nobody replaces OUT meanwhile
     controls = run_controls(cfg)
-    report = read_json(out / "report.json", "distil again") | {"controls": controls}
+    report = read_json(out / "report.json", "distil again")
+    report["controls"] = report.get("controls", {}) | controls
     if rank == 0:
         curves = {"teacher": Path(cfg.teacher)} | {name: out / name for name in cfg.named}
         write_report(out, report, {name: folder / "metrics.jsonl" for name, folder in curves.items()})

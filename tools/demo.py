@@ -8,10 +8,10 @@ Its settings are distill.py's, and with a prefix those of the teacher that is tr
 where there is none: --teacher_model.n_layer, --teacher_fit.max_steps, ...
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from config import cli, run as run_script, settings
+from config import cli, narrow, run as run_script, settings
 import torch.distributed as dist
 
 from data.prepare import ensure_prepared
@@ -45,8 +45,8 @@ def demo(cfg: DemoConfig) -> dict:
         train_teacher(cfg)
     report = distill(cfg)
     if cfg.controls:
-        same = {f.name: getattr(cfg, f.name) for f in fields(DistillConfig)}
-        report = add_controls(ControlsConfig(scratch_rate=cfg.teacher_fit.learning_rate, **same))
+        rate = cfg.teacher_fit.learning_rate
+        report = add_controls(ControlsConfig(**vars(narrow(cfg, DistillConfig)), scratch_rate=rate))
     return report
 
 

@@ -1,20 +1,27 @@
-"""Which layers to leave as attention: what replacing each one costs.
+"""Which layers to leave as attention, after a short stage 1 for all of them at once.
 
     python -m tools.rank_layers --keep 1 --align.max_steps 100 --out out/rwkv
+    python -m tools.rank_layers --by replace --keep 1 --out out/rwkv
 
-Stage 1 for all layers at once, then the KL with each of them replaced alone, and a
-proposal: OUT/ranking/ranking.json. Its settings are distill.py's; the student's --mixer
-is every layer.
+    restore   the student with every layer replaced: put back the attention that lowers
+              the KL most, then the next beside it, and so on (arXiv 2512.20569)
+    replace   the teacher with one layer replaced at a time: leave those that cost most
+
+A proposal for every number of layers that stay, up to --keep, goes to
+OUT/ranking/ranking.json. Its settings are distill.py's; the student's --mixer is every
+layer.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Literal
 
-from config import at_least, cli, run as run_script, settings
-import torch
+from config import at_least, cli, narrow, run as run_script, settings
+from tyro.conf import Suppress
 
 from data.loader import Loader
-from distill import DistillConfig, distill, wrap
+from distill import DistillConfig, distill
 from lib.folders import load_model, open_model, write_json
 from lib.processes import joined, setup
 from lib.scores import compare
@@ -23,55 +30,81 @@ from model import LM
 
 @settings
 class RankConfig(DistillConfig):
+    stages: Annotated[str, Suppress] = "align"
     keep: int = at_least(0, 1)             # how many layers the proposal leaves as attention
+    by: Literal["restore", "replace"] = "restore"
 
 
 def rank_layers(cfg: RankConfig) -> dict:
-    """All layers' costs and the proposal, as OUT/ranking/ranking.json holds them."""
+    """What was measured and the proposals, as OUT/ranking/ranking.json holds them."""
     out = Path(cfg.run.out) / "ranking"
     if cfg.student.mixer not in ("r", "all"):
         raise ValueError(f"mixer = {cfg.student.mixer!r}: every layer is replaced once, so omit --mixer")
-    teacher_shape = open_model(cfg.teacher)[0].cfg
-    if cfg.keep >= teacher_shape.n_layer:
-        raise ValueError(f"keep = {cfg.keep}: of {teacher_shape.n_layer} layers 0 to "
-                         f"{teacher_shape.n_layer - 1} can stay attention")
-    distill(replace(cfg, stages="align", run=replace(cfg.run, out=str(out))))
+    n_layer = open_model(cfg.teacher)[0].cfg.n_layer
+    if cfg.keep >= n_layer:
+        raise ValueError(f"keep = {cfg.keep}: of {n_layer} layers 0 to {n_layer - 1} can stay attention")
+    distill(narrow(cfg, DistillConfig, stages="align", run=replace(cfg.run, out=str(out))))
     rank, world, device = setup(cfg.run.device)
     teacher = load_model(cfg.teacher, device).eval()
     student = load_model(out / "align", device).eval()
-    T = cfg.block_size or teacher.cfg.block_size
-    val = Loader(cfg.data, "val", 16, T, 0, rank, world)
-    ranking = propose(replacement_costs(student, teacher, val, cfg.eval_tokens), cfg.keep)
+    val = Loader(cfg.data, "val", 16, cfg.block_size or teacher.cfg.block_size, 0, rank, world)
+
+    def score(attention: set[int]) -> dict:
+        result = compare(teacher, hybrid(teacher, student, attention), val, cfg.eval_tokens)
+        row = {key: result[key] for key in ("kl", "gap", "top1")}
+        if rank == 0:
+            line = "attention in {}: KL {kl:.4f}, top-1 {top1:.1%}"
+            print(line.format(sorted(attention), **row), flush=True)
+        return row
+
+    found = {"restore": restored, "replace": replaced}[cfg.by](n_layer, cfg.keep, score)
+    proposals = [letters(n_layer, set(found["order"][:n])) for n in range(cfg.keep + 1)]
+    ranking = {"by": cfg.by, "keep": cfg.keep, "attention": sorted(found["order"][: cfg.keep]),
+               "mixer": proposals[-1], "mixers": proposals} | found
     if rank == 0:
         write_json(out / "ranking.json", ranking)
-        for row in ranking["layers"]:
-            print("layer {layer}: replaced alone it costs KL {kl:.4f}, top-1 {top1:.1%}".format(**row))
         print(f"{out}/ranking.json; attention stays best in {ranking['attention']}: "
               f"python distill.py --mixer {ranking['mixer']}")
     return ranking
 
 
-@torch.no_grad()
-def replacement_costs(student: LM, teacher: LM, val: Loader, max_tokens: int | None) -> list[dict]:
-    """KL(teacher || teacher with that mixer) for each layer, the costliest first.
+def letters(n_layer: int, attention: set[int]) -> str:
+    return "".join("a" if i in attention else "r" for i in range(n_layer))
 
-    `student` has been aligned everywhere. v_first is layer 0's, as in stage 1,
-    whichever layer is replaced.
+
+def hybrid(teacher: LM, student: LM, attention: set[int]) -> LM:
+    """The student, with its teacher's attention in the layers of `attention`.
+
+    It is the literal hybrid: v_first is that of the first layer which stays RWKV-7.
     """
-    model, rows = wrap(student, teacher).eval(), []
-    for i, block in enumerate(model.blocks):
-        block.att.teacher = None               # here the student's output flows on, elsewhere the teacher's
-        result = compare(teacher, model, val, max_tokens)
-        block.att.teacher = teacher.blocks[i].att
-        rows.append({"layer": i} | {key: result[key] for key in ("kl", "gap", "top1")})
-    return sorted(rows, key=lambda row: -row["kl"])
+    model = LM(replace(student.cfg, mixer=letters(student.cfg.n_layer, attention)))
+    model.load_state_dict(student.state_dict(), strict=False)      # all but attention's projections
+    for i in attention:
+        model.blocks[i].att.load_state_dict(teacher.blocks[i].att.state_dict())
+    return model.to(student.emb.weight.device).eval()
 
 
-def propose(rows: list[dict], keep: int) -> dict:
-    """Leave the `keep` costliest layers attention, as if costs added up exactly."""
-    attention = sorted(row["layer"] for row in rows[:keep])
-    letters = "".join("a" if i in attention else "r" for i in range(len(rows)))
-    return {"layers": rows, "keep": keep, "attention": attention, "mixer": letters}
+# ------------------------------------------------------------------------------------------
+# The two rules: which layers are left to attention first. `score` says what a set costs
+
+def restored(n_layer: int, keep: int, score: Callable[[set[int]], dict]) -> dict:
+    """Greedy: the layer whose return leaves the least KL, beside those put back."""
+    order: list[int] = []
+    steps = [{"attention": [], **score(set())}]
+    for _ in range(keep):
+        rows = {i: score({*order, i}) for i in range(n_layer) if i not in order}
+        best = min(rows, key=lambda i: rows[i]["kl"])
+        order.append(best)
+        steps.append({"attention": sorted(order), **rows[best]})
+    return {"order": order, "steps": steps}
+
+
+def replaced(n_layer: int, keep: int, score: Callable[[set[int]], dict]) -> dict:
+    """The costliest first, each replaced alone, as if costs added up exactly."""
+    everywhere = set(range(n_layer))
+    rows = [{"layer": i, **score(everywhere - {i})} for i in range(n_layer)]
+    rows.sort(key=lambda row: -row["kl"])
+    return {"order": [row["layer"] for row in rows][:keep], "layers": rows}
 
 
 def main(argv: list[str] | None = None) -> None:

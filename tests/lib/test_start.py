@@ -2,6 +2,7 @@
 look at the teacher gives.
 """
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from common import T, random_batch, shake, state_dict, tiny_model
 from distill import StudentConfig, align_loss, make_student, wrap
 from lib.report import layer_errors
-from lib.start import attention_io, head_scales, lookback
+from lib.start import LeastSquares, attention_io, lookback
 
 
 def test_the_student_is_a_copy_that_shares_no_memory_with_its_teacher():
@@ -93,16 +94,29 @@ def test_heads_that_look_further_back_remember_longer():
 
 
 @torch.no_grad()
-def test_head_scales_are_those_of_least_squares():
+def test_the_output_map_is_that_of_least_squares():
+    """Told in two pieces. Reading nothing it stays as it was; its bias always does."""
     torch.manual_seed(0)
-    y, W, c = torch.randn(200, 12), torch.randn(8, 12), torch.tensor([0.2, -1.0, 3.0])
-    target = y * c.repeat_interleave(4) @ W.T
-    torch.testing.assert_close(head_scales(y, W, target, 3), c, rtol=0.01, atol=0.01)
-    noise = target + 5 * torch.randn_like(target)
-    u = torch.stack([y[:, i : i + 4] @ W[:, i : i + 4].T for i in (0, 4, 8)]).flatten(1)
-    solution = torch.linalg.lstsq(u.T, noise.flatten()).solution
-    torch.testing.assert_close(head_scales(y, W, noise, 3), solution, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(head_scales(torch.zeros(5, 12), W, target[:5], 3), torch.ones(3))
+    m, wish, y = torch.nn.Linear(12, 8), torch.nn.Linear(12, 8), torch.randn(2, 100, 12)
+    wish.bias.copy_(m.bias)
+    noisy = wish(y) + torch.randn(2, 100, 8)
+    for target, rtol in ((wish(y), 0.02), (noisy, 0.02)):
+        mine = copy.deepcopy(m)
+        fit = LeastSquares(mine)
+        for row, t in zip(y.split(1), target.split(1)):
+            with fit.listening(t):
+                mine(row)
+        mine(torch.full((1, 1, 12), 1e6))                          # nobody listens
+        fit.solve()
+        solution = torch.linalg.lstsq(y.flatten(0, 1), (target - m.bias).flatten(0, 1)).solution.T
+        torch.testing.assert_close(mine.weight, solution, rtol=rtol, atol=0.01)
+        assert torch.equal(mine.bias, m.bias)
+    mine = copy.deepcopy(m)
+    fit = LeastSquares(mine)
+    with fit.listening(torch.ones(1, 5, 8)):
+        mine(torch.zeros(1, 5, 12))
+    fit.solve()
+    assert torch.equal(mine.weight, m.weight)
 
 
 def test_calibration_brings_every_mixer_nearer_to_its_attention():

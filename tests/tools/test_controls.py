@@ -3,20 +3,20 @@ nothing to compare.
 """
 
 import json
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 
 import tools.controls
 from common import one_line
 from common_distill import job, loop, teacher  # noqa: F401   (fixtures)
-from distill import DistillConfig, StudentConfig, distill
+from distill import DistillConfig, distill
 from lib.folders import load_model
-from tools.controls import ControlsConfig, add_controls, run_controls
+from tools.controls import CONTROLS, SCRATCH, ControlsConfig, add_controls, run_controls
 
 
-def controls_of(cfg: DistillConfig) -> ControlsConfig:
-    return ControlsConfig(**{f.name: getattr(cfg, f.name) for f in fields(DistillConfig)})
+def controls_of(cfg: DistillConfig, **changes) -> ControlsConfig:
+    return ControlsConfig(**vars(cfg), **changes)
 
 
 def test_every_control_sees_the_students_tokens_without_one_idea(job, tmp_path, monkeypatch, capsys):
@@ -29,22 +29,15 @@ def test_every_control_sees_the_students_tokens_without_one_idea(job, tmp_path, 
     assert with_controls == report | {"controls": with_controls["controls"]}
     assert json.loads((out / "report.json").read_text()) == with_controls
     rows = with_controls["controls"]
-    assert {name: row["tokens"] for name, row in rows.items()} == dict.fromkeys(
-        [
-            "no stage 1",
-            "no weight transfer",
-            "cross-entropy only",
-            "RWKV-7 from scratch",
-            "teacher trained on",
-        ],
-        (2 * 4 + 3 * 4) * 16,
-    )
+    tokens = {name: row["tokens"] for name, row in rows.items()}
+    assert tokens == dict.fromkeys(CONTROLS, (2 * 4 + 3 * 4) * 16)
     for name in rows:
         assert f"| control: {name} |" in (out / "report.md").read_text()
     ideas = [(c.stages, c.match.max_steps, c.student, c.kl_weight, c.ce_weight) for c in jobs]
     assert ideas == [
+        ("align,match", 3, replace(cfg.student, rwkv_rope=True), 1, 0),
         ("match", 5, cfg.student, 1, 0),
-        ("align,match", 3, StudentConfig(transfer=False), 1, 0),
+        ("align,match", 3, replace(cfg.student, transfer=False), 1, 0),
         ("align,match", 3, cfg.student, 0, 1),
     ]
     mixers = {name: load_model(out / "controls" / name.replace(" ", "-")).cfg.mixers for name in rows}
@@ -73,8 +66,22 @@ def test_what_stage_1_takes_is_given_to_stage_2_where_it_is_left_out(job, monkey
         jobs.append(control)
         raise InterruptedError
 
-    cfg, jobs = controls_of(job("out", stages="align,match", align=loop(3, 3), match=loop(5, 4))), []
+    cfg, jobs = job("out", stages="align,match", align=loop(3, 3), match=loop(5, 4)), []
     monkeypatch.setattr(tools.controls, "distill", first)
     with pytest.raises(InterruptedError):
-        run_controls(cfg)
+        run_controls(controls_of(cfg, only="no stage 1"))
     assert jobs[0].stages == "match" and jobs[0].match.max_steps == (3 * 3 + 5 * 4) // 4
+
+
+def test_some_controls_are_run_and_those_of_before_stay(job):
+    cfg = job("out", stages="align,match", align=loop(2), match=loop(2))
+    distill(cfg)
+    first = add_controls(controls_of(cfg, only=SCRATCH))["controls"]
+    both = add_controls(controls_of(cfg, only="rotating heads"))["controls"]
+    assert list(first) == [SCRATCH] and both[SCRATCH] == first[SCRATCH]
+    rotating = load_model(f"{cfg.run.out}/controls/rotating-heads").cfg
+    assert rotating.rwkv_rope and not load_model(cfg.run.out).cfg.rwkv_rope
+    for names in ("", "no stage 2", "rotating heads,"):
+        with pytest.raises(ValueError, match="only") as error:
+            controls_of(cfg, only=names)
+        one_line(error.value)

@@ -1,0 +1,75 @@
+"""Rules side by side: patterns, one student for equal ones, rows that add up."""
+
+import json
+
+import pytest
+
+import tools.hybrids
+from common import one_line, tiny_model
+from common_distill import META, flags, job, loop, teacher  # noqa: F401   (fixtures)
+from lib.folders import save_model
+from lib.hybrid import remembered_bytes
+from tools.hybrids import HybridsConfig, as_markdown, by_place, main
+from tools.rank_layers import letters
+from tools.recall import RecallConfig, write_pairs
+
+
+def test_rules_of_place():
+    rules = ("uniform", "first", "last")
+    patterns = {rule: [letters(4, by_place(rule, 4, n)) for n in range(5)] for rule in rules}
+    assert patterns["uniform"] == ["rrrr", "rrra", "rara", "aara", "aaaa"]
+    assert patterns["first"] == ["rrrr", "arrr", "aarr", "aaar", "aaaa"]
+    assert patterns["last"] == ["rrrr", "rrra", "rraa", "raaa", "aaaa"]
+
+
+def test_a_row_for_each_rule_and_number_and_equal_patterns_are_one(job, tmp_path, monkeypatch, capsys):
+    cfg, out = job("out", stages="align,match", align=loop(2), match=loop(2)), tmp_path / "out"
+    made, real = [], tools.hybrids.distill
+    monkeypatch.setattr(tools.hybrids, "distill", lambda cfg: made.append(cfg.student.mixer) or real(cfg))
+    main(flags(cfg))
+    report = json.loads((out / "hybrids.json").read_text())
+    assert sorted(made) == ["ar", "ra", "rr"]
+    assert [(row["rule"], row["kept"]) for row in report["rows"]] == [
+        (rule, n) for rule in ("restore", "replace", "uniform", "first", "last") for n in (0, 1)]
+    for row in report["rows"]:
+        assert row["mixer"].count("a") == row["kept"] and row["kl"] >= 0 and "recall" not in row
+    by_rule = {row["rule"]: row for row in report["rows"] if row["kept"]}
+    assert by_rule["uniform"] == by_rule["last"] | {"rule": "uniform"}
+    shape = tiny_model().cfg
+    assert report["teacher"]["bytes"] == remembered_bytes(shape, shape.block_size)
+    assert by_rule["last"]["align"]["tokens"] == 2 * 2 * 16 and by_rule["last"]["match"]["minutes"] > 0
+    assert as_markdown(report) in capsys.readouterr().out
+    assert (out / "hybrids.svg").stat().st_size > 1000
+    made.clear()
+    main([*flags(cfg), "--memory_of", "1000"])            # reads the students back
+    again = json.loads((out / "hybrids.json").read_text())
+    assert [row | {"bytes": 0} for row in again["rows"]] == [row | {"bytes": 0} for row in report["rows"]]
+    assert again["teacher"]["bytes"] == remembered_bytes(shape, 1000)
+
+
+def test_on_pairs_the_students_and_the_teacher_are_asked(job, tmp_path, capsys):
+    write_pairs(tmp_path / "pairs", RecallConfig(pairs="2,4", examples=600, asked=64))
+    save_model(tiny_model(block_size=16), tmp_path / "teacher", META)
+    cfg = job("out", stages="align,match", data=str(tmp_path / "pairs"), align=loop(2), match=loop(2),
+              teacher=str(tmp_path / "teacher"))
+    main([*flags(cfg), "--rules", "last", "--kept", "0,1", "--pairs", "4"])
+    report = json.loads((tmp_path / "out" / "hybrids.json").read_text())
+    assert all(0 <= row["recall"] <= 1 for row in [*report["rows"], report["teacher"]])
+    assert "answers right of 4 pairs" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_one_line(job, tmp_path):
+    for change in ({"rules": "best"}, {"rules": ""}, {"rules": "first,first"}, {"kept": "x"},
+                   {"kept": "1,,2"}, {"pairs": 0}, {"pairs": 33}):
+        with pytest.raises(ValueError, match=next(iter(change))) as error:
+            HybridsConfig(**change)
+        one_line(error.value)
+    cfg = job("out", stages="align,match")
+    with pytest.raises(ValueError, match="kept = 2"):
+        main([*flags(cfg), "--kept", "2"])
+    with pytest.raises(ValueError, match="omit --mixer"):
+        main([*flags(cfg), "--mixer", "ra"])
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "hybrids.json").write_text("{}")
+    with pytest.raises(ValueError, match="this command did not write it"):
+        main(flags(cfg))

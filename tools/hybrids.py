@@ -1,0 +1,200 @@
+"""What it is worth to leave some layers attention, and which: rules side by side.
+
+    python -m tools.hybrids --teacher out/deep --out out/hybrids
+    python -m tools.hybrids --teacher out/pairs/teacher --data out/pairs/data
+
+For every rule and every number of layers kept, a student of that --mixer is distilled
+in stages 1 and 2 and compared with the teacher: OUT/hybrids.json, .md and .svg. On the
+data of tools/recall.py all are also asked for pairs. Its settings are distill.py's;
+students that are there already are read back, so that an interrupted run goes on.
+
+    restore, replace    by tools/rank_layers.py
+    uniform             spread evenly, the last layer among them
+    first, last         the layers nearest to the embedding, to the head
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from config import at_least, cli, narrow, run as run_script, settings, shown
+import torch
+from tyro.conf import OmitArgPrefixes, Suppress
+
+from distill import DistillConfig, distill
+from lib.folders import load_model, write_json, write_whole
+from lib.home import lock
+from lib.hybrid import remembered_bytes
+from lib.owned import check_place, contents
+from lib.processes import setup
+from lib.report import figure
+from lib.runs import RunConfig
+from model import LM
+from tools.rank_layers import RankConfig, letters, rank_layers
+from tools.recall import is_recall as is_pairs, pairs_accuracy
+
+RULES = ("restore", "replace", "uniform", "first", "last")
+ASKED = 200            # sequences of pairs
+
+
+@settings
+class HybridsConfig(DistillConfig):
+    stages: Annotated[str, Suppress] = "align,match"
+    rules: str = ",".join(RULES)
+    kept: str | None = None                # numbers of layers, with commas; None = all
+    memory_of: int | None = at_least(1, None)  # tokens whose bytes are told; None = block_size
+    pairs: int = at_least(1, 16, below=33)     # asked for, where the data are pairs
+    run: Annotated[RunConfig, OmitArgPrefixes] = RunConfig(out="out/hybrids")
+
+    def __post_init__(self):
+        names = self.rules.split(",")
+        if set(names) - set(RULES) or len(set(names)) < len(names):
+            raise ValueError(f"rules = {shown(self.rules)}: name some of {','.join(RULES)}, each once")
+        if any(not n.isdecimal() for n in (self.kept or "0").split(",")):
+            raise ValueError(f"kept = {shown(self.kept)}: write numbers of layers with commas")
+        if self.student.mixer not in ("r", "all"):
+            raise ValueError(f"mixer = {self.student.mixer!r}: the rules say which layers, so omit --mixer")
+
+
+def hybrids(cfg: HybridsConfig) -> dict:
+    """A row for each rule and number of layers kept; equal patterns are one student."""
+    teacher = load_model(cfg.teacher, setup(cfg.run.device)[2]).eval()
+    L, T = teacher.cfg.n_layer, cfg.block_size or teacher.cfg.block_size
+    kept = [int(n) for n in cfg.kept.split(",")] if cfg.kept else list(range(L))
+    if max(kept) >= L:
+        raise ValueError(f"kept = {cfg.kept}: of {L} layers 0 to {L - 1} can stay attention")
+    n = cfg.memory_of or T
+    rate = speed(teacher, cfg.match.batch_size, T)
+    first = {"bytes": remembered_bytes(teacher.cfg, n), "tokens_per_s": rate}
+    if has_pairs(cfg):
+        first["recall"] = pairs_accuracy(teacher, cfg.pairs, ASKED)
+    rows, students = [], {}
+    for rule in cfg.rules.split(","):
+        for number, mixer in zip(kept, patterns(cfg, rule, L, kept)):
+            students[mixer] = students.get(mixer) or student_row(cfg, mixer, n)
+            rows.append({"rule": rule, "kept": number} | students[mixer])
+    pairs = {"pairs": cfg.pairs} if has_pairs(cfg) else {}
+    return {"n_layer": L, "memory_of": n, "teacher": first, "rows": rows} | pairs
+
+
+@torch.no_grad()
+def speed(teacher: LM, B: int, T: int) -> float:
+    """Tokens that the teacher reads in a second, at a batch's size; the median of 3."""
+    tokens, times = torch.zeros(B, T, dtype=torch.long, device=teacher.emb.weight.device), []
+    for _ in range(3):
+        start = time.perf_counter()
+        teacher(tokens)[0].sum().item()            # waits for a GPU
+        times.append(time.perf_counter() - start)
+    return B * T / sorted(times)[1]
+
+
+def patterns(cfg: HybridsConfig, rule: str, L: int, kept: list[int]) -> list[str]:
+    """A rule's --mixer for each number of layers that stay attention."""
+    if rule not in ("restore", "replace"):
+        return [letters(L, by_place(rule, L, n)) for n in kept]
+    shared = vars(narrow(cfg, DistillConfig, run=cfg.run.within("ranked")))
+    mixers = rank_layers(RankConfig(**shared, keep=max(kept), by=rule))["mixers"]
+    return [mixers[n] for n in kept]
+
+
+def by_place(rule: str, L: int, n: int) -> set[int]:
+    """The n of L layers that stay attention, chosen by where they stand."""
+    if rule == "uniform":
+        return {(i + 1) * L // n - 1 for i in range(n)}
+    return set(range(n)) if rule == "first" else set(range(L - n, L))
+
+
+def student_row(cfg: HybridsConfig, mixer: str, n: int) -> dict:
+    """Distil the student of a pattern, or read it back, and say how it does.
+
+    `bytes` are what it remembers of n tokens.
+    """
+    run = cfg.run.within(mixer)
+    student = replace(cfg.student, mixer=mixer)
+    done = distill(narrow(cfg, DistillConfig, student=student, run=run))["stages"]
+    model = load_model(run.out, setup(cfg.run.device)[2]).eval()
+    row = {"mixer": mixer, "bytes": remembered_bytes(model.cfg, n)}
+    row |= {key: done[-1][key] for key in ("kl", "gap", "top1")}
+    for stage in done[1:]:
+        row[stage["name"]] = {key: stage[key] for key in ("tokens", "minutes", "kl", "gap", "top1")}
+    return row | ({"recall": pairs_accuracy(model, cfg.pairs, ASKED)} if has_pairs(cfg) else {})
+
+
+def has_pairs(cfg: HybridsConfig) -> bool:
+    return is_pairs(Path(cfg.data) / "meta.json")
+
+
+# ------------------------------------------------------------------------------------------
+# The report
+
+def as_markdown(report: dict) -> str:
+    """A table for each score: rules across, layers kept down."""
+    rows = {(row["rule"], row["kept"]): row for row in report["rows"]}
+    rules, kept = (list(dict.fromkeys(column)) for column in zip(*rows))
+    tables = []
+    for key, (title, form) in scores(report).items():
+        lines = [f"| {title}, by layers kept | " + " | ".join(rules) + " | bytes |",
+                 "|---:|" + "---:|" * (len(rules) + 1)]
+        for n in kept:
+            cells = [f"{rows[rule, n][key]:{form}}" for rule in rules]
+            lines.append(f"| {n} | " + " | ".join(cells) + f" | {rows[rules[0], n]['bytes']:,} |")
+        tables.append("\n".join(lines))
+    teacher = report["teacher"]
+    tables += ["\n".join(speeds(report)),
+               f"Bytes are those of {report['memory_of']:,} tokens; all attention: {teacher['bytes']:,}"
+               + (f", {teacher['recall']:.1%} of the answers right." if "recall" in teacher else ".")]
+    return "\n\n".join(tables) + "\n"
+
+
+def speeds(report: dict) -> list[str]:
+    """A table of what each student's stages took; the teacher reads each token once."""
+    lines = ["| student | stage | tokens | minutes | tokens/s | teacher's share |",
+             "|---|---|---:|---:|---:|---:|"]
+    for mixer, row in {row["mixer"]: row for row in report["rows"]}.items():
+        for stage in ("align", "match"):
+            tokens, minutes = row[stage]["tokens"], row[stage]["minutes"]
+            rate = tokens / max(minutes * 60, 1e-9)
+            share = rate / report["teacher"]["tokens_per_s"]
+            lines.append(f"| {mixer} | {stage} | {tokens:,} | {minutes:.1f} | {rate:,.0f} | {share:.0%} |")
+    return lines
+
+
+def scores(report: dict) -> dict[str, tuple[str, str]]:
+    """What there is to tell: key -> title and format."""
+    pairs = {"recall": (f"answers right of {report['pairs']} pairs", ".1%")} if "pairs" in report else {}
+    return {"kl": ("KL", ".4f"), "top1": ("top-1", ".1%")} | pairs
+
+
+def plot(report: dict, path: Path) -> None:
+    """KL, and recall where asked for, against layers kept and against bytes."""
+    shown_scores = [key for key in scores(report) if key != "top1"]
+    with figure(path, 2 * len(shown_scores)) as panels:
+        titles = {"kept": "layers kept attention", "bytes": f"bytes of {report['memory_of']:,} tokens"}
+        for i, key in enumerate(shown_scores if panels is not None else []):
+            for x, ax in zip(titles, panels[2 * i :]):
+                for rule in dict.fromkeys(row["rule"] for row in report["rows"]):
+                    points = sorted((row[x], row[key]) for row in report["rows"] if row["rule"] == rule)
+                    ax.plot(*zip(*points), "o-", ms=3, label=rule)
+                ax.set(xlabel=titles[x], ylabel=scores(report)[key][0],
+                       yscale="log" if key == "kl" else "linear")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = cli(HybridsConfig, argv)
+    if setup(cfg.run.device)[1] > 1:
+        raise ValueError("tools.hybrids runs on one process: start it with python, not torchrun")
+    out = Path(cfg.run.out)
+    results = [out / f"hybrids.{kind}" for kind in ("json", "md", "svg")]
+    check_place(results, lambda file: "rows" in contents(file), "--out")
+    held = lock(out)
+    report = hybrids(cfg)
+    text = as_markdown(report)
+    write_json(results[0], report)
+    write_whole(results[1], lambda part: part.write_text(text, encoding="utf-8"))
+    plot(report, results[2])
+    print(text + f"{out}: hybrids.json, hybrids.md, hybrids.svg")
+
+
+if __name__ == "__main__":
+    run_script(main)
