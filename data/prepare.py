@@ -3,8 +3,8 @@
     python -m data.prepare [SOURCE] [--out data/NAME] [--tokenizer bytes]
                            [--val_fraction 0.1] [--split hash] [--overwrite]
 
-SOURCE is pydoc, pydoc-sft, pydoc-dpo, shakespeare, a URL, or a .txt/.md/.jsonl(.gz)
-file, a folder of them, or a pipe: `sources.py`. `loader.py` makes the batches.
+SOURCE is pydoc, pydoc-sft, pydoc-dpo, pysource, shakespeare, a URL, or a .txt/.md/
+.jsonl(.gz) file, a folder of them, or a pipe: `sources.py`. `loader.py` makes the batches.
 
 TOKENIZER is bytes, one of tiktoken's names, world (or its vocabulary's file), or the
 folder of a model whose own tokenizer is to be used.
@@ -56,11 +56,11 @@ from tqdm import tqdm
 from data.chat import Turns, encode_turns
 from data.folder import HALVES, publish, recover, require_replaceable, seal, staging_folder
 from data.records import Example
-from data.sources import fetch, read
+from data.sources import PYTHON, fetch, read
 from data.tokenizer import get_tokenizer, opening, save_tokenizer
 
 # sources that need no file; the last one is a download
-EMBEDDED = ("pydoc", "pydoc-sft", "pydoc-dpo", "shakespeare")
+EMBEDDED = ("pydoc", "pydoc-sft", "pydoc-dpo", "pysource", "shakespeare")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Assigned = tuple[bool, bytes | int, Example]         # in val?, rank in the order within the half
 Record = tuple[bytes | int, list[tuple[int, int]]]   # rank, (start, stop) of each stored row
@@ -163,7 +163,7 @@ def _write_folder(job: Job, split: str) -> dict:
 
 def _with_version(source: str) -> str:
     """Python's own texts differ from version to version."""
-    return f"{source} of Python {sys.version.split()[0]}" if source.startswith("pydoc") else source
+    return f"{source} of Python {sys.version.split()[0]}" if source in PYTHON else source
 
 
 def ensure_prepared(folder: str | Path, tokenizer: str = "bytes") -> None:

@@ -7,7 +7,7 @@
 The default source needs no download, for every Python has a book in it:
 `pydoc_data.topics`, the language manual, and the docstrings of the standard library,
 read with `ast` (nothing is imported). About 2 MB of English; the exact text depends on
-the Python version. Others: tiny Shakespeare, a URL, .txt/.md/.jsonl files (or .gz of
+the Python version. `pysource` is their source files, some 11 MB. Others: tiny Shakespeare, a URL, .txt/.md/.jsonl files (or .gz of
 these), folders of them, pipes. What a line of .jsonl may be is in `records.py`.
 """
 
@@ -44,7 +44,7 @@ CHUNK, LONGEST = 2**20, 2**26
 # a .gz file unpacks to at most so many times its size, if to more than a little
 RATIO, LITTLE = 200, 2**23
 MOST_KINDS = 100  # of what is left out
-PYTHON = ("pydoc", "pydoc-sft", "pydoc-dpo")
+PYTHON = ("pydoc", "pydoc-sft", "pydoc-dpo", "pysource")
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
          codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -85,7 +85,8 @@ def read(source: str, path: Path | None, whole: bool, left_out: Counter) -> Iter
     can't be decoded or understood.
     """
     if path is None:
-        return {"pydoc": _pydoc, "pydoc-sft": _pydoc_sft, "pydoc-dpo": _pydoc_dpo}[source]()
+        return {"pydoc": _pydoc, "pydoc-sft": _pydoc_sft, "pydoc-dpo": _pydoc_dpo,
+                "pysource": _pysource}[source]()
     return _path(source, path, whole, left_out)
 
 
@@ -153,18 +154,9 @@ def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     class, with its methods'. It is also the key of the split: the docstrings of one
     class repeat each other, so they stay in one half.
     """
-    skip = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip",
-            "site-packages", "dist-packages"}
-    root, seen = Path(sysconfig.get_path("stdlib")), set()
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if skip.intersection(parts):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # some distributions keep templates there that aren't Python
-            continue
-        module = ".".join(parts).removesuffix(".__init__")
+    seen = set()
+    for module, code in _modules():
+        tree = ast.parse(code)
         functions = [node for node in tree.body if isinstance(node, FUNCTION)]
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         places = [(module, [tree, *functions])]
@@ -177,6 +169,28 @@ def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
                     entries.append((signature, doc))
             if entries:
                 yield place, entries
+
+
+def _pysource() -> Iterator[Example]:
+    """The modules' source; a module that is cut into several documents has one half."""
+    for module, code in _modules():
+        yield from _documents(f"# {module}\n{code.decode(errors='replace')}", module)
+
+
+def _modules() -> Iterator[tuple[str, bytes]]:
+    """(name, source) of the standard library's modules, but for tests and the like."""
+    skip = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip",
+            "site-packages", "dist-packages"}
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts, code = path.relative_to(root).with_suffix("").parts, path.read_bytes()
+        if skip.intersection(parts):
+            continue
+        try:
+            ast.parse(code)
+        except (SyntaxError, ValueError):  # some distributions keep templates there that aren't Python
+            continue
+        yield ".".join(parts).removesuffix(".__init__"), code
 
 
 def _described(node: ast.AST) -> Iterator[tuple[str, str]]:

@@ -85,9 +85,13 @@ def checksum(x: Tensor) -> int:
     return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
 
 
+# what some defaults were when there were checksums first
+FIRST_DEFAULTS = {"n_layer": 3, "n_embd": 96, "n_head": 3, "rwkv_head_size": 32}
+
+
 def checksum_of_config(cfg: ModelConfig) -> int:
     """CRC-32 of settings but for defaults: a setting added later changes none."""
-    values, defaults = asdict(cfg) | {"mixer": cfg.mixers}, asdict(ModelConfig())
+    values, defaults = asdict(cfg) | {"mixer": cfg.mixers}, asdict(ModelConfig()) | FIRST_DEFAULTS
     return checksum_of({key: value for key, value in values.items() if value != defaults[key]})
 
 

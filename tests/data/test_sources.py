@@ -26,6 +26,19 @@ def test_pydoc_rejects_another_functions_docstring(tmp_path, small_library):
         assert all(no in responses and no != yes for (_, yes), (_, no) in zip(stored[::2], stored[1::2]))
 
 
+def test_pysource_is_the_modules_source_each_in_one_half(tmp_path, small_library):
+    """Cut into documents, and put together again they are the files."""
+    meta = prepare("pysource", tmp_path / "p")
+    assert meta["source"] == f"pysource of Python {sys.version.split()[0]}"
+    pages = {half: documents(tmp_path / "p", half) for half in ("train", "val")}
+    whole = {path.stem: path.read_text() for path in Path(sysconfig.get_path("stdlib")).rglob("*.py")}
+    everything = sum(pages.values(), [])
+    assert sum(map(len, everything)) == sum(len(f"# {name}\n{text}") for name, text in whole.items())
+    for name, text in whole.items():
+        parts = {half: [page for page in pages[half] if page in f"# {name}\n{text}"] for half in pages}
+        assert not (parts["train"] and parts["val"]) or name == "__init__", name
+
+
 def test_a_docstring_to_be_predicted_is_not_in_the_text_trained_on(tmp_path, small_library):
     prepare("pydoc", tmp_path / "text")
     prepare("pydoc-sft", tmp_path / "sft")
