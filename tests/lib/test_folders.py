@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from common import random_batch, tiny_model
 from common_model import GPT, RWKV, VARIANTS, every_variant, lively, one_line_error, text
-from lib.folders import expected_shapes, load_model, save_model, stored_shapes
-from model import LM
+from lib.folders import checksum_of_config, expected_shapes, load_model, save_model, stored_shapes
+from model import LM, ModelConfig
 
 
 @every_variant
@@ -33,6 +33,13 @@ def test_save_and_load_is_bit_equal(cfg, tmp_path):
     assert (loaded.head.weight is loaded.emb.weight) == cfg.tied
     assert ("head.weight" in load_file(tmp_path / "new" / "m" / "model.safetensors")) != cfg.tied
     assert torch.equal(model(text())[0], loaded(text())[0])
+
+
+def test_a_configs_checksum_is_the_same_whatever_the_defaults_are_today():
+    """Numbers of models that were saved when the default was three layers of 96."""
+    small = ModelConfig(n_layer=3, n_embd=96, n_head=3, rwkv_head_size=32)
+    assert checksum_of_config(small) == 3497375731
+    assert checksum_of_config(replace(small, n_layer=2, n_embd=128, n_head=2)) == 1499386381
 
 
 def test_saving_over_a_model_replaces_it(tmp_path):
