@@ -31,7 +31,7 @@ from lib.processes import setup
 from lib.report import figure
 from lib.runs import RunConfig
 from model import LM
-from tools.rank_layers import RankConfig, letters, rank_layers
+from tools.rank_layers import letters, propose
 from tools.recall import is_recall as is_pairs, pairs_accuracy
 
 RULES = ("restore", "replace", "uniform", "first", "last")
@@ -93,8 +93,9 @@ def patterns(cfg: HybridsConfig, rule: str, L: int, kept: list[int]) -> list[str
     """A rule's --mixer for each number of layers that stay attention."""
     if rule not in ("restore", "replace"):
         return [letters(L, by_place(rule, L, n)) for n in kept]
-    shared = vars(narrow(cfg, DistillConfig, run=cfg.run.within("ranked")))
-    mixers = rank_layers(RankConfig(**shared, keep=max(kept), by=rule))["mixers"]
+    everywhere = cfg.run.within(letters(L, set()))                 # stage 1 of the student that keeps none
+    distill(narrow(cfg, DistillConfig, stages="align", run=everywhere))
+    mixers = propose(cfg, Path(everywhere.out) / "align", rule, max(kept))["mixers"]
     return [mixers[n] for n in kept]
 
 

@@ -44,10 +44,20 @@ def rank_layers(cfg: RankConfig) -> dict:
     if cfg.keep >= n_layer:
         raise ValueError(f"keep = {cfg.keep}: of {n_layer} layers 0 to {n_layer - 1} can stay attention")
     distill(narrow(cfg, DistillConfig, stages="align", run=replace(cfg.run, out=str(out))))
+    ranking = propose(cfg, out / "align", cfg.by, cfg.keep)
+    if setup(cfg.run.device)[0] == 0:
+        write_json(out / "ranking.json", ranking)
+        print(f"{out}/ranking.json; attention stays best in {ranking['attention']}: "
+              f"python distill.py --mixer {ranking['mixer']}")
+    return ranking
+
+
+def propose(cfg: DistillConfig, aligned: Path, by: str, keep: int) -> dict:
+    """Measure what a rule asks for; `aligned` is the student with every layer replaced."""
     rank, world, device = setup(cfg.run.device)
-    teacher = load_model(cfg.teacher, device).eval()
-    student = load_model(out / "align", device).eval()
-    val = Loader(cfg.data, "val", 16, cfg.block_size or teacher.cfg.block_size, 0, rank, world)
+    teacher, student = (load_model(folder, device).eval() for folder in (cfg.teacher, aligned))
+    val = Loader(cfg.data, "val", cfg.match.batch_size, cfg.block_size or teacher.cfg.block_size, 0, rank,
+                 world)
 
     def score(attention: set[int]) -> dict:
         result = compare(teacher, hybrid(teacher, student, attention), val, cfg.eval_tokens)
@@ -57,15 +67,11 @@ def rank_layers(cfg: RankConfig) -> dict:
             print(line.format(sorted(attention), **row), flush=True)
         return row
 
-    found = {"restore": restored, "replace": replaced}[cfg.by](n_layer, cfg.keep, score)
-    proposals = [letters(n_layer, set(found["order"][:n])) for n in range(cfg.keep + 1)]
-    ranking = {"by": cfg.by, "keep": cfg.keep, "attention": sorted(found["order"][: cfg.keep]),
-               "mixer": proposals[-1], "mixers": proposals} | found
-    if rank == 0:
-        write_json(out / "ranking.json", ranking)
-        print(f"{out}/ranking.json; attention stays best in {ranking['attention']}: "
-              f"python distill.py --mixer {ranking['mixer']}")
-    return ranking
+    n_layer = teacher.cfg.n_layer
+    found = {"restore": restored, "replace": replaced}[by](n_layer, keep, score)
+    proposals = [letters(n_layer, set(found["order"][:n])) for n in range(keep + 1)]
+    return {"by": by, "keep": keep, "attention": sorted(found["order"]), "mixer": proposals[-1],
+            "mixers": proposals} | found
 
 
 def letters(n_layer: int, attention: set[int]) -> str:

@@ -25,10 +25,12 @@ def test_rules_of_place():
 def test_a_row_for_each_rule_and_number_and_equal_patterns_are_one(job, tmp_path, monkeypatch, capsys):
     cfg, out = job("out", stages="align,match", align=loop(2), match=loop(2)), tmp_path / "out"
     made, real = [], tools.hybrids.distill
-    monkeypatch.setattr(tools.hybrids, "distill", lambda cfg: made.append(cfg.student.mixer) or real(cfg))
+    monkeypatch.setattr(tools.hybrids, "distill",
+                        lambda cfg: made.append((cfg.stages, cfg.student.mixer)) or real(cfg))
     main(flags(cfg))
     report = json.loads((out / "hybrids.json").read_text())
-    assert sorted(made) == ["ar", "ra", "rr"]
+    assert sorted(set(made)) == [("align", "r"), *(("align,match", mixer) for mixer in ("ar", "ra", "rr"))]
+    assert len(made) == 2 + 3                             # each of the two that rank reads stage 1
     assert [(row["rule"], row["kept"]) for row in report["rows"]] == [
         (rule, n) for rule in ("restore", "replace", "uniform", "first", "last") for n in (0, 1)]
     for row in report["rows"]:
