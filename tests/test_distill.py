@@ -28,6 +28,25 @@ def test_the_wrapper_changes_nothing_but_lets_the_teachers_output_flow_on_while_
     assert not torch.equal(trunk(batch.x)[0], teacher(batch.x)[0])
 
 
+def test_aligning_runs_nothing_above_the_last_mixer():
+    """And the loss is what it is when all is run."""
+    teacher, student, batch = (tiny_model(n_layer=4), tiny_model(1, n_layer=4, mixer="araa"), random_batch())
+    run = []
+    for i, block in enumerate(teacher.blocks):
+        student.blocks[i].load_state_dict(block.state_dict(), strict=False)
+        student.blocks[i].ln1.register_forward_hook(lambda *_, i=i: run.append(i))
+    model = wrap(student, teacher)
+    loss = align_loss(model, batch)[0]["loss"]
+    assert run == [0, 1]
+    wrap(student, None)(batch.x)
+    assert run == [0, 1, 0, 1, 2, 3]
+    x, _, _ = teacher.blocks[0](teacher.blocks[0].ln0(student.emb(batch.x)), None, None)
+    x = student.blocks[1].ln1(x)
+    t, s = (m(x, None, None)[0] for m in (teacher.blocks[1].att, student.blocks[1].att))
+    error = (t - s).square().sum(-1) / t.square().sum(-1)
+    assert loss.item() == pytest.approx((error * batch.mask).sum().item(), rel=1e-5)
+
+
 def first_value(model: LM) -> torch.Tensor:
     """The value projection of the wrapped student's first RWKV layer."""
     return model.blocks[model.cfg.mixers.index("r")].att.student.value.weight
