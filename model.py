@@ -318,7 +318,7 @@ class ModelConfig:
     n_embd: int = at_least(1, 128)
     mixer: Annotated[str, Suppress] = "a"      # a letter per layer, repeated: a = attention, r = RWKV-7
     n_head: int = at_least(1, 2)
-    rwkv_head_size: int = at_least(1, 64)
+    rwkv_head_size: int = at_least(1, 32)
     positions: Literal["rope", "learned", "none"] = "rope"
     ffn: Literal["relu2", "gelu", "gelu_exact", "swiglu", "channelmix"] = "relu2"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"

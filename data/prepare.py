@@ -4,7 +4,7 @@
                            [--val_fraction 0.1] [--split hash] [--overwrite]
 
 SOURCE is pydoc, pydoc-sft, pydoc-dpo, pysource, shakespeare, a URL, or a .txt/.md/
-.jsonl(.gz) file, a folder of them, or a pipe: `sources.py`. `loader.py` makes the batches.
+.jsonl(.gz) file, a folder of them, or a pipe: `sources.py`. Batches: `loader.py`.
 
 TOKENIZER is bytes, one of tiktoken's names, world (or its vocabulary's file), or the
 folder of a model whose own tokenizer is to be used.

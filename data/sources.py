@@ -7,8 +7,9 @@
 The default source needs no download, for every Python has a book in it:
 `pydoc_data.topics`, the language manual, and the docstrings of the standard library,
 read with `ast` (nothing is imported). About 2 MB of English; the exact text depends on
-the Python version. `pysource` is their source files, some 11 MB. Others: tiny Shakespeare, a URL, .txt/.md/.jsonl files (or .gz of
-these), folders of them, pipes. What a line of .jsonl may be is in `records.py`.
+the Python version. `pysource` are the library's source files, some 11 MB. Others: tiny
+Shakespeare, a URL, .txt/.md/.jsonl files (or .gz of these), folders of them, pipes.
+What a line of .jsonl may be is in `records.py`.
 """
 
 import ast

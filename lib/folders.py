@@ -85,14 +85,19 @@ def checksum(x: Tensor) -> int:
     return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
 
 
-# what some defaults were when there were checksums first
-FIRST_DEFAULTS = {"n_layer": 3, "n_embd": 96, "n_head": 3, "rwkv_head_size": 32}
-
-
 def checksum_of_config(cfg: ModelConfig) -> int:
     """CRC-32 of settings but for defaults: a setting added later changes none."""
-    values, defaults = asdict(cfg) | {"mixer": cfg.mixers}, asdict(ModelConfig()) | FIRST_DEFAULTS
-    return checksum_of({key: value for key, value in values.items() if value != defaults[key]})
+    return checksum_of(other_than_default(cfg, cfg.mixers))
+
+
+def other_than_default(cfg: ModelConfig, mixer: str) -> dict:
+    """The settings that identify a model, the same whatever the defaults become.
+
+    What it is compared with are the first defaults; `mixer` is the pattern to name.
+    """
+    defaults = asdict(ModelConfig()) | {"n_layer": 3, "n_embd": 96, "n_head": 3}
+    values = asdict(cfg) | {"mixer": mixer}
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def checksums_in(f, file: str | Path) -> dict[str, int]:

@@ -27,7 +27,7 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         alike: dict[torch.Size, list] = {}
         for group in self.param_groups:
-            for p in group["params"] if group["muon"] else ():
+            for p in group["params"] if group.get("muon") else ():     # groups of before have no muon
                 if p.grad is not None:
                     alike.setdefault(p.shape, []).append((p, group))
         for shape, rows in alike.items():

@@ -11,7 +11,6 @@ for a number instead of 4, and an error of at most s/2 (s/2 + 0.4 % for the larg
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.folders import stored_shapes, write_whole
+from lib.folders import other_than_default, stored_shapes, write_whole
 from lib.states import copy, tensors, tree_map
-from model import LM, ModelConfig, State
+from model import LM, State
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -90,8 +89,7 @@ def fingerprint(model: LM, mixer: str | None = None) -> str:
     `mixer`: how its layers are written, None = one letter each. Settings at their
     defaults are left out, so that a setting added later changes no fingerprint.
     """
-    values = asdict(model.cfg) | {"mixer": mixer or model.cfg.mixers}
-    settings = {name: value for name, value in values.items() if value != getattr(ModelConfig(), name)}
+    settings = other_than_default(model.cfg, mixer or model.cfg.mixers)
     sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     weights = model.state_dict()
     for name in sorted(stored_shapes(model)):

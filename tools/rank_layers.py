@@ -53,7 +53,7 @@ def rank_layers(cfg: RankConfig) -> dict:
 
 
 def propose(cfg: DistillConfig, aligned: Path, by: str, keep: int) -> dict:
-    """Measure what a rule asks for; `aligned` is the student with every layer replaced."""
+    """Measure what a rule asks for; `aligned` is a student that keeps no attention."""
     rank, world, device = setup(cfg.run.device)
     teacher, student = (load_model(folder, device).eval() for folder in (cfg.teacher, aligned))
     val = Loader(cfg.data, "val", cfg.match.batch_size, cfg.block_size or teacher.cfg.block_size, 0, rank,

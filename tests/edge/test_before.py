@@ -31,12 +31,13 @@ TRAINING = ["--data", "data", "--out", "training", "--mixer", "all", "--ffn", "c
 def loop(stage: str, rate: str, *more: str) -> list[str]:
     """The flags of a stage's loop."""
     values = {"max_steps": "4", "batch_size": "2", "eval_every": "None", "learning_rate": rate,
-              "rwkv_lr_multiplier": "1", "weight_decay": "0.1"}
+              "rwkv_lr_multiplier": "1", "weight_decay": "0.1", "optimizer": "adamw"}
     return [word for name, value in values.items() for word in (f"--{stage}.{name}", value)]
 
 
 DISTILLATION = ["--data", "data", "--teacher", "teacher", "--out", "distillation", "--stages", "align,match",
                 "--mixer", "first:1", "--ce_weight", "1", *RUN, "--save_every", "2",
+                "--decay", "spread", "--no-calibrate",
                 *loop("align", "5e-3"), *loop("match", "5e-4")]
 
 

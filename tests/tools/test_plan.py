@@ -228,7 +228,8 @@ def test_bad_plans_end_in_one_line():
         (["--gpus", "1.5"], "gpus"),
         (["config/none.toml", "--gpus", "1"], "there are"),
         (["--gpus", "1", "--init", "out/none"], "no model at"),
-        ([str(REPO / "config" / "rwkv7-3b.toml"), "--mixer", "ra", "--gpus", "8"], "not divisible by n_head"),
+        ([str(REPO / "config" / "rwkv7-3b.toml"), "--mixer", "ra", "--n_head", "3", "--gpus", "8"],
+         "not divisible by n_head"),
         (["--gpus", "1", "--block_size", "0"], "block_size = 0"),
         (["--gpus", "1", "--vocab_size", "0"], "vocab_size = 0"),
     ):
