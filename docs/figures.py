@@ -2,8 +2,8 @@
 
     python docs/figures.py        writes docs/figures/*.svg, the same bytes every time
 
-Numbers in them are computed here, and the tests ask for the tutorial's own. An animation
-rests where a reader wishes less motion: every cell also says its step in figures.
+What they show is computed here. An animation rests where a reader wishes less motion:
+every cell also says its step in figures.
 """
 
 from html import escape
@@ -13,13 +13,15 @@ FOLDER = Path(__file__).resolve().parent / "figures"
 
 STYLE = """
 svg { --ink: #1f2328; --soft: #656d76; --line: #8c959f; --paper: #ffffff; --box: #f3f5f7;
-      --blue: #0969da; --pale: #ddf4ff; --warm: #bc4c00; --glow: #fff1e5; --green: #1a7f37; --leaf: #dafbe1;
+      --blue: #0969da; --pale: #ddf4ff; --warm: #bc4c00; --glow: #fff1e5; --hot: #ffb77c;
+      --green: #1a7f37; --leaf: #dafbe1;
       background: var(--paper); font-family: system-ui, sans-serif; font-size: 14px }
 @media (prefers-color-scheme: dark) {
   svg { --ink: #e6edf3; --soft: #9da7b3; --line: #7d8590; --paper: #0d1117; --box: #21262d;
-        --blue: #58a6ff; --pale: #0c2d6b; --warm: #f0883e; --glow: #4a2507; --green: #3fb950; --leaf: #0f3a1c } }
+        --blue: #58a6ff; --pale: #0c2d6b; --warm: #f0883e; --glow: #4a2507; --hot: #a34c0c;
+        --green: #3fb950; --leaf: #0f3a1c } }
 text { fill: var(--ink); text-anchor: middle; dominant-baseline: central }
-.left { text-anchor: start }
+.left { text-anchor: start } .end { text-anchor: end }
 .soft { fill: var(--soft) } .small { font-size: 12px } .tiny { font-size: 10px }
 .bold { font-weight: 600 } .mono { font-family: ui-monospace, monospace }
 .box { fill: var(--box); stroke: var(--line) } .frame { fill: none; stroke: var(--line) }
@@ -27,7 +29,6 @@ text { fill: var(--ink); text-anchor: middle; dominant-baseline: central }
 .green { fill: var(--leaf); stroke: var(--green) }
 .arrow { fill: none; stroke: var(--ink); stroke-width: 1.4; marker-end: url(#tip) }
 .back { fill: none; stroke: var(--warm); stroke-width: 1.4; stroke-dasharray: 5 4; marker-end: url(#warmtip) }
-.plain { fill: none; stroke: var(--line); stroke-width: 1.4 }
 #tip path { fill: var(--ink) } #warmtip path { fill: var(--warm) }
 """
 
@@ -111,7 +112,7 @@ def clock(last: int, seconds: float) -> str:
     ticks, rules = last + 6, []                            # a pause before it begins again
     for s in range(1, last + 1):
         begin, end = (f"{100 * x / ticks:.2f}%" for x in (s, s + 1))
-        rules.append(f"@keyframes s{s} {{ 0% {{ fill: var(--box) }} {begin} {{ fill: var(--warm) }} "
+        rules.append(f"@keyframes s{s} {{ 0% {{ fill: var(--box) }} {begin} {{ fill: var(--hot) }} "
                      f"{end} {{ fill: var(--pale) }} 100% {{ fill: var(--pale) }} }}")
     names = "\n".join(f".s{s} {{ animation-name: s{s} }}" for s in range(1, last + 1))
     moving = (f".cell {{ animation-duration: {number(seconds)}s; animation-iteration-count: infinite; "
@@ -143,7 +144,7 @@ def cascade() -> str:
         parts += [text(x + (t + 0.5) * width - 1, y + 106, str(t + 1), "tiny soft") for t in range(25)]
     parts.append(text(x - 8, 140, "token", "small soft end"))
     parts.append(text(x - 8, 288, "token", "small soft end"))
-    style = clock(last, 18) + ".end { text-anchor: end }\n"
+    style = clock(last, 18)
     return svg(810, 302, "The cascade: 3 layers, 25 tokens, 75 steps or 27", parts, style)
 
 
@@ -160,7 +161,7 @@ def cascade_chunks() -> str:
         label = f"{first} … {end}" if end > first else str(first)
         parts.append(text(x + c * width + (end - first + 1) * 29 / 2, y + 106, label, "tiny soft"))
     parts.append(text(x - 8, y + 106, "token", "small soft end"))
-    style = clock(max(step.values()), 6) + ".end { text-anchor: end }\n"
+    style = clock(max(step.values()), 6)
     return svg(810, 154, "The cascade in chunks of 4 tokens: 9 steps", parts, style)
 
 
@@ -174,26 +175,25 @@ def rwkv4_block() -> str:
         parts += [f'<rect x="{x}" y="16" width="400" height="330" rx="10" class="frame"/>',
                   text(x + 16, 38, name, "left bold"), text(x + 16, 58, note, "left soft small"),
                   text(x + 200, 330, "ln(x)", "mono"), path([(x + 200, 320), (x + 200, 304)]),
-                  box(x + 90, 268, 220, 36, "token shift", "green"),
-                  text(x + 318, 286, "with token t − 1", "soft small left")]
+                  box(x + 70, 268, 260, 36, "token shift, with token t − 1", "green")]
     for x, names in ((20, ("W_r", "W_k", "W_v")), (440, ("W_r", "W_k"))):
         lefts = (x + 30, x + 160, x + 290) if len(names) == 3 else (x + 60, x + 220)
         for left, name in zip(lefts, names):
             parts.append(path([(x + 200, 268), (left + 40, 246)]))
             parts.append(box(left, 212, 80, 34, name, "box"))
-    parts += [path([(70 + 20, 212), (90, 130)]), text(122, 172, "receptance", "soft small left"),
+    parts += [path([(70 + 20, 212), (90, 130)]), text(98, 172, "receptance", "soft small left"),
               box(60, 96, 60, 34, "σ", "warm"),
               path([(220, 212), (220, 190)]), path([(350, 212), (350, 172), (312, 172)]),
               box(188, 150, 124, 40, "wkv", "blue", "state α, β, p"),
               path([(250, 150), (250, 130)]), box(234, 98, 32, 32, "⊙"), path([(120, 113), (233, 113)]),
               path([(266, 113), (318, 113)]), box(319, 96, 70, 34, "W_o"),
-              path([(354, 96), (354, 62)]), text(354, 50, "add to x", "small")]
+              path([(354, 96), (354, 68)]), text(346, 76, "add to x", "small end")]
     parts += [path([(540, 212), (540, 130)]), text(548, 172, "receptance", "soft small left"),
               box(510, 96, 60, 34, "σ", "warm"),
               path([(700, 212), (700, 196)]), box(640, 160, 120, 36, "max(·, 0)²"),
               path([(700, 160), (700, 132)]), box(660, 96, 80, 34, "W_v"),
               path([(570, 113), (601, 113)]), path([(660, 113), (636, 113)]), box(602, 97, 33, 32, "⊙"),
-              path([(618, 97), (618, 62)]), text(618, 50, "add to x", "small")]
+              path([(618, 97), (618, 72)]), text(628, 78, "add to x", "left small")]
     return svg(860, 362, "RWKV-4's block", parts)
 
 
@@ -233,40 +233,42 @@ def rungs() -> str:
                         parts.append(f'<rect x="{x + j * size}" y="{y + i * size}" width="{size}" '
                                      f'height="{size}" class="{"warm" if j == 0 else "blue"}" '
                                      f'fill-opacity="{number(0.3 + 0.7 * value)}"/>')
-                        parts.append(text(x + (j + 0.5) * size, y + (i + 0.5) * size, number(value), "tiny"))
+                        parts.append(text(x + (j + 0.5) * size, y + (i + 0.5) * size, f"{value:g}", "tiny"))
     return svg(810, 490, "The state after each token, by three rules", parts)
 
 
 # ------------------------------------------------------------------------------------------
 # The three stages
 
-def block_row(x: float, name: str, mixer: str, kind: str) -> list[str]:
-    """A stream with its mixer and its feed-forward layer, from left to right."""
-    return [box(x, 84, 116, 48, mixer, kind, name), path([(x + 116, 108), (x + 134, 108)]),
-            box(x + 135, 84, 70, 48, "ffn"), path([(x + 205, 108), (x + 223, 108)])]
-
-
 def legend(words: str) -> str:
     return text(20, 24, words, "left bold")
 
 
 def stage_1() -> str:
-    parts = [legend("1 align: only the mixers train"), text(36, 108, "text", "mono"), path([(56, 108), (83, 108)])]
+    parts = [legend("1 align: only the mixers train"), text(32, 108, "text", "mono")]
+    parts.append(path([(56, 108), (83, 108)]))
     for x, layer in ((84, "block 0"), (400, "block 1")):
         parts += [box(x, 84, 150, 48, "attention", "box", f"teacher, {layer}"),
                   box(x, 172, 150, 48, "TimeMixer", "green", f"student, {layer}"),
                   path([(x - 14, 108), (x - 14, 196), (x - 1, 196)]),
                   path([(x + 150, 196), (x + 176, 196), (x + 176, 170)], "back"),
                   path([(x + 150, 108), (x + 176, 108), (x + 176, 138)], "back"),
-                  box(x + 152, 139, 92, 30, "‖t − s‖² / ‖t‖²", "warm"),
+                  box(x + 146, 139, 112, 30, "‖t − s‖² / ‖t‖²", "warm"),
                   path([(x + 150, 108), (x + 221, 108)]), box(x + 222, 84, 60, 48, "ffn")]
         parts.append(path([(x + 282, 108), (x + 315, 108)]))
     parts += [text(750, 108, "logits", "mono"), text(750, 126, "not used", "soft small"),
               text(470, 64, "the teacher's output flows on: every layer learns at once, from clean inputs",
                    "soft small"),
-              path([(234, 214), (325, 214), (325, 206), (399, 206)], "plain"),
-              text(290, 230, "v_first", "soft small")]
+              path([(234, 208), (399, 208)]),
+              text(316, 226, "v_first", "soft small")]
     return svg(810, 246, "Stage 1: align", parts)
+
+
+def pair(x: float, y: float, i: int, mixer: str, kind: str) -> list[str]:
+    """Block i: its mixer and its feed-forward layer, with arrows to the right."""
+    right = y + 24
+    return [box(x, y, 120, 48, mixer, kind, f"block {i}"), path([(x + 120, right), (x + 139, right)]),
+            box(x + 140, y, 76, 48, "ffn", kind), path([(x + 216, right), (x + 235, right)])]
 
 
 def stage_2() -> str:
@@ -277,26 +279,27 @@ def stage_2() -> str:
                   text(100, y - 12, who, "left soft small")]
         for i in range(2):
             x = 100 + i * 236
-            parts += [box(x, y, 120, 48, mixer, kind, f"block {i}"), path([(x + 120, y + 24), (x + 139, y + 24)]),
-                      box(x + 140, y, 76, 48, "ffn", kind), path([(x + 216, y + 24), (x + 235, y + 24)])]
+            parts += pair(x, y, i, mixer, kind)
         parts.append(box(572, y, 104, 48, "next token", kind, "probabilities"))
         parts.append(path([(676, y + 24), (722, y + 24), (722, 124 if y < 140 else 160)], "back"))
-    parts.append(box(660, 125, 124, 34, "KL(teacher ‖ student)", "warm"))
-    parts.append(text(350, 142, "the student's own output flows on: errors add up, and are mended", "soft small"))
+    parts.append(box(638, 125, 164, 34, "KL(teacher ‖ student)", "warm"))
+    words = "the student's own output flows on: errors add up, and are mended"
+    parts.append(text(350, 142, words, "soft small"))
     return svg(810, 246, "Stage 2: match", parts)
 
 
 def stage_3() -> str:
-    parts = [legend("3 finish: the teacher is gone"), text(40, 94, "text", "mono"), path([(62, 94), (99, 94)])]
+    parts = [legend("3 finish: the teacher is gone"), text(40, 94, "text", "mono")]
+    parts.append(path([(62, 94), (99, 94)]))
     for i in range(2):
         x = 100 + i * 236
-        parts += [box(x, 70, 120, 48, "TimeMixer", "green", f"block {i}"), path([(x + 120, 94), (x + 139, 94)]),
-                  box(x + 140, 70, 76, 48, "ffn", "green"), path([(x + 216, 94), (x + 235, 94)]),
-                  path([(x + 34, 118), (x + 34, 142), (x + 86, 142), (x + 86, 119)], "back"),
+        parts += pair(x, 70, i, "TimeMixer", "green")
+        parts += [path([(x + 34, 118), (x + 34, 142), (x + 86, 142), (x + 86, 119)], "back"),
                   text(x + 60, 154, "state S", "soft small")]
-    parts += [box(572, 70, 104, 48, "next token", "green", "probabilities"), path([(676, 94), (699, 94)], "back"),
-              box(700, 76, 92, 36, "−log p", "warm"),
-              text(746, 128, "of the text, of an", "soft small"), text(746, 144, "answer; or DPO", "soft small")]
+    parts += [box(572, 70, 104, 48, "next token", "green", "probabilities"),
+              path([(676, 94), (699, 94)], "back"), box(700, 76, 92, 36, "−log p", "warm"),
+              text(746, 128, "of the text, of an", "soft small"),
+              text(746, 144, "answer; or DPO", "soft small")]
     return svg(810, 172, "Stage 3: finish", parts)
 
 
