@@ -76,7 +76,7 @@ def test_everything_lies_within_the_picture(name):
 
 
 def test_the_cascade_takes_75_steps_with_the_arrow_27_without_and_9_in_chunks_of_4():
-    """Layer i is at token t at step i + t + 1; with the arrow it is one after the other."""
+    """Layer i is at token t at step i + t + 1, and with the arrow at 3t + i + 1."""
     assert [max(figures.schedule(*shape).values())
             for shape in ((25, 3, True), (25, 3, False), (7, 3, False))] == [75, 27, 9]
     assert figures.schedule(25, 3, False) == {(i, t): i + t + 1 for i in range(3) for t in range(25)}
@@ -104,7 +104,7 @@ def test_the_schedule_is_the_one_that_the_tutorial_computes():
 @pytest.mark.parametrize("rule, w, a", [("linear attention", 0.0, 0.0), ("fading", 0.5, 0.0),
                                         ("delta rule", 0.0, 1.0)])
 def test_the_states_are_those_of_the_operator(rule, w, a):
-    """rungs.svg against wkv.py: w is the fading factor (0: none), a the share erased."""
+    """rungs.svg against wkv.py: w is the fading factor (0: none), a what is erased."""
     keys, values = torch.eye(4).double()[[0, 1, 2, 0]], torch.eye(4).double()[[1, 3, 2, 0]]
     decay = torch.full((4, 4), w).double().log() if w else torch.zeros(4, 4).double()
     inputs = [x[None, :, None] for x in (keys, decay, keys, values, keys, torch.full((4, 4), a).double())]
