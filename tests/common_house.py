@@ -25,7 +25,7 @@ TOOLS = ["demo", "evaluate", "passkey", "results", "plan", "rank_layers", "hybri
 SCRIPTS = ["train", "distill", "sample", "data.prepare", *(f"tools.{name}" for name in TOOLS)]
 
 PRODUCT = sorted(path for folder in (".", *FOLDERS) for path in (REPO / folder).glob("*.py"))
-SOURCES = PRODUCT + sorted((REPO / "tests").rglob("*.py"))
+SOURCES = [*PRODUCT, REPO / "docs" / "figures.py", *sorted((REPO / "tests").rglob("*.py"))]
 
 
 def short(path: Path) -> str:
