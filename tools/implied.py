@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import model as chapter
@@ -141,5 +140,5 @@ def correlations(A: Tensor, B: Tensor) -> list[float | None]:
     """
     i, j = torch.tril_indices(*A.shape[1:])
     a, b = (x[:, i, j] - x[:, i, j].mean(-1, keepdim=True) for x in (A, B))
-    flat = (a.norm(dim=-1) * b.norm(dim=-1) < 1e-12).tolist()
-    return [None if constant else c for constant, c in zip(flat, F.cosine_similarity(a, b).tolist())]
+    sizes = (a.norm(dim=-1) * b.norm(dim=-1)).tolist()
+    return [product / size if size > 1e-12 else None for product, size in zip((a * b).sum(-1).tolist(), sizes)]

@@ -218,8 +218,7 @@ def look(cfg: LookConfig) -> tuple[dict, list[list[Tensor]]]:
     payload = {"teacher": cfg.teacher, "student": cfg.student, "tokens": tokens, "labels": labels,
                "parts": [text if "‹" in labels[token] and text != labels[token] else None
                          for token, text in zip(tokens, whole)],
-               "opening": len(opening(enc)), "predictions": rows,
-               "layers": layer_rows(layers, of_teacher, of_student)}
+               "predictions": rows, "layers": layer_rows(layers, of_teacher, of_student)}
     return payload, [[of_teacher[i].map, of_student[i].map] for i in layers]
 
 
