@@ -140,5 +140,5 @@ def correlations(A: Tensor, B: Tensor) -> list[float | None]:
     """
     i, j = torch.tril_indices(*A.shape[1:])
     a, b = (x[:, i, j] - x[:, i, j].mean(-1, keepdim=True) for x in (A, B))
-    sizes = (a.norm(dim=-1) * b.norm(dim=-1)).tolist()
-    return [product / size if size > 1e-12 else None for product, size in zip((a * b).sum(-1).tolist(), sizes)]
+    products, sizes = (a * b).sum(-1).tolist(), (a.norm(dim=-1) * b.norm(dim=-1)).tolist()
+    return [product / size if size > 1e-12 else None for product, size in zip(products, sizes)]

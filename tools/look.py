@@ -34,7 +34,7 @@ from model import LM
 from tools.implied import Mixing, correlations, read
 
 LONGEST, LARGEST, BEST = 128, 1_000_000, 5          # tokens of text, bytes of the page, choices per token
-LEVELS = {32767: torch.int16, 127: torch.int8}
+LEVELS = {32767: torch.int16, 127: torch.int8, 15: torch.int8}
 TEMPLATE = Path(__file__).with_name("look.html")
 MARK = "<!doctype html><!-- written by python -m tools.look -->"
 VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
@@ -163,8 +163,16 @@ def page(payload: dict, maps: list[list[Tensor]]) -> str:
         html = template.replace("PAYLOAD", as_script(values), 1)
         if (size := len(html.encode())) < LARGEST:
             return html
-    raise ValueError(f"the page would have {size:,} bytes, of {LARGEST:,} at most: choose some of the "
-                     f"{len(maps)} layers (--layers 0,{len(maps) // 2}), or shorten the text")
+    room = LARGEST - (size - len(values["maps"]))
+    raise ValueError(f"the page would have {size:,} bytes, of {LARGEST:,} at most: "
+                     + fewer([row["layer"] for row in payload["layers"]], 0.95 * room / len(values["maps"])))
+
+
+def fewer(layers: list[int], share: float) -> str:
+    """What to do where only this share of the layers fits."""
+    n = max(0, int(len(layers) * share))
+    spread = ",".join(str(layers[i * len(layers) // n]) for i in range(n))
+    return f"choose fewer layers (--layers {spread}), or shorten the text" if n else "shorten the text"
 
 
 def as_script(values: dict) -> str:
@@ -234,7 +242,8 @@ def main(argv: list[str] | None = None) -> None:
     payload, maps = look(cfg)
     html = page(payload, maps)
     write_whole(out, lambda part: part.write_text(html, encoding="utf-8"))
-    known = [c for row in payload["layers"] for head in row["heads"] if (c := head["correlation"]) is not None]
+    found = [head["correlation"] for row in payload["layers"] for head in row["heads"]]
+    known = [c for c in found if c is not None]
     mean = f"mean correlation {sum(known) / len(known):.3f}, " if known else ""
     print(f"{out}: {len(payload['tokens'])} tokens, {len(maps)} layers of {len(maps[0][0])} heads, {mean}"
           f"{len(html.encode()):,} bytes; open it in a browser")

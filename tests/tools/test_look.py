@@ -22,7 +22,8 @@ from common_distill import META
 from data.tokenizer import get_tokenizer, save_tokenizer
 from lib.folders import load_model, save_model
 from tools.implied import correlations, read
-from tools.look import LookConfig, as_script, characters, label, look, main, page, predictions, short
+from tools.look import (LookConfig, as_script, characters, fewer, label, look, main, page, predictions,
+                        short)
 
 HARD = 'A </script><script>window.hacked = 1</script> <!-- "q" \'é€🙂 &lt; `${1}` \\u003c\n\tx\x01\x1b'
 
@@ -146,7 +147,8 @@ def test_a_layer_that_stayed_attention_shows_its_own_map_and_no_memory(folders):
     payload, maps = look(settings(folders("hybrid")))
     assert [layer["kinds"] for layer in payload["layers"]] == ["aa", "ar"]
     kept, replaced = (layer["heads"][0] for layer in payload["layers"])
-    assert kept["rate"] is kept["half_lives"] is kept["norm"] is None and len(replaced["rate"]) == len(maps[0][0][0])
+    assert kept["rate"] is kept["half_lives"] is kept["norm"] is None
+    assert len(replaced["rate"]) == len(replaced["norm"]) == len(payload["tokens"])
     assert torch.allclose(maps[0][1].sum(-1), torch.ones(()).double()) and maps[1][1].min() < 0
 
 
@@ -201,7 +203,7 @@ def test_a_models_own_tokenizer_is_used(tmp_path):
                      text="The string 漢")
     payload, _ = look(cfg)
     tokens, labels = payload["tokens"], payload["labels"]
-    assert tokens[1:] == enc.encode_ordinary("The string 漢") and len(tokens) < 1 + len("The string 漢".encode())
+    assert tokens[1:] == enc.encode_ordinary(cfg.text) and len(tokens) < 1 + len(cfg.text.encode())
     whole = [payload["parts"][i] or labels[token] for i, token in enumerate(tokens)]
     assert "".join(dict.fromkeys(whole[1:])).endswith("漢")
     assert any("‹" in label for label in labels.values())
@@ -223,10 +225,14 @@ def test_maps_get_coarser_and_then_the_page_is_refused(folders, monkeypatch):
     largest = whole.abs().amax(-1, keepdim=True)
     error = (torch.from_numpy(unpacked(coarse)) - whole).abs() / largest
     assert (error <= (whole.abs() / largest).sqrt() / 127 + 1 / 127**2).all() and error.max() > 1e-4
-    monkeypatch.setattr(tools.look, "LARGEST", len(fine.encode()) // 2)
-    with pytest.raises(ValueError, match="--layers 0,1") as error:
+    monkeypatch.setattr(tools.look, "LARGEST", 70_000)
+    with pytest.raises(ValueError, match="70,000 at most: choose fewer layers .--layers 0.") as error:
         page(payload, maps)
     one_line(error.value)
+    assert len(page(*look(settings(folders(layers="0")))).encode()) < 70_000, "what it says helps"
+    assert fewer(list(range(30)), 0.1) == "choose fewer layers (--layers 0,10,20), or shorten the text"
+    assert fewer([4, 9], 0.6) == "choose fewer layers (--layers 4), or shorten the text"
+    assert fewer([4, 9], 0.4) == "shorten the text"
 
 
 def test_a_whole_page_of_128_tokens_is_below_a_megabyte(folders, tmp_path):
@@ -248,8 +254,10 @@ REFUSED = [({"text": "x" * 129}, "has 129 tokens, a page shows at most 128"), ({
            ({"layers": "2"}, "numbers of 0 to 1"), ({"layers": "a"}, "numbers of 0 to 1"),
            ({"layers": "-1,0"}, "numbers of 0 to 1"), ({"text": "FILE:none.txt"}, "can't be read"),
            ({"student": "small"}, "reads other tokens"), ({"teacher": "small"}, "has token 256"),
-           ({"student": "deeper"}, "other layers or heads"), ({"student": "many-heads"}, "other layers or heads"),
-           ({"teacher": "learned", "text": "a" * 16}, "17 tokens with its opening"), ({"device": "tpu"}, "device")]
+           ({"student": "deeper"}, "other layers or heads"),
+           ({"student": "many-heads"}, "other layers or heads"),
+           ({"teacher": "learned", "text": "a" * 16}, "17 tokens with its opening"),
+           ({"device": "tpu"}, "device")]
 
 
 @pytest.mark.parametrize("changes, says", REFUSED, ids=[says for _, says in REFUSED])
@@ -289,7 +297,7 @@ def test_a_reader_sees_it_in_chromium(folders, tmp_path):
     """Shown, pointed at, stepped through by keys and sliders, narrow, wide, dark."""
     main(folders("hybrid"))
     payload = payload_of((tmp_path / "look.html").read_text())
-    T, (first, last) = len(payload["tokens"]), payload["layers"]
+    T = len(payload["tokens"])
     with Page(tmp_path / "look.html", tmp_path / "profile") as shown:
         # the text is text, with a chip for each token and for what follows
         assert shown.run("typeof window.hacked") == "undefined"
@@ -299,8 +307,8 @@ def test_a_reader_sees_it_in_chromium(folders, tmp_path):
         check_values(shown, payload)
         check_choices(shown, payload)
         check_steps(shown, T)
-        # the hybrid's first layer has no memory, the second has; a map is read by its cell
-        assert shown.run("set({layer: 0}); $('plots').hidden") and not shown.run("set({layer: 1}); $('plots').hidden")
+        # the hybrid's first layer has no memory, the second has; a map is read by cells
+        assert [shown.run(f"set({{layer: {i}}}); $('plots').hidden") for i in (0, 1)] == [True, False]
         shown.point("figure:nth-of-type(2) .map", 0.05 / T, 10.5 / T)
         assert shown.run("[now.t, now.i]") == [10, 0]
         assert "token 0" in shown.run("$('cell').textContent")
@@ -362,7 +370,8 @@ def check_looks(shown: Page) -> None:
         shown.wait(f"matchMedia('(prefers-color-scheme: dark)').matches === {str(dark).lower()}")
         grounds.append(shown.run("[getComputedStyle(document.body).backgroundColor, "
                                  "getComputedStyle(document.body).color]"))
-    assert grounds[0][0] == "rgb(255, 255, 255)" and grounds[0] != grounds[1] and grounds[1][0] != grounds[1][1]
+    (paper, ink), (board, chalk) = grounds
+    assert paper == "rgb(255, 255, 255)" != board and ink != chalk != board
 
 
 def test_the_command_that_installs_a_browser_is_named():
