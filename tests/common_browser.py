@@ -1,6 +1,7 @@
 """A page in a real headless Chromium, spoken to in the DevTools protocol over pipes."""
 
 import base64
+import contextlib
 import fcntl
 import json
 import os
@@ -23,7 +24,7 @@ class Page:
 
     def __init__(self, file: Path, profile: Path, width: int = 1000, dark: bool = False):
         self.file, self.profile, self.width, self.dark = file, profile, width, dark
-        self.count, self.buffer, self.events = 0, b"", []
+        self.count, self.buffer, self.events, self.session = 0, b"", [], None
 
     def __enter__(self):
         ends = [end for _ in range(2) for end in os.pipe()]
@@ -43,13 +44,19 @@ class Page:
         return self
 
     def __exit__(self, *_):
+        """Ask it to go, so that nothing of it writes on; if it does not, end it."""
+        self.session = None
+        with contextlib.suppress(AssertionError, OSError):
+            self.call("Browser.close")
         for fd in (self.reader, self.writer):
             os.close(fd)
-        os.kill(self.process, signal.SIGKILL)
-        os.waitpid(self.process, 0)
+        end = time.monotonic() + 10
+        while not os.waitpid(self.process, os.WNOHANG)[0]:
+            if time.monotonic() > end:
+                os.kill(self.process, signal.SIGKILL)
+            time.sleep(0.05)
 
     def open(self) -> None:
-        self.session = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):

@@ -5,6 +5,7 @@ and once as a reader sees it, in a real Chromium where there is one.
 import base64
 import json
 import re
+import shlex
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,15 +16,16 @@ import torch
 import torch.nn.functional as F
 
 import tools.look
-from common import one_line, tiny_model
+from common import REPO, one_line, tiny_model
 from common_bpe import imported, train
 from common_browser import CHROMIUM, INSTALL, Page
 from common_distill import META
+from config import cli
 from data.tokenizer import get_tokenizer, save_tokenizer
 from lib.folders import load_model, save_model
 from tools.implied import correlations, read
-from tools.look import (LookConfig, as_script, characters, fewer, label, look, main, page, predictions,
-                        short)
+from tools.look import (LookConfig, as_script, characters, encode, fewer, label, look, main, page,
+                        predictions, short)
 
 HARD = 'A </script><script>window.hacked = 1</script> <!-- "q" \'é€🙂 &lt; `${1}` \\u003c\n\tx\x01\x1b'
 
@@ -241,6 +243,17 @@ def test_a_whole_page_of_128_tokens_is_below_a_megabyte(folders, tmp_path):
     assert file.stat().st_size < 1_000_000 and len(payload_of(file.read_text())["tokens"]) == 129
 
 
+def test_the_demo_writes_a_page_of_a_text_that_fits():
+    """Of the Makefile's recipe `demo`: its flags are read, its text is short enough."""
+    makefile = (REPO / "Makefile").read_text()
+    recipe = makefile.partition("\ndemo:")[2].partition("\n\n")[0]
+    line = next(line for line in recipe.splitlines() if "tools.look" in line)
+    text = re.search(r"^LOOK = (.*)$", makefile, re.M)[1]
+    cfg = cli(LookConfig, shlex.split(line.replace("$(LOOK)", text).partition("tools.look ")[2]))
+    assert 1 < len(encode(get_tokenizer("bytes"), cfg.text)) <= 129 and cfg.out.endswith(".html")
+    assert recipe.count(cfg.teacher) > 1 < recipe.count(cfg.student), "it shows what the demo made"
+
+
 def test_some_layers_alone(folders):
     payload, maps = look(settings(folders(layers="1")))
     assert [layer["layer"] for layer in payload["layers"]] == [1] and len(maps) == 1
@@ -376,4 +389,3 @@ def check_looks(shown: Page) -> None:
 
 def test_the_command_that_installs_a_browser_is_named():
     assert INSTALL.endswith("apt-get install chromium") and (CHROMIUM is None or Path(CHROMIUM).exists())
-    assert get_tokenizer("bytes").n_vocab == 257
