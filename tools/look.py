@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import load_tokenizer, opening, read_prompt
-from lib.folders import load_model, write_whole
+from lib.folders import load_model, open_model, write_whole
 from lib.owned import check_place
 from lib.processes import pick_device
 from lib.scores import token_scores
@@ -213,11 +213,12 @@ def check_pair(cfg: LookConfig, teacher: LM, student: LM, tokens: list[int]) -> 
 
 def look(cfg: LookConfig) -> tuple[dict, list[list[Tensor]]]:
     """The numbers of the page, and for each chosen layer both maps."""
-    enc = load_tokenizer(cfg.teacher)
-    tokens, device = encode(enc, read_prompt(cfg.text)), pick_device(cfg.device)
-    teacher, student = (load_model(folder, device).eval() for folder in (cfg.teacher, cfg.student))
-    check_pair(cfg, teacher, student, tokens)
-    layers = chosen(cfg.layers, len(student.blocks))
+    text, device, folders = read_prompt(cfg.text), pick_device(cfg.device), (cfg.teacher, cfg.student)
+    shapes, enc = [open_model(folder)[0] for folder in folders], load_tokenizer(cfg.teacher)
+    tokens = encode(enc, text)
+    check_pair(cfg, *shapes, tokens)
+    layers = chosen(cfg.layers, len(shapes[0].blocks))
+    teacher, student = (load_model(folder, device).eval() for folder in folders)
     (t, of_teacher), (s, of_student) = (read(model, tokens) for model in (teacher, student))
     rows, pieces = predictions(t, s, tokens), [piece(enc, token) for token in tokens]
     ids = set(tokens) | {token for row in rows for choices in row["best"] for token, _ in choices}

@@ -8,7 +8,6 @@ import re
 import shlex
 import zlib
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,7 +269,7 @@ REFUSED = [({"text": "x" * 129}, "has 129 tokens, a page shows at most 128"), ({
            ({"student": "deeper"}, "other layers or heads"),
            ({"student": "many-heads"}, "other layers or heads"),
            ({"teacher": "learned", "text": "a" * 16}, "17 tokens with its opening"),
-           ({"device": "tpu"}, "device")]
+           ({"student": "nobody"}, "nobody"), ({"device": "tpu"}, "device")]
 
 
 @pytest.mark.parametrize("changes, says", REFUSED, ids=[says for _, says in REFUSED])
@@ -385,7 +384,3 @@ def check_looks(shown: Page) -> None:
                                  "getComputedStyle(document.body).color]"))
     (paper, ink), (board, chalk) = grounds
     assert paper == "rgb(255, 255, 255)" != board and ink != chalk != board
-
-
-def test_the_command_that_installs_a_browser_is_named():
-    assert INSTALL.endswith("apt-get install chromium") and (CHROMIUM is None or Path(CHROMIUM).exists())
