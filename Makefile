@@ -3,9 +3,12 @@ PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 PY = .venv/bin/python
 
+LOOK = 'The "if" statement is used for conditional execution. The "while" statement is used for repeated execution.'
+
 demo: .venv/ready
 	$(PY) -m tools.demo --out out/demo --teacher out/demo-teacher --overwrite
 	$(PY) sample.py --ckpt out/demo --prompt "The " --max_tokens 300 --seed 1
+	$(PY) -m tools.look --teacher out/demo-teacher --student out/demo --text $(LOOK) --out out/demo-look.html
 	$(PY) -m tools.convert export out/demo --format gguf --overwrite
 
 test: .venv/ready-test

@@ -20,8 +20,8 @@ FLOORS = ["config", "data kernels", "wkv", "model", "lib", "train sample", "dist
 CHAPTERS = ["wkv.py", "model.py", "train.py", "distill.py", "sample.py"]      # in the order to read them
 FOLDERS = ["data", "config", "kernels", "lib", "tools"]
 TOOLS = ["demo", "evaluate", "passkey", "results", "plan", "rank_layers", "hybrids", "controls", "curve",
-         "chat", "batch", "side_by_side", "recall", "harness", "convert", "bench", "bench_memory",
-         "bench_kernels"]
+         "chat", "batch", "side_by_side", "look", "recall", "harness", "convert", "bench",
+         "bench_memory", "bench_kernels"]
 SCRIPTS = ["train", "distill", "sample", "data.prepare", *(f"tools.{name}" for name in TOOLS)]
 
 PRODUCT = sorted(path for folder in (".", *FOLDERS) for path in (REPO / folder).glob("*.py"))
