@@ -82,7 +82,7 @@ class AttentionWrapper(nn.Module):
 
 
 class VFirstHolder:
-    """RWKVInside's distributed state: every process's v_first, (world_size, B, T, C).
+    """RWKVInside's distributed state: every process's v_first, (world_size, B, T, A).
 
     The process writes its slice, an explicit all-gather fills in the others', later
     layers read their slice. As each process reads only what it wrote, numbers and
@@ -209,7 +209,7 @@ def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
     if not m.first:
         m.v0.fill_(-4.0)           # value residual: 2 %
     if m.cfg.gate:
-        # g = sigmoid(x g1) g2 = 1: with g1 = 0 sigmoids are 1/2, so g2's rows sum to 2.
+        # g = sigmoid(x g1) g2 = 1: with g1 = 0 sigmoids are 1/2, g2.s columns sum to 2.
         # Equal rows would get equal gradients; what tells them apart sums to 0.
         noise = nn.init.orthogonal_(torch.empty_like(m.g2))
         m.g1.zero_()
