@@ -156,8 +156,7 @@ def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     class repeat each other, so they stay in one half.
     """
     seen = set()
-    for module, code in _modules():
-        tree = ast.parse(code)
+    for module, _, tree in _modules():
         functions = [node for node in tree.body if isinstance(node, FUNCTION)]
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         places = [(module, [tree, *functions])]
@@ -174,24 +173,25 @@ def _docstrings() -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 def _pysource() -> Iterator[Example]:
     """The modules' source; a module that is cut into several documents has one half."""
-    for module, code in _modules():
+    for module, code, _ in _modules():
         yield from _documents(f"# {module}\n{code.decode(errors='replace')}", module)
 
 
-def _modules() -> Iterator[tuple[str, bytes]]:
-    """(name, source) of the standard library's modules, but for tests and the like."""
+def _modules() -> Iterator[tuple[str, bytes, ast.Module]]:
+    """(name, source, tree) of the library's modules, but for tests and the like."""
     skip = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip",
             "site-packages", "dist-packages"}
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
-        parts, code = path.relative_to(root).with_suffix("").parts, path.read_bytes()
+        parts = path.relative_to(root).with_suffix("").parts
         if skip.intersection(parts):
             continue
+        code = path.read_bytes()
         try:
-            ast.parse(code)
+            tree = ast.parse(code)
         except (SyntaxError, ValueError):  # some distributions keep templates there that aren't Python
             continue
-        yield ".".join(parts).removesuffix(".__init__"), code
+        yield ".".join(parts).removesuffix(".__init__"), code, tree
 
 
 def _described(node: ast.AST) -> Iterator[tuple[str, str]]:

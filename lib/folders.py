@@ -40,9 +40,12 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_json(file: Path, values: dict) -> None:
-    text = json.dumps(values, indent=1) + "\n"
+def write_text(file: Path, text: str) -> None:
     write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(file: Path, values: dict) -> None:
+    write_text(file, json.dumps(values, indent=1) + "\n")
 
 
 def write_sealed(file: Path, values: dict) -> None:

@@ -40,7 +40,17 @@ def mixer_letters(cfg: ModelConfig, pattern: str) -> str:
             f"{L} layers, all, alternate, first:K, last:K or every:K with K up to {L}, numbers of "
             f"RWKV-7 layers from 0 to {L - 1} with commas, or auto:T for T tokens"
         )
-    return "".join("r" if i in layers else "a" for i in range(L))
+    return letters(L, set(range(L)) - layers)
+
+
+def letters(L: int, attention: set[int]) -> str:
+    """One letter per layer, a for those of `attention`."""
+    return "".join("a" if i in attention else "r" for i in range(L))
+
+
+def evenly(L: int, n: int) -> set[int]:
+    """n of L layers, spread evenly, up to the last."""
+    return {(i + 1) * L // n - 1 for i in range(n)}
 
 
 def named_layers(cfg: ModelConfig, pattern: str) -> set[int] | None:
@@ -55,8 +65,7 @@ def named_layers(cfg: ModelConfig, pattern: str) -> set[int] | None:
     if all(part.isdecimal() and int(part) < L for part in pattern.split(",")):
         return set(map(int, pattern.split(",")))
     if name == "auto" and K >= 1:
-        n = attention_layers_that_fit(cfg, K)
-        return set(range(L)) - {(i + 1) * L // n - 1 for i in range(n)}
+        return set(range(L)) - evenly(L, attention_layers_that_fit(cfg, K))
     if 1 <= K <= L:
         return {"first": set(range(K)), "last": set(range(L - K, L)), "every": set(range(0, L, K))}.get(name)
     return None

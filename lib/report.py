@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data.loader import Batch, Loader
-from lib.folders import load_model, write_json, write_whole
+from lib.folders import load_model, write_json, write_text
 from lib.hybrid import remembered_bytes
 from lib.home import FORMER
 from lib.runs import Run, read_metrics
@@ -150,7 +150,7 @@ def write_report(out: Path, report: dict, curves: dict[str, Path] | None = None)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", report)
     text = as_markdown(report)
-    write_whole(out / "report.md", lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(out / "report.md", text)
     training = {name: rows for name, path in (curves or {}).items() if (rows := read_metrics(path))}
     with figure(out / "report.png", len(training) + 1) as panels:
         if panels is None:

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from config import at_least, settings
 from data.loader import Loader
 from data.tokenizer import copy_tokenizer
-from lib.folders import check_vocabulary, load_model, require_sealed, save_model, write_sealed, write_whole
+from lib.folders import (check_vocabulary, load_model, require_sealed, save_model, write_sealed, write_text,
+                         write_whole)
 from lib.home import FORMER, MODEL, Home
 from lib.processes import agree, global_sum, main_first, world_size
 from lib.states import tree_map
@@ -350,7 +351,7 @@ def cut_metrics(path: Path, step: int) -> None:
     than its checkpoint has.
     """
     text = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
-    write_whole(path, lambda part: part.write_text(text))
+    write_text(path, text)
 
 
 def start_wandb(cfg: RunConfig):

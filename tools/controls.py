@@ -69,13 +69,19 @@ def run_controls(cfg: ControlsConfig) -> dict:
     for name in filter(changes.get, cfg.asked):
         change = {"stages": "align,match"} | changes[name]
         done = distill(narrow(cfg, DistillConfig, **change, run=place(cfg.run, name)))["stages"]
-        rows[name] = done[-1] | {key: sum(row[key] for row in done) for key in ("tokens", "minutes")}
+        rows[name] = together(done)
     teacher = load_model(cfg.teacher).cfg
     alone = {SCRATCH: from_scratch(cfg, teacher, cfg.alone),
              "teacher trained on": {"init": cfg.teacher, "fit": cfg.alone}}
     for name in filter(alone.get, cfg.asked):
         rows[name] = {"name": name} | trained_alone(cfg, place(cfg.run, name), **alone[name])
     return rows
+
+
+def together(stages: list[dict]) -> dict:
+    """Both stages as one row: where the last one ended, and what they took together."""
+    rows = [row for row in stages if row["name"] != "finish"]
+    return rows[-1] | {key: sum(row[key] for row in rows) for key in ("tokens", "minutes")}
 
 
 def from_scratch(cfg: ControlsConfig, t: ModelConfig, loop: FitConfig) -> dict:

@@ -24,7 +24,7 @@ from lib.processes import setup
 from lib.report import figure
 from lib.runs import read_metrics
 from tools.controls import (SCRATCH, ControlsConfig, check_distilled, check_stages, from_scratch, place,
-                            trained_alone)
+                            together, trained_alone)
 from train import FitConfig
 
 SCORES = ("tokens", "val_loss", "gap", "kl", "top1")
@@ -64,8 +64,7 @@ def curve(cfg: CurveConfig) -> dict:
         rows = report["stages"] if share == 1 else distill(narrow(
             cfg, DistillConfig, stages="align,match", align=scaled(cfg.align, share),
             match=scaled(cfg.match, share), run=cfg.run.within(f"curve/student-{share:g}")))["stages"]
-        rows = [row for row in rows if row["name"] in ("align", "match")]
-        students.append(rows[-1] | {"tokens": sum(row["tokens"] for row in rows)})
+        students.append(together(rows))
     for share in shares(cfg.scratch_shares):
         run = place(cfg.run, SCRATCH) if share == 1 else cfg.run.within(f"curve/scratch-{share:g}")
         scratch.append(trained_alone(cfg, run, **from_scratch(cfg, shape, scaled(cfg.alone, share))))

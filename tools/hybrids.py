@@ -23,15 +23,15 @@ import torch
 from tyro.conf import OmitArgPrefixes, Suppress
 
 from distill import DistillConfig, distill
-from lib.folders import load_model, write_json, write_whole
+from lib.folders import load_model, write_json, write_text
 from lib.home import lock
-from lib.hybrid import remembered_bytes
+from lib.hybrid import evenly, letters, remembered_bytes
 from lib.owned import check_place, contents
 from lib.processes import setup
 from lib.report import figure
 from lib.runs import RunConfig
 from model import LM
-from tools.rank_layers import letters, propose
+from tools.rank_layers import propose
 from tools.recall import is_recall as is_pairs, pairs_accuracy
 
 RULES = ("restore", "replace", "uniform", "first", "last")
@@ -102,7 +102,7 @@ def patterns(cfg: HybridsConfig, rule: str, L: int, kept: list[int]) -> list[str
 def by_place(rule: str, L: int, n: int) -> set[int]:
     """The n of L layers that stay attention, chosen by where they stand."""
     if rule == "uniform":
-        return {(i + 1) * L // n - 1 for i in range(n)}
+        return evenly(L, n)
     return set(range(n)) if rule == "first" else set(range(L - n, L))
 
 
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     report = hybrids(cfg)
     text = as_markdown(report)
     write_json(results[0], report)
-    write_whole(results[1], lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(results[1], text)
     plot(report, results[2])
     print(text + f"{out}: hybrids.json, hybrids.md, hybrids.svg")
 

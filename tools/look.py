@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import load_tokenizer, opening, read_prompt
-from lib.folders import load_model, open_model, write_whole
+from lib.folders import load_model, open_model, write_text
 from lib.owned import check_place
 from lib.processes import pick_device
 from lib.scores import token_scores
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     check_place([out], is_page, "--out")
     payload, maps = look(cfg)
     html = page(payload, maps)
-    write_whole(out, lambda part: part.write_text(html, encoding="utf-8"))
+    write_text(out, html)
     found = [head["correlation"] for row in payload["layers"] for head in row["heads"]]
     known = [c for c in found if c is not None]
     mean = f"mean correlation {sum(known) / len(known):.3f}, " if known else ""

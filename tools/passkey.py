@@ -19,7 +19,7 @@ import torch
 
 from data.loader import Loader
 from data.tokenizer import load_tokenizer, opening
-from lib.folders import check_vocabulary, load_model, same_tokenizer, write_json, write_whole
+from lib.folders import check_vocabulary, load_model, same_tokenizer, write_json, write_text
 from lib.owned import check_place, contents
 from lib.processes import pick_device
 from lib.report import figure
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     text = as_markdown(report)
     if files:
         write_json(files[0], report)
-        write_whole(files[1], lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(files[1], text)
         plot(report, files[2])
     print(text)
 

@@ -23,6 +23,7 @@ from tyro.conf import Suppress
 from data.loader import Loader
 from distill import DistillConfig, distill
 from lib.folders import load_model, open_model, write_json
+from lib.hybrid import letters
 from lib.processes import joined, setup
 from lib.scores import compare
 from model import LM
@@ -72,10 +73,6 @@ def propose(cfg: DistillConfig, aligned: Path, by: str, keep: int) -> dict:
     proposals = [letters(n_layer, set(found["order"][:n])) for n in range(keep + 1)]
     return {"by": by, "keep": keep, "attention": sorted(found["order"]), "mixer": proposals[-1],
             "mixers": proposals} | found
-
-
-def letters(n_layer: int, attention: set[int]) -> str:
-    return "".join("a" if i in attention else "r" for i in range(n_layer))
 
 
 def hybrid(teacher: LM, student: LM, attention: set[int]) -> LM:

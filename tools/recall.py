@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from distill import DistillConfig, StudentConfig, distill
-from lib.folders import load_model, write_json, write_whole
+from lib.folders import load_model, write_json, write_text
 from lib.home import lock
 from lib.hybrid import mixer_letters, remembered_bytes
 from lib.owned import check_place, contents
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     report = recall(cfg)
     text = as_markdown(report)
     write_json(results[0], report)
-    write_whole(results[1], lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(results[1], text)
     plot(report, results[2])
     print(text + f"{out}: recall.json, recall.md, recall.png")
 

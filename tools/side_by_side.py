@@ -18,7 +18,7 @@ import torch
 from data.chat import encode_turns
 from data.tokenizer import load_tokenizer, opening, stops
 from lib.decode import Decoder
-from lib.folders import load_model, write_json, write_whole
+from lib.folders import load_model, write_json, write_text
 from lib.owned import check_place, contents
 from lib.processes import pick_device
 from model import LM
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     text = as_markdown(report)
     if out:
         write_json(files[0], report)
-        write_whole(files[1], lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(files[1], text)
     print(text, end="")
 
 

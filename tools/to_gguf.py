@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.folder import read_meta
 from data.tokenizer import load_tokenizer, stops
-from lib.folders import expected_shapes, open_model, read_tensor, stored_shapes, write_whole
+from lib.folders import expected_shapes, open_model, read_tensor, stored_shapes, write_text, write_whole
 from model import ModelConfig
 from tools.checkpoint import as_dtype
 from tools.from_gguf import open_gguf
@@ -257,7 +257,7 @@ def write_modelfile(folder: Path, out: Path) -> None:
         quote = '"""' if '"' in end else '"'           # there are no escapes
         lines.append(f"PARAMETER stop {quote}{end}{quote}")
     text = "\n".join(lines) + "\n"
-    write_whole(modelfile_of(out), lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(modelfile_of(out), text)
 
 
 def ends_of(enc: tiktoken.Encoding) -> set[str]:

@@ -8,9 +8,8 @@ import tools.hybrids
 from common import one_line, tiny_model
 from common_distill import META, flags, job, loop, teacher  # noqa: F401   (fixtures)
 from lib.folders import save_model
-from lib.hybrid import remembered_bytes
+from lib.hybrid import letters, remembered_bytes
 from tools.hybrids import HybridsConfig, as_markdown, by_place, main
-from tools.rank_layers import letters
 from tools.recall import RecallConfig, write_pairs
 
 

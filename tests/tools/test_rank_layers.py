@@ -11,9 +11,10 @@ from common_distill import META, loop, rerun
 from data.loader import Loader
 from distill import StudentConfig, make_student
 from lib.folders import save_model
+from lib.hybrid import letters
 from lib.runs import RunConfig
 from lib.scores import compare
-from tools.rank_layers import RankConfig, hybrid, letters, rank_layers, replaced, restored
+from tools.rank_layers import RankConfig, hybrid, rank_layers, replaced, restored
 
 LAYERS = 3
 
