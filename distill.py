@@ -45,7 +45,7 @@ from lib.runs import Run, RunConfig, restore
 from lib.scores import HeldOut, mean_terms
 from lib.stages import (check_student, first_tokens, frozen_parts, introduce, load_teacher, open_loaders,
                         prepare_data)
-from lib.start import copy_linear, look_at_teacher, spread_decay
+from lib.start import copy_linear, look_at_teacher, spread_decay, take_mixers
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
 from train import FitConfig, cross_entropy_loss, fit
 
@@ -154,11 +154,12 @@ class StudentConfig:
     # teacher's head looks back on one batch
     decay: Literal["spread", "official", "lookback"] = "spread"
     calibrate: bool = False        # output maps by least squares: mixers are nearest to attention on a batch
+    aligned: str | None = None     # a student of all layers after stage 1, whose mixers this one takes
 
     @property
     def looks(self) -> bool:
         """Whether the student wants to see what its teacher does with some text."""
-        return self.decay == "lookback" or self.calibrate
+        return self.aligned is None and (self.decay == "lookback" or self.calibrate)
 
 
 def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None,
@@ -186,6 +187,8 @@ def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None,
             transfer(block.att, source.att)
         if isinstance(block.att, TimeMixer) and cfg.decay == "spread":
             block.att.w0.data = spread_decay(block.att, block_size or t.block_size)
+    if cfg.aligned:
+        take_mixers(student, cfg.aligned)
     if cfg.looks:
         look_at_teacher(teacher, student.to(tokens.device), tokens, cfg.decay == "lookback", cfg.calibrate)
     return student
@@ -378,7 +381,8 @@ def open_stage(name: str, cfg: DistillConfig, student: LM, teacher: LM, logit_te
 def distill(cfg: DistillConfig) -> dict:
     """Teacher in, RNN out: run the stages, a folder each, and return the report."""
     rank, world, device = setup(cfg.run.device)
-    run = Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher, cfg.data, cfg.finish_data])
+    run = Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher, cfg.student.aligned, cfg.data,
+                                                   cfg.finish_data])
     teacher = load_teacher(cfg.teacher, device)
     logit_teacher = load_teacher(cfg.logit_teacher, device) if cfg.logit_teacher else teacher
     prepare_data(cfg, rank)

@@ -30,7 +30,7 @@ NEW, OLD = ".new", ".replaced"                     # a run before its first chec
 LENGTHS = ("max_steps", "max_tokens", "max_minutes", "terminate_at_loss")
 HOW = ("eval_every", "out", "resume", "overwrite", "device", "save_every", "save_minutes", "keep_last",
        "log_every", "compile", "wandb", "controls", "keep", "scratch_rate", "mixer")
-FOLDERS = ("teacher", "logit_teacher", "init", "data", "finish_data")        # compared by what is in them
+FOLDERS = ("teacher", "logit_teacher", "aligned", "init", "data", "finish_data")     # compared by contents
 FLAT = ("student", "model", "fit", "run")          # their settings are flags without a prefix
 STAGES = ("align", "match", "finish")
 OWNERS = {"align": ("align_kind",), "finish": ("dpo_kind", "dpo_beta", "dpo_smoothing", "finish_data"),
@@ -218,12 +218,13 @@ def flatten(settings: dict, world: int) -> dict:
     for name, value in settings.items():
         if name.startswith("teacher_"):            # of tools.demo, about another run
             continue
-        if name in FOLDERS and value:
-            values[name] = {"path": value, "digest": fingerprint(value)}
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             values |= {key if name in FLAT else f"{name}.{key}": setting for key, setting in value.items()}
         else:
             values[name] = value
+    for name in FOLDERS:
+        if values.get(name):
+            values[name] = {"path": values[name], "digest": fingerprint(values[name])}
     for name in [name for name in values if name.endswith("batch_size")]:
         prefix = name.removesuffix("batch_size")
         rows = values.pop(name) * values.pop(prefix + "accum") * world

@@ -1,14 +1,16 @@
-"""Where a student's decays and output maps begin: by rule, or a look at its teacher."""
+"""Where a student's mixers begin: by rule, by a look at its teacher, or as another's."""
 
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.folders import load_model
 from model import LM, CausalSelfAttention, TimeMixer
 
 
@@ -33,6 +35,24 @@ def spread_decay(m: TimeMixer, longest: int | Tensor) -> Tensor:
     share = -torch.log1p(-1 / n) * math.exp(0.5)   # = sigmoid(w0), as w = -e^-0.5 sigmoid(w0)
     share = share.clamp(max=0.99)                  # RWKV-7 forgets no faster than e^-0.607, n = 2.2
     return torch.logit(share).view(1, 1, -1)
+
+
+@torch.no_grad()
+def take_mixers(student: LM, folder: str) -> None:
+    """Give the student's RWKV-7 layers the mixers that a model folder has in their
+    places.
+
+    Raises ValueError where it has attention there, or is of another shape.
+    """
+    given = load_model(folder)
+    if replace(given.cfg, mixer=student.cfg.mixer) != student.cfg:
+        raise ValueError(f"aligned = {folder}: it is no student of this teacher with these settings")
+    for i, (block, source) in enumerate(zip(student.blocks, given.blocks)):
+        if isinstance(block.att, TimeMixer):
+            if not isinstance(source.att, TimeMixer):
+                raise ValueError(f"aligned = {folder}: its layer {i} is attention; name one whose layers "
+                                 "are all RWKV-7")
+            block.att.load_state_dict(source.att.state_dict(), strict=False)   # the first has no value residual
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from train import FitConfig, TrainConfig, train
 
 SCRATCH = "RWKV-7 from scratch"
 CONTROLS = ("rotating heads", "no stage 1", "no weight transfer", "cross-entropy only", SCRATCH,
-            "teacher trained on")
+            SCRATCH + " by AdamW", "teacher trained on")
 
 
 @settings
@@ -71,7 +71,9 @@ def run_controls(cfg: ControlsConfig) -> dict:
         done = distill(narrow(cfg, DistillConfig, **change, run=place(cfg.run, name)))["stages"]
         rows[name] = together(done)
     teacher = load_model(cfg.teacher).cfg
+    by_adamw = replace(cfg.alone, optimizer="adamw")
     alone = {SCRATCH: from_scratch(cfg, teacher, cfg.alone),
+             SCRATCH + " by AdamW": from_scratch(cfg, teacher, by_adamw),
              "teacher trained on": {"init": cfg.teacher, "fit": cfg.alone}}
     for name in filter(alone.get, cfg.asked):
         rows[name] = {"name": name} | trained_alone(cfg, place(cfg.run, name), **alone[name])

@@ -3,10 +3,11 @@
     python -m tools.hybrids --teacher out/deep --out out/hybrids
     python -m tools.hybrids --teacher out/pairs/teacher --data out/pairs/data
 
-For every rule and every number of layers kept, a student of that --mixer is distilled
-in stages 1 and 2 and compared with the teacher: OUT/hybrids.json, .md and .svg. On the
-data of tools/recall.py all are also asked for pairs. Its settings are distill.py's;
-students that are there already are read back, so that an interrupted run goes on.
+Stage 1 is run once, for all layers, as no mixer in it hears of another. From there each
+rule and number of layers kept has a student of its --mixer, taken through stage 2 and
+compared with the teacher: OUT/hybrids.json, .md and .svg. On the data of tools/recall.py
+all are also asked for pairs. Its settings are distill.py's; students that are there
+already are read back, so that an interrupted run goes on.
 
     restore, replace    by tools/rank_layers.py
     uniform             spread evenly, the last layer among them
@@ -66,13 +67,16 @@ def hybrids(cfg: HybridsConfig) -> dict:
         raise ValueError(f"kept = {cfg.kept}: of {L} layers 0 to {L - 1} can stay attention")
     n = cfg.memory_of or T
     rate = speed(teacher, cfg.match.batch_size, T)
+    everywhere = cfg.run.within("everywhere")
+    align = distill(narrow(cfg, DistillConfig, stages="align", run=everywhere))["stages"][-1]
+    cfg = replace(cfg, student=replace(cfg.student, aligned=f"{everywhere.out}/align"))
     first = {"bytes": remembered_bytes(teacher.cfg, n), "tokens_per_s": rate}
     if has_pairs(cfg):
         first["recall"] = pairs_accuracy(teacher, cfg.pairs, ASKED)
     rows, students = [], {}
     for rule in cfg.rules.split(","):
         for number, mixer in zip(kept, patterns(cfg, rule, L, kept)):
-            students[mixer] = students.get(mixer) or student_row(cfg, mixer, n)
+            students[mixer] = students.get(mixer) or student_row(cfg, mixer, n, align)
             rows.append({"rule": rule, "kept": number} | students[mixer])
     pairs = {"pairs": cfg.pairs} if has_pairs(cfg) else {}
     return {"n_layer": L, "memory_of": n, "teacher": first, "rows": rows} | pairs
@@ -93,9 +97,7 @@ def patterns(cfg: HybridsConfig, rule: str, L: int, kept: list[int]) -> list[str
     """A rule's --mixer for each number of layers that stay attention."""
     if rule not in ("restore", "replace"):
         return [letters(L, by_place(rule, L, n)) for n in kept]
-    everywhere = cfg.run.within(letters(L, set()))                 # stage 1 of the student that keeps none
-    distill(narrow(cfg, DistillConfig, stages="align", run=everywhere))
-    mixers = propose(cfg, Path(everywhere.out) / "align", rule, max(kept))["mixers"]
+    mixers = propose(cfg, Path(cfg.student.aligned), rule, max(kept))["mixers"]
     return [mixers[n] for n in kept]
 
 
@@ -106,19 +108,21 @@ def by_place(rule: str, L: int, n: int) -> set[int]:
     return set(range(n)) if rule == "first" else set(range(L - n, L))
 
 
-def student_row(cfg: HybridsConfig, mixer: str, n: int) -> dict:
-    """Distil the student of a pattern, or read it back, and say how it does.
+def student_row(cfg: HybridsConfig, mixer: str, n: int, align: dict) -> dict:
+    """Take a pattern's student through stage 2, or read it back, and say how it does.
 
-    `bytes` are what it remembers of n tokens.
+    `bytes` are what it remembers of n tokens; `align` is the stage 1 that all share.
     """
     run = cfg.run.within(mixer)
     student = replace(cfg.student, mixer=mixer)
-    done = distill(narrow(cfg, DistillConfig, student=student, run=run))["stages"]
+    start, match = distill(narrow(cfg, DistillConfig, stages="match", student=student, run=run))["stages"]
     model = load_model(run.out, setup(cfg.run.device)[2]).eval()
-    row = {"mixer": mixer, "bytes": remembered_bytes(model.cfg, n)}
-    row |= {key: done[-1][key] for key in ("kl", "gap", "top1")}
-    for stage in done[1:]:
-        row[stage["name"]] = {key: stage[key] for key in ("tokens", "minutes", "kl", "gap", "top1")}
+    told = {name: {key: row[key] for key in ("kl", "gap", "top1")}
+            for name, row in (("align", start), ("match", match))}
+    took = {name: {key: row[key] for key in ("tokens", "minutes")}
+            for name, row in (("align", align), ("match", match))}
+    row = {"mixer": mixer, "bytes": remembered_bytes(model.cfg, n)} | told["match"]
+    row |= {name: took[name] | told[name] for name in told}
     return row | ({"recall": pairs_accuracy(model, cfg.pairs, ASKED)} if has_pairs(cfg) else {})
 
 
@@ -149,15 +153,16 @@ def as_markdown(report: dict) -> str:
 
 
 def speeds(report: dict) -> list[str]:
-    """A table of what each student's stages took; the teacher reads each token once."""
+    """A table of what the stages took; the teacher reads each token once."""
     lines = ["| student | stage | tokens | minutes | tokens/s | teacher's share |",
              "|---|---|---:|---:|---:|---:|"]
-    for mixer, row in {row["mixer"]: row for row in report["rows"]}.items():
-        for stage in ("align", "match"):
-            tokens, minutes = row[stage]["tokens"], row[stage]["minutes"]
-            rate = tokens / max(minutes * 60, 1e-9)
-            share = rate / report["teacher"]["tokens_per_s"]
-            lines.append(f"| {mixer} | {stage} | {tokens:,} | {minutes:.1f} | {rate:,.0f} | {share:.0%} |")
+    took = [("all", "align", report["rows"][0]["align"])]
+    took += {row["mixer"]: (row["mixer"], "match", row["match"]) for row in report["rows"]}.values()
+    for student, stage, row in took:
+        rate = row["tokens"] / max(row["minutes"] * 60, 1e-9)
+        share = rate / report["teacher"]["tokens_per_s"]
+        lines.append(f"| {student} | {stage} | {row['tokens']:,} | {row['minutes']:.1f} | {rate:,.0f} "
+                     f"| {share:.0%} |")
     return lines
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import T, random_batch, shake, state_dict, tiny_model
+from common import T, one_line, random_batch, shake, state_dict, tiny_model
+from common_distill import META
 from distill import StudentConfig, align_loss, make_student, wrap
+from lib.folders import save_model
 from lib.report import layer_errors
 from lib.start import LeastSquares, attention_io, lookback
 
@@ -37,6 +39,33 @@ def test_the_gates_columns_get_different_gradients():
         columns = F.normalize(block.att.student.g1.grad.double(), dim=0).T  # (rank, C)
         distances = torch.cdist(columns, columns).fill_diagonal_(1)
         assert columns.norm(dim=1).min() > 0.99 and distances.min() > 0.01
+
+
+# ------------------------------------------------------------------------------------------
+# Another student's mixers
+
+def test_a_student_takes_the_mixers_of_one_after_stage_1(tmp_path):
+    """Those of its own RWKV-7 layers and nothing else; the first has no value residual."""
+    teacher = tiny_model(n_layer=3)
+    aligned = make_student(teacher, StudentConfig())
+    shake(aligned, 0.1)
+    save_model(aligned, tmp_path, META)
+    student = make_student(teacher, StudentConfig(mixer="arr", aligned=str(tmp_path)))
+    given, own = aligned.state_dict(), teacher.state_dict()
+    for name, p in student.state_dict().items():
+        mixer = name.startswith(("blocks.1.att.", "blocks.2.att."))
+        assert torch.equal(p, (given if mixer else own).get(name, torch.zeros_like(p))), name
+    assert not StudentConfig(decay="lookback", calibrate=True, aligned=str(tmp_path)).looks
+
+
+def test_mixers_that_cannot_be_taken_are_one_line(tmp_path):
+    teacher = tiny_model(n_layer=3)
+    save_model(make_student(teacher, StudentConfig(mixer="rar")), tmp_path, META)
+    for change, line in (({"mixer": "arr"}, "its layer 1 is attention"), ({"gate": False}, "no student of"),
+                         ({"rwkv_rope": True}, "no student of")):
+        with pytest.raises(ValueError, match=f"aligned = .*{line}") as error:
+            make_student(teacher, StudentConfig(**{"mixer": "rar"} | change, aligned=str(tmp_path)))
+        one_line(error.value)
 
 
 # ------------------------------------------------------------------------------------------

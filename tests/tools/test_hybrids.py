@@ -28,8 +28,7 @@ def test_a_row_for_each_rule_and_number_and_equal_patterns_are_one(job, tmp_path
                         lambda cfg: made.append((cfg.stages, cfg.student.mixer)) or real(cfg))
     main(flags(cfg))
     report = json.loads((out / "hybrids.json").read_text())
-    assert sorted(set(made)) == [("align", "r"), *(("align,match", mixer) for mixer in ("ar", "ra", "rr"))]
-    assert len(made) == 2 + 3                             # each of the two that rank reads stage 1
+    assert sorted(made) == [("align", "r"), *(("match", mixer) for mixer in ("ar", "ra", "rr"))]
     assert [(row["rule"], row["kept"]) for row in report["rows"]] == [
         (rule, n) for rule in ("restore", "replace", "uniform", "first", "last") for n in (0, 1)]
     for row in report["rows"]:
@@ -38,7 +37,8 @@ def test_a_row_for_each_rule_and_number_and_equal_patterns_are_one(job, tmp_path
     assert by_rule["uniform"] == by_rule["last"] | {"rule": "uniform"}
     shape = tiny_model().cfg
     assert report["teacher"]["bytes"] == remembered_bytes(shape, shape.block_size)
-    assert by_rule["last"]["align"]["tokens"] == 2 * 2 * 16 and by_rule["last"]["match"]["minutes"] > 0
+    for row in by_rule.values():                          # all share the one stage 1
+        assert row["align"]["tokens"] == 2 * 2 * 16 and row["match"]["minutes"] > 0
     assert as_markdown(report) in capsys.readouterr().out
     assert (out / "hybrids.svg").stat().st_size > 1000
     made.clear()
