@@ -4,18 +4,18 @@
     torchrun --nproc_per_node=8 distill.py                    the same on eight GPUs
     python -m tools.demo                                      makes data and teacher too
 
-    stage    what trains   teacher                      loss
-    align    the mixers    its attention, in the trunk  per layer ||t - s||^2 / ||t||^2
-    match    everything    the whole model              KL(teacher || student), and CE
-    finish   everything    none                         SFT: CE on responses; or DPO
+    stage    what trains  teacher                        loss
+    align    the mixers   its attention, beside each     ||t - s||^2 / ||t||^2 per token
+    match    everything   the whole model, beside it     KL(teacher || student), and CE
+    finish   everything   none (DPO: a copy of student)  SFT: CE on responses; or DPO
 
 In `align` the *teacher's* output flows on, so that every layer learns at once and from
 clean inputs. The student starts as the teacher: embedding, norms, feed-forward layers
-and head are copied, q becomes receptance (with the scale 1/sqrt(N) folded in), k key, v
-value, o output, with their biases and norms; grouped heads are repeated. Of what RWKV-7
-has besides, token shift, bonus and gate start with no effect, the value residual with
-almost none; decay, a little erasing and the group norm act from the first step, and
-`align` is there to absorb them.
+and head are copied, q becomes receptance (times 1/sqrt(N)), k key, v value, o output,
+with biases and norms; grouped heads are repeated, rope is left out. Token shift, bonus
+and gate start with no effect, the value residual with almost none; decay, a little
+erasing and the group norm act at once. A look at the teacher (lib/start.py) sets decays
+and refits the output maps by least squares, and `align` does the rest.
 
 Each stage is one call of train.fit. References: RADLADS (arXiv 2505.03005), ARWKV
 (arXiv 2501.15570) and its trainer RWKVInside, whose main options have a switch here.
@@ -45,7 +45,7 @@ from lib.runs import Run, RunConfig, restore
 from lib.scores import HeldOut, mean_terms
 from lib.stages import (check_student, first_tokens, frozen_parts, introduce, load_teacher, open_loaders,
                         prepare_data)
-from lib.start import copy_linear, look_at_teacher, spread_decay, take_mixers
+from lib.start import copy_linear, tune_mixers
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
 from train import FitConfig, cross_entropy_loss, fit
 
@@ -85,11 +85,11 @@ class VFirstHolder:
     """RWKVInside's distributed state: every process's v_first, (world_size, B, T, A).
 
     The process writes its slice, an explicit all-gather fills in the others', later
-    layers read their slice. As each process reads only what it wrote, numbers and
-    gradients are those without the gather, which is for whoever wants to look across.
-    What matters is that it stays in the autograd graph: the first layer's value
-    projection learns from every later layer. A process group of its own keeps its
-    collectives apart from DDP's.
+    layers read their slice. No training here needs the gather: each process reads only
+    what it wrote, so numbers and gradients are those without. RWKVInside has it, and so
+    one can look across. What matters is that v_first stays in the autograd graph: the
+    first layer's value projection learns from every later layer. A process group of
+    its own keeps its collectives apart from DDP's.
     """
 
     def __init__(self):
@@ -128,7 +128,7 @@ def wrap(student: LM, teacher: LM | None) -> LM:
         return view
 
     holder, view = VFirstHolder(), shallow(student)
-    depth = teacher and student.cfg.mixers.rfind("r") + 1                  # aligning needs none above them
+    depth = teacher and student.cfg.mixers.rfind("r") + 1      # aligning stops at the last RWKV layer
     view.blocks = nn.ModuleList(map(shallow, student.blocks[: depth or None]))
     for i, block in enumerate(view.blocks):
         if isinstance(block.att, TimeMixer):
@@ -150,10 +150,10 @@ class StudentConfig:
     rwkv_rope: bool = False
     untie_head: bool = False       # a head of its own where the teacher's is the embedding
     transfer: bool = True          # mixers start from attention's weights; without: official, but for decay
-    # spread: a head's channels remember 2 to block_size tokens; lookback: as far as the
-    # teacher's head looks back on one batch
+    # Defaults that need no text; DistillConfig has some, and sets lookback and True.
+    # spread: channels remember 2 to block_size tokens; lookback: up to attention's reach
     decay: Literal["spread", "official", "lookback"] = "spread"
-    calibrate: bool = False        # output maps by least squares: mixers are nearest to attention on a batch
+    calibrate: bool = False        # refit output maps by least squares to what attention gives on a batch
     aligned: str | None = None     # a student of all layers after stage 1, whose mixers this one takes
 
     @property
@@ -185,12 +185,7 @@ def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None,
             nn.init.zeros_(block.ffn.x_k)
         if isinstance(block.att, TimeMixer) and cfg.transfer:
             transfer(block.att, source.att)
-        if isinstance(block.att, TimeMixer) and cfg.decay == "spread":
-            block.att.w0.data = spread_decay(block.att, block_size or t.block_size)
-    if cfg.aligned:
-        take_mixers(student, cfg.aligned)
-    if cfg.looks:
-        look_at_teacher(teacher, student.to(tokens.device), tokens, cfg.decay == "lookback", cfg.calibrate)
+    tune_mixers(teacher, student, cfg, tokens, block_size or t.block_size)
     return student
 
 

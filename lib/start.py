@@ -14,6 +14,22 @@ from lib.folders import load_model
 from model import LM, CausalSelfAttention, TimeMixer
 
 
+def tune_mixers(teacher: LM, student: LM, cfg, tokens: Tensor | None, longest: int) -> None:
+    """What transferred weights do not say, as a StudentConfig has it.
+
+    Decays that remember up to `longest` tokens, or a look at the teacher with tokens
+    (B, T); or the mixers of another student.
+    """
+    if cfg.decay == "spread":
+        for block in student.blocks:
+            if isinstance(block.att, TimeMixer):
+                block.att.w0.data = spread_decay(block.att, longest)
+    if cfg.aligned:
+        take_mixers(student, cfg.aligned)
+    if cfg.looks:
+        look_at_teacher(teacher, student.to(tokens.device), tokens, cfg.decay == "lookback", cfg.calibrate)
+
+
 def copy_linear(m: nn.Linear, t: nn.Linear, N: int = 1, repeat: int = 1, scale: float = 1.0) -> None:
     """Give m the weight and bias of t times `scale`.
 

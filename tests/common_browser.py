@@ -1,4 +1,9 @@
-"""A page in a real headless Chromium, spoken to in the DevTools protocol over pipes."""
+"""A page in a real headless Chromium, spoken to in the DevTools protocol over pipes.
+
+    python tests/common_browser.py out/demo-look.html docs/look.png
+
+makes the README's picture of a page of tools.look (`make demo` writes this one).
+"""
 
 import base64
 import contextlib
@@ -8,6 +13,8 @@ import os
 import select
 import shutil
 import signal
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +23,8 @@ CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 INSTALL = "no Chromium here: apt-get install chromium"
 # no sandbox: root has none, and the page is our own
 FLAGS = ("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run",
-         "--disable-dev-shm-usage", "--disable-extensions", "--disable-background-networking", "--mute-audio")
+         "--disable-dev-shm-usage", "--disable-extensions", "--disable-background-networking", "--mute-audio",
+         "--hide-scrollbars")
 
 
 class Page:
@@ -118,9 +126,13 @@ class Page:
         place = {"x": box[0] + x * box[2], "y": box[1] + y * box[3]}
         self.call("Input.dispatchMouseEvent", type="mouseMoved", **place)
 
-    def picture(self, file: Path) -> None:
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+    def picture(self, file: Path, first: str = "body", last: str = "body") -> None:
+        """The page from one element to another, and some pixels around them."""
+        x, y, right, bottom = self.run(
+            f"(([a, b]) => [a.left + scrollX, a.top + scrollY, b.right + scrollX, b.bottom + scrollY])"
+            f"([{json.dumps(first)}, {json.dumps(last)}].map(e => document.querySelector(e)."
+            f"getBoundingClientRect()))")
+        clip = {"x": x - 5, "y": y - 5, "width": right - x + 10, "height": bottom - y + 10, "scale": 1}
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         file.write_bytes(base64.b64decode(shot["data"]))
 
@@ -138,3 +150,14 @@ class Page:
                 if not url.startswith(("file:", "data:", "about:", "blob:")):
                     found.append(url)
         return found
+
+
+def photograph(page: str, file: str) -> None:
+    """Both maps and the memory of a page of tools.look: second layer, second head."""
+    with tempfile.TemporaryDirectory() as profile, Page(Path(page), Path(profile)) as shown:
+        shown.run("set({layer: 1, head: 1, t: 70, i: 66})")
+        shown.picture(Path(file), "[aria-labelledby=maps-title]", "#memory")
+
+
+if __name__ == "__main__":
+    photograph(*sys.argv[1:])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import tools.look
 from common import REPO, one_line, tiny_model
 from common_bpe import imported, train
-from common_browser import CHROMIUM, INSTALL, Page
+from common_browser import CHROMIUM, INSTALL, Page, photograph
 from common_distill import META
 from config import cli
 from data.tokenizer import get_tokenizer, save_tokenizer
@@ -325,8 +325,11 @@ def test_a_reader_sees_it_in_chromium(folders, tmp_path):
         assert shown.run("[now.t, now.i]") == [10, 0]
         assert "token 0" in shown.run("$('cell').textContent")
         check_looks(shown)
-        shown.picture(tmp_path / "look.png")
-        assert (tmp_path / "look.png").stat().st_size > 20_000 and not shown.complaints()
+        assert not shown.complaints()
+    photograph(tmp_path / "look.html", tmp_path / "look.png")
+    data = (tmp_path / "look.png").read_bytes()
+    width, height = (int.from_bytes(data[i : i + 4]) for i in (16, 20))
+    assert data.startswith(b"\x89PNG") and 900 < width <= 1000 < height and len(data) > 20_000
 
 
 def check_values(shown: Page, payload: dict) -> None:
