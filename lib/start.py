@@ -1,4 +1,4 @@
-"""Where a student's mixers begin: by rule, by a look at its teacher, or as another's."""
+"""Where a student's mixers begin: by rule, a look at its teacher, or as another's."""
 
 import contextlib
 import math
@@ -68,7 +68,7 @@ def take_mixers(student: LM, folder: str) -> None:
             if not isinstance(source.att, TimeMixer):
                 raise ValueError(f"aligned = {folder}: its layer {i} is attention; name one whose layers "
                                  "are all RWKV-7")
-            block.att.load_state_dict(source.att.state_dict(), strict=False)   # the first has no value residual
+            block.att.load_state_dict(source.att.state_dict(), strict=False)   # first: no value residual
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@
 
 Stage 1 is run once, for all layers, as no mixer in it hears of another. From there each
 rule and number of layers kept has a student of its --mixer, taken through stage 2 and
-compared with the teacher: OUT/hybrids.json, .md and .svg. On the data of tools/recall.py
-all are also asked for pairs. Its settings are distill.py's; students that are there
-already are read back, so that an interrupted run goes on.
+compared with the teacher: OUT/hybrids.json, .md and .svg. On tools/recall.py's data all
+are also asked for pairs. Its settings are distill.py's; students that are there already
+are read back, so that an interrupted run goes on.
 
     restore, replace    by tools/rank_layers.py
     uniform             spread evenly, the last layer among them

@@ -45,7 +45,7 @@ def test_the_gates_columns_get_different_gradients():
 # Another student's mixers
 
 def test_a_student_takes_the_mixers_of_one_after_stage_1(tmp_path):
-    """Those of its own RWKV-7 layers and nothing else; the first has no value residual."""
+    """Those of its RWKV-7 layers and nothing else; the first has no value residual."""
     teacher = tiny_model(n_layer=3)
     aligned = make_student(teacher, StudentConfig())
     shake(aligned, 0.1)
