@@ -14,17 +14,18 @@ demo: .venv/ready
 test: .venv/ready-test
 	$(PY) -m pytest -n 2 --dist worksteal
 
-# A teacher that cost twenty times what its students may, and the demo's own with a larger budget; 3 seeds, for the first
-# all controls. Some 4 hours on 2 cores; begun again, it goes on.
+# A teacher that cost twenty times what its students may, and the demo's own; 3 seeds, for the first all controls. Some
+# 4 hours on 2 cores; begun again, it goes on.
 SEEDS = for seed in 0 1 2; do
 OUT = out/results
 COSTLY = config/results.toml --out $(OUT)/costly-$$seed --seed $$seed
-DEMO = config/results-demo.toml --out $(OUT)/demo-$$seed --seed $$seed
+EACH = "rotating heads,RWKV-7 from scratch,RWKV-7 from scratch by AdamW"
+DEMO = --teacher $(OUT)/demo-teacher --stages align,match --eval_tokens 300000 --out $(OUT)/demo-$$seed --seed $$seed
 
 results: .venv/ready
 	$(PY) train.py --out $(OUT)/teacher --batch_size 4 --max_steps 40000 --eval_every 2000 --resume
 	$(SEEDS) $(PY) distill.py $(COSTLY) --resume || exit 1; done
-	$(SEEDS) $(PY) -m tools.controls $(COSTLY) --only "rotating heads,RWKV-7 from scratch" || exit 1; done
+	$(SEEDS) $(PY) -m tools.controls $(COSTLY) --only $(EACH) || exit 1; done
 	seed=0; $(PY) -m tools.curve $(COSTLY)
 	seed=0; $(PY) -m tools.controls $(COSTLY)
 	$(SEEDS) $(PY) -m tools.demo $(DEMO) --resume || exit 1; done

@@ -13,7 +13,7 @@ from tools.demo import DemoConfig
 from train import FitConfig, TrainConfig
 
 TRAIN = {"gpt2-124m", "rwkv7-124m", "rwkv7-1b5", "rwkv7-3b", "shakespeare-cpu"}
-DISTILL = {"results", "results-demo", "smollm2"}  # and tools.demo, which has distill.py's settings
+DISTILL = {"results", "smollm2"}  # and tools.demo, which has distill.py's settings
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "config").glob("*.toml")), ids=lambda p: p.name)
