@@ -9,6 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.processes import part_of
+from lib.shard import gathered
 from model import LM, CausalSelfAttention, TimeMixer
 
 
@@ -48,8 +50,9 @@ def look_at_teacher(teacher: LM, student: LM, tokens: Tensor, decay: bool, outpu
         for i, mixer in mixers.items():
             # a head that attends to its last n tokens alike looks back d = (n - 1) / 2:
             # let its channels remember 2 ... 2d + 1
-            reach = 2 * lookback(teacher.blocks[i].att, seen[i][0]) + 1
-            mixer.w0.copy_(spread_decay(mixer, reach.clamp(min=2.5)))
+            with gathered(mixer, teacher.blocks[i].att):
+                reach = 2 * lookback(teacher.blocks[i].att, seen[i][0]) + 1
+                mixer.w0.copy_(spread_decay(mixer, reach.clamp(min=2.5)))
     if output:
         fits = {i: LeastSquares(mixer.output) for i, mixer in mixers.items()}
         for row in tokens.split(1):
@@ -73,7 +76,8 @@ class LeastSquares:
 
     def __init__(self, m: nn.Linear):
         self.m, (C, A) = m, m.weight.shape
-        self.gram, self.cross = (m.weight.new_zeros(n, A, dtype=torch.float64) for n in (A, C))
+        how = {"dtype": torch.float64, "device": m.weight.device}
+        self.gram, self.cross = torch.zeros(A, A, **how), torch.zeros(C, A, **how)
 
     @contextlib.contextmanager
     def listening(self, target: Tensor) -> Iterator[None]:
@@ -90,7 +94,8 @@ class LeastSquares:
     def solve(self) -> None:
         mean = self.gram.diagonal().mean().clamp(min=1e-9)
         ridge = self.RIDGE * mean * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        self.m.weight.add_(torch.linalg.solve(self.gram + ridge, self.cross.T).T.to(self.m.weight.dtype))
+        change = torch.linalg.solve(self.gram + ridge, self.cross.T).T
+        self.m.weight.add_(part_of(change.to(self.m.weight.dtype), self.m.weight))
 
 
 def attention_io(model: LM, tokens: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
