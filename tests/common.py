@@ -22,12 +22,12 @@ T = 16
 TINY = ["--n_embd", "32", "--n_layer", "2", "--n_head", "2", "--block_size", str(T), "--rwkv_head_size", "16"]
 
 
-def make_data(folder: Path) -> SimpleNamespace:
+def make_data(folder: Path, characters: int = 30000) -> SimpleNamespace:
     """Prepared text, sft and dpo folders.
 
     Answers differ in length, so that ranks get unequal numbers of targets.
     """
-    prose = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))[:30000]
+    prose = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))[:characters]
     (folder / "text.txt").write_text(prose, encoding="utf-8")
     words = [w for w in dict.fromkeys(prose.split()) if w.isalpha()][:240]
     pairs = [(a, b + " " + a * (i % 3)) for i, (a, b) in enumerate(zip(words[::2], words[1::2]))]

@@ -1,0 +1,130 @@
+"""What the tests of sharding share, and what their two processes run, which import it."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common import make_data, random_batch, tiny_model
+from common_distill import META
+from distill import DistillConfig, StudentConfig, distill
+from lib.folders import save_model
+from lib.muon import Muon
+from lib.processes import whole
+from lib.runs import RunConfig
+from lib.shard import load, new_model
+from model import ModelConfig
+from train import FitConfig, Step, TrainConfig, cross_entropy_loss, param_groups, train
+
+STEPS, T = 20, 16
+MIXERS = {"rwkv": "r", "hybrid": "ra", "attention": "a"}
+STUDENTS = {"rwkv": "r", "hybrid": "ra"}
+LARGE = ModelConfig(mixer="ra", n_embd=128, n_layer=3, n_head=2, block_size=T)    # for counting bytes
+
+
+def write_inputs(root: Path) -> None:
+    """Little text, so that little is held out, and a teacher."""
+    make_data(root, characters=2500)
+    save_model(tiny_model(ffn="swiglu", tied=True), root / "teacher", META)
+
+
+def loop(rows: int, accum: int, **changes) -> FitConfig:
+    quiet = {"warmup_steps": 0, "eval_every": None, "optimizer": "muon"}
+    return FitConfig(max_steps=STEPS, batch_size=rows, accum=accum, **quiet | changes)
+
+
+def run_config(root: Path, name: str, **options) -> RunConfig:
+    return RunConfig(out=str(root / name), device="cpu", log_every=1, **{"save_every": 10} | options)
+
+
+def scratch(root: Path, name: str, kind: str, rows: int, accum: int = 1, **options) -> TrainConfig:
+    """Training from scratch; RWKV-7 reads by pieces."""
+    model = replace(tiny_model(mixer=MIXERS[kind]).cfg, ffn="relu2" if "a" in MIXERS[kind] else "channelmix")
+    fit = loop(rows, accum, bptt_chunk=8 if kind == "rwkv" else None)
+    return TrainConfig(data=f"{root}/text", eval_tokens=60, model=model, fit=fit,
+                       run=run_config(root, name, **options))
+
+
+def stages(root: Path, name: str, kind: str, rows: int, accum: int = 1, **options) -> DistillConfig:
+    """All three stages; the hybrid reads by pieces, and ends with preferences."""
+    pieces = {"bptt_chunk": 8 if kind == "hybrid" else None}
+    return DistillConfig(teacher=f"{root}/teacher", data=f"{root}/text",
+                         finish_data=f"{root}/{'dpo' if kind == 'hybrid' else 'sft'}", eval_tokens=60,
+                         student=StudentConfig(mixer=STUDENTS[kind], decay="lookback", calibrate=True),
+                         align=loop(rows, accum), match=loop(rows, accum, **pieces),
+                         finish=loop(rows, accum, **pieces),
+                         run=run_config(root, name, save_every=None, **options))
+
+
+def half_done(source: Path, copy: Path) -> None:
+    """A run as it was after ten steps."""
+    shutil.copytree(source, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step_{STEPS:07d}")
+
+
+def two_shards(rank: int, root: Path) -> None:
+    """One of two processes: all runs, sharded and with DDP, and some gone on with."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
+    for kind in MIXERS:
+        train(scratch(root, f"shard-{kind}", kind, 2, 2 if kind == "hybrid" else 1, shard=True))
+    for kind in STUDENTS:
+        how = {"shard": True, "checkpoint_blocks": kind == "hybrid"}
+        distill(stages(root, f"shard-distill-{kind}", kind, 2, **how))
+    train(scratch(root, "ddp-hybrid", "hybrid", 2, 2))
+    distill(stages(root, "ddp-distill-rwkv", "rwkv", 2))
+    if rank == 0:
+        half_done(root / "shard-hybrid", root / "again-hybrid")
+        half_done(root / "shard-hybrid", root / "one-goes-on")
+        half_done(root / "ddp-hybrid", root / "shard-goes-on")
+    dist.barrier()
+    for name in ("again-hybrid", "shard-goes-on"):
+        train(scratch(root, name, "hybrid", 2, 2, shard=True, resume=True))
+    checks = {"bytes": local_bytes(), "folder": same_folder(root), "twin": same_start()}
+    (root / f"rank{rank}.json").write_text(json.dumps(checks))
+    dist.destroy_process_group()
+
+
+def local_bytes() -> dict[str, int]:
+    """What this process holds of a model after a step's backward pass."""
+    model = new_model(LARGE, torch.device("cpu"), True)
+    optimizer = Muon(param_groups(model, FitConfig()), fused=True)
+    for _ in range(2):                                     # the second has moments
+        optimizer.zero_grad()
+        losses, _ = Step(model, cross_entropy_loss)(random_batch(), None)
+        losses["loss"].backward()
+        optimizer.step()
+    states = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+
+    def nbytes(xs) -> int:
+        return sum(x.to_local().nbytes for x in xs)
+
+    return {"weights": nbytes(model.parameters()), "gradients": nbytes(p.grad for p in model.parameters()),
+            "optimizer": nbytes(states)}
+
+
+def same_folder(root: Path) -> bool:
+    """Whether a folder's model has the same weights in parts and whole."""
+    parts, model = (load(root / "teacher", torch.device("cpu"), shard) for shard in (True, False))
+    weights = parts.state_dict()
+    return all(torch.equal(whole(weights[name]), x) for name, x in model.state_dict().items())
+
+
+def same_start() -> bool:
+    """Whether a new model has the same weights in parts and whole, and so have later
+    random numbers.
+    """
+    for ffn, mixer in (("channelmix", "r"), ("gelu", "ra")):
+        cfg, draws = replace(LARGE, ffn=ffn, mixer=mixer, positions="learned"), []
+        for shard in (True, False):
+            torch.manual_seed(7)
+            weights = new_model(cfg, torch.device("cpu"), shard).state_dict()
+            draws.append([whole(x) for x in weights.values()] + [torch.rand(3)])
+        if not all(map(torch.equal, *draws)):
+            return False
+    return True

@@ -1,0 +1,117 @@
+"""Sharding: two processes with a part of every tensor are two with DDP, and one.
+
+All runs of the two processes are made once, side by side with those of one.
+"""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import TINY, assert_same_run, metrics, newest, one_line, random_batch, start, tiny_model
+from common_shard import (LARGE, MIXERS, STEPS, STUDENTS, T, half_done, run_config, scratch, stages, two_shards,
+                          write_inputs)
+from data.loader import Loader
+from distill import distill
+from lib.folders import load_model
+from lib.runs import Run
+from lib.shard import OPTIMIZER, checkpoint_blocks
+from tools.plan import training_bytes
+from train import cross_entropy_loss, train
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """The folder with all runs."""
+    root = tmp_path_factory.mktemp("shard")
+    write_inputs(root)
+    context = torch.multiprocessing.spawn(two_shards, (root,), nprocs=2, join=False)
+    for kind in MIXERS:
+        train(scratch(root, f"one-{kind}", kind, 4, 2 if kind == "hybrid" else 1))
+    for kind in STUDENTS:
+        distill(stages(root, f"one-distill-{kind}", kind, 4))
+    while not context.join():
+        pass
+    return root
+
+
+def assert_same_losses(one: Path, other: Path) -> None:
+    """Twenty steps' losses are equal to 1e-5, and the weights nearly."""
+    rows = list(zip(metrics(one), metrics(other), strict=True))
+    assert len(rows) == STEPS and [a["step"] for a, _ in rows] == list(range(1, STEPS + 1))
+    for a, b in rows:
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-6), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert rows[0][0]["loss"] > 1.001 * rows[-1][0]["loss"] or "match" in str(one)      # something was learnt
+    a, b = (load_model(folder).state_dict() for folder in (one, other))
+    for name in a:
+        assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_two_processes_in_parts_train_as_one(root, kind):
+    assert_same_losses(root / f"one-{kind}", root / f"shard-{kind}")
+
+
+@pytest.mark.parametrize("stage", ["align", "match", "finish"])
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_two_processes_in_parts_distil_as_one(root, kind, stage):
+    """The hybrid's blocks are run again in the backward pass, in pieces of the text."""
+    assert_same_losses(root / f"one-distill-{kind}" / stage, root / f"shard-distill-{kind}" / stage)
+    reports = [json.loads((root / f"{how}-distill-{kind}" / "report.json").read_text()) for how in ("one", "shard")]
+    assert reports[0]["gap"] == pytest.approx(reports[1]["gap"], abs=1e-4)
+    assert reports[0]["layers"][0]["error"] == pytest.approx(reports[1]["layers"][0]["error"], rel=1e-2)
+
+
+def test_two_processes_in_parts_are_two_with_ddp(root):
+    assert_same_losses(root / "ddp-hybrid", root / "shard-hybrid")
+    for stage in ("align", "match", "finish"):
+        assert_same_losses(root / "ddp-distill-rwkv" / stage, root / "shard-distill-rwkv" / stage)
+
+
+# ------------------------------------------------------------------------------------------
+# Folders and checkpoints
+
+def test_a_run_in_parts_goes_on_as_if_it_had_not_stopped(root):
+    """Weights, moments and log are equal bit for bit."""
+    a, b = root / "shard-hybrid", root / "again-hybrid"
+    for name in ("model.safetensors", OPTIMIZER):
+        assert (newest(a) / name).read_bytes() == (newest(b) / name).read_bytes()
+    assert metrics(a) == metrics(b)
+    assert (newest(a) / OPTIMIZER).stat().st_size > (newest(a) / "model.safetensors").stat().st_size
+
+
+def test_a_run_in_parts_goes_on_in_one_process_and_one_of_ddp_in_parts(root):
+    """The same rows a step are the same batches: losses are equal to 1e-5."""
+    train(scratch(root, "one-goes-on", "hybrid", 2, 4, resume=True))
+    assert_same_losses(root / "shard-hybrid", root / "one-goes-on")
+    assert_same_losses(root / "ddp-hybrid", root / "shard-goes-on")
+    half_done(root / "shard-hybrid", root / "refused")
+    with pytest.raises(ValueError, match="rwkv.*processes = 8, not 4|batch_size . accum . processes = 8, not 4") as e:
+        train(scratch(root, "refused", "hybrid", 2, 2, resume=True))
+    one_line(e.value)
+
+
+def test_a_damaged_optimizer_in_parts_is_refused(root, tmp_path):
+    half_done(root / "shard-attention", tmp_path / "run")
+    file = newest(tmp_path / "run") / OPTIMIZER
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    cfg = scratch(tmp_path, "run", "attention", 4, resume=True)
+    with pytest.raises(ValueError, match="is damaged") as e:
+        train(cfg)
+    one_line(e.value)
+
+
+def test_what_each_process_holds_is_half(root):
+    """Oracle of the plan: bytes counted in both processes after two steps."""
+    parts = training_bytes(LARGE, 1, T, 2, shard=True)
+    for rank in (0, 1):
+        checks = json.loads((root / f"rank{rank}.json").read_text())
+        assert checks["folder"] and checks["twin"]
+        for name, n in checks["bytes"].items():
+            assert n == pytest.approx(parts[name], rel=0.15), (rank, name)
+        assert sum(checks["bytes"].values()) == pytest.approx(8 * LARGE_PARAMETERS, rel=0.05)
