@@ -38,11 +38,23 @@ class UnitBlock(Block):
     """A block that may keep only its inputs for the backward pass, and run again."""
 
     again = False
+    unit = None                                            # FSDP's own (unshard, reshard) of a block that is cut
 
     def forward(self, x, v_first, state):
         if not (self.again and torch.is_grad_enabled()):
             return super().forward(x, v_first, state)
-        return checkpoint(super().forward, x, v_first, state, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self.run, x, v_first, state, use_reentrant=False, preserve_rng_state=False)
+
+    def run(self, x, v_first, state):
+        """In stage 1 gradients come to the mixer alone, and FSDP does not gather the
+        block around it.
+        """
+        unshard, reshard = self.unit if is_part(next(self.ln1.parameters())) else (int, int)
+        unshard()
+        try:
+            return super().forward(x, v_first, state)
+        finally:
+            reshard()
 
     def __copy__(self) -> "UnitBlock":                     # FSDP's class cannot be made without arguments
         return shallow(self, UnitBlock)
@@ -113,7 +125,9 @@ def cut_block(block: Block, device: torch.device) -> Block:
     cut(block.att, device, half=True)
     if hasattr(block, "ln0"):                              # LM calls it, before the block
         cut(block.ln0, device, half=False)
-    return cut(block, device, half=True)
+    cut(block, device, half=True)
+    block.unit = block.unshard, block.reshard
+    return block
 
 
 def cut_root(model: LM, device: torch.device) -> LM:
