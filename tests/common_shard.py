@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +12,19 @@ import torch.distributed as dist
 
 from common import make_data, random_batch, tiny_model
 from common_distill import META
-from distill import DistillConfig, StudentConfig, distill
+from distill import DistillConfig, StudentConfig, distill, make_student
 from lib.folders import save_model
 from lib.muon import Muon
 from lib.processes import whole
 from lib.runs import RunConfig
 from lib.shard import load, new_model
+from lib.stages import load_teacher
 from model import ModelConfig
 from train import FitConfig, Step, TrainConfig, cross_entropy_loss, param_groups, train
 
-STEPS, T = 20, 16
+STEPS, T = 20, 32
 MIXERS = {"rwkv": "r", "hybrid": "ra", "attention": "a"}
+ROWS = {"rwkv": (2, 1), "hybrid": (2, 1), "attention": (2, 2)}        # of each process, and accumulation
 STUDENTS = {"rwkv": "r", "hybrid": "ra"}
 LARGE = ModelConfig(mixer="ra", n_embd=128, n_layer=3, n_head=2, block_size=T)    # for counting bytes
 
@@ -29,7 +32,7 @@ LARGE = ModelConfig(mixer="ra", n_embd=128, n_layer=3, n_head=2, block_size=T)  
 def write_inputs(root: Path) -> None:
     """Little text, so that little is held out, and a teacher."""
     make_data(root, characters=2500)
-    save_model(tiny_model(ffn="swiglu", tied=True), root / "teacher", META)
+    save_model(tiny_model(ffn="swiglu", tied=True, block_size=T), root / "teacher", META)
 
 
 def loop(rows: int, accum: int, **changes) -> FitConfig:
@@ -43,18 +46,20 @@ def run_config(root: Path, name: str, **options) -> RunConfig:
 
 def scratch(root: Path, name: str, kind: str, rows: int, accum: int = 1, **options) -> TrainConfig:
     """Training from scratch; RWKV-7 reads by pieces."""
-    model = replace(tiny_model(mixer=MIXERS[kind]).cfg, ffn="relu2" if "a" in MIXERS[kind] else "channelmix")
-    fit = loop(rows, accum, bptt_chunk=8 if kind == "rwkv" else None)
+    model = replace(tiny_model(mixer=MIXERS[kind]).cfg, block_size=T,
+                    ffn="relu2" if "a" in MIXERS[kind] else "channelmix")
+    fit = loop(rows, accum, bptt_chunk=16 if kind == "rwkv" else None)
     return TrainConfig(data=f"{root}/text", eval_tokens=60, model=model, fit=fit,
                        run=run_config(root, name, **options))
 
 
 def stages(root: Path, name: str, kind: str, rows: int, accum: int = 1, **options) -> DistillConfig:
-    """All three stages; the hybrid reads by pieces, and ends with preferences."""
-    pieces = {"bptt_chunk": 8 if kind == "hybrid" else None}
+    """All three stages; RWKV-7 reads by pieces, the hybrid ends with preferences."""
+    rwkv = kind == "rwkv"
+    pieces = {"bptt_chunk": 16 if rwkv else None}
+    student = StudentConfig(mixer=STUDENTS[kind])
     return DistillConfig(teacher=f"{root}/teacher", data=f"{root}/text",
-                         finish_data=f"{root}/{'dpo' if kind == 'hybrid' else 'sft'}", eval_tokens=60,
-                         student=StudentConfig(mixer=STUDENTS[kind], decay="lookback", calibrate=True),
+                         finish_data=f"{root}/{'sft' if rwkv else 'dpo'}", eval_tokens=60, student=student,
                          align=loop(rows, accum), match=loop(rows, accum, **pieces),
                          finish=loop(rows, accum, **pieces),
                          run=run_config(root, name, save_every=None, **options))
@@ -69,23 +74,26 @@ def half_done(source: Path, copy: Path) -> None:
 def two_shards(rank: int, root: Path) -> None:
     """One of two processes: all runs, sharded and with DDP, and some gone on with."""
     torch.set_num_threads(1)
+    sys.modules["matplotlib"] = None                       # a report without its picture is as good here
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
     for kind in MIXERS:
-        train(scratch(root, f"shard-{kind}", kind, 2, 2 if kind == "hybrid" else 1, shard=True))
+        train(scratch(root, f"shard-{kind}", kind, *ROWS[kind], shard=True))
     for kind in STUDENTS:
         how = {"shard": True, "checkpoint_blocks": kind == "hybrid"}
         distill(stages(root, f"shard-distill-{kind}", kind, 2, **how))
-    train(scratch(root, "ddp-hybrid", "hybrid", 2, 2))
-    distill(stages(root, "ddp-distill-rwkv", "rwkv", 2))
+    for kind in MIXERS:
+        train(scratch(root, f"ddp-{kind}", kind, *ROWS[kind]))
+    distill(stages(root, "ddp-distill-hybrid", "hybrid", 2))
     if rank == 0:
-        half_done(root / "shard-hybrid", root / "again-hybrid")
-        half_done(root / "shard-hybrid", root / "one-goes-on")
-        half_done(root / "ddp-hybrid", root / "shard-goes-on")
+        half_done(root / "shard-attention", root / "again")
+        half_done(root / "shard-attention", root / "one-goes-on")
+        half_done(root / "ddp-attention", root / "shard-goes-on")
     dist.barrier()
-    for name in ("again-hybrid", "shard-goes-on"):
-        train(scratch(root, name, "hybrid", 2, 2, shard=True, resume=True))
-    checks = {"bytes": local_bytes(), "folder": same_folder(root), "twin": same_start()}
+    for name in ("again", "shard-goes-on"):
+        train(scratch(root, name, "attention", *ROWS["attention"], shard=True, resume=True))
+    checks = {"bytes": local_bytes(), "folder": same_folder(root), "new": same_start(),
+              "student": farthest_student(root)}
     (root / f"rank{rank}.json").write_text(json.dumps(checks))
     dist.destroy_process_group()
 
@@ -113,6 +121,18 @@ def same_folder(root: Path) -> bool:
     parts, model = (load(root / "teacher", torch.device("cpu"), shard) for shard in (True, False))
     weights = parts.state_dict()
     return all(torch.equal(whole(weights[name]), x) for name, x in model.state_dict().items())
+
+
+def farthest_student(root: Path) -> float:
+    """The largest relative difference between weights of a student, made from a teacher
+    in parts and a whole one, at which it looks.
+    """
+    cfg, tokens, made = StudentConfig(decay="lookback", calibrate=True), random_batch(2, T).x, []
+    for shard in (True, False):
+        torch.manual_seed(7)
+        student = make_student(load_teacher(str(root / "teacher"), torch.device("cpu"), shard), cfg, tokens, T)
+        made.append([whole(x) for x in student.state_dict().values()])
+    return max(((a - b).norm() / (b.norm() + 1e-9)).item() for a, b in zip(*made, strict=True))
 
 
 def same_start() -> bool:

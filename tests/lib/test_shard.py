@@ -5,14 +5,15 @@ All runs of the two processes are made once, side by side with those of one.
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from common import TINY, metrics, newest, one_line, random_batch, start, tiny_model
-from common_shard import (LARGE, MIXERS, STEPS, STUDENTS, T, half_done, run_config, scratch, stages, two_shards,
-                          write_inputs)
+from common_shard import (LARGE, MIXERS, ROWS, STEPS, STUDENTS, T, half_done, run_config, scratch, stages,
+                          two_shards, write_inputs)
 from distill import distill
 from lib.folders import load_model
 from lib.runs import Run
@@ -28,7 +29,7 @@ def root(tmp_path_factory) -> Path:
     write_inputs(root)
     context = torch.multiprocessing.spawn(two_shards, (root,), nprocs=2, join=False)
     for kind in MIXERS:
-        train(scratch(root, f"one-{kind}", kind, 4, 2 if kind == "hybrid" else 1))
+        train(scratch(root, f"one-{kind}", kind, 2 * ROWS[kind][0] * ROWS[kind][1]))
     for kind in STUDENTS:
         distill(stages(root, f"one-distill-{kind}", kind, 4))
     while not context.join():
@@ -57,7 +58,7 @@ def test_two_processes_in_parts_train_as_one(root, kind):
 @pytest.mark.parametrize("stage", ["align", "match", "finish"])
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_two_processes_in_parts_distil_as_one(root, kind, stage):
-    """The hybrid's blocks are run again in the backward pass, in pieces of the text."""
+    """The hybrid's blocks are run again in the backward pass; RWKV-7 reads by pieces."""
     assert_same_losses(root / f"one-distill-{kind}" / stage, root / f"shard-distill-{kind}" / stage)
     files = [root / f"{how}-distill-{kind}" / "report.json" for how in ("one", "shard")]
     reports = [json.loads(file.read_text()) for file in files]
@@ -66,9 +67,10 @@ def test_two_processes_in_parts_distil_as_one(root, kind, stage):
 
 
 def test_two_processes_in_parts_are_two_with_ddp(root):
-    assert_same_losses(root / "ddp-hybrid", root / "shard-hybrid")
+    for name in MIXERS:
+        assert_same_losses(root / f"ddp-{name}", root / f"shard-{name}")
     for stage in ("align", "match", "finish"):
-        assert_same_losses(root / "ddp-distill-rwkv" / stage, root / "shard-distill-rwkv" / stage)
+        assert_same_losses(root / "ddp-distill-hybrid" / stage, root / "shard-distill-hybrid" / stage)
 
 
 # ------------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def test_two_processes_in_parts_are_two_with_ddp(root):
 
 def test_a_run_in_parts_goes_on_as_if_it_had_not_stopped(root):
     """Weights, moments and log are equal bit for bit."""
-    a, b = root / "shard-hybrid", root / "again-hybrid"
+    a, b = root / "shard-attention", root / "again"
     for name in ("model.safetensors", OPTIMIZER):
         assert (newest(a) / name).read_bytes() == (newest(b) / name).read_bytes()
     assert metrics(a) == metrics(b)
@@ -85,12 +87,12 @@ def test_a_run_in_parts_goes_on_as_if_it_had_not_stopped(root):
 
 def test_a_run_in_parts_goes_on_in_one_process_and_one_of_ddp_in_parts(root):
     """The same rows a step are the same batches: losses are equal to 1e-5."""
-    train(scratch(root, "one-goes-on", "hybrid", 2, 4, resume=True))
-    assert_same_losses(root / "shard-hybrid", root / "one-goes-on")
-    assert_same_losses(root / "ddp-hybrid", root / "shard-goes-on")
-    half_done(root / "shard-hybrid", root / "refused")
+    train(scratch(root, "one-goes-on", "attention", 2, 4, resume=True))
+    assert_same_losses(root / "shard-attention", root / "one-goes-on")
+    assert_same_losses(root / "ddp-attention", root / "shard-goes-on")
+    half_done(root / "shard-attention", root / "refused")
     with pytest.raises(ValueError, match="processes = 8, not 4") as e:
-        train(scratch(root, "refused", "hybrid", 2, 2, resume=True))
+        train(scratch(root, "refused", "attention", 2, 2, resume=True))
     one_line(e.value)
 
 
@@ -100,10 +102,17 @@ def test_a_damaged_optimizer_in_parts_is_refused(root, tmp_path):
     data = bytearray(file.read_bytes())
     data[-9] ^= 1
     file.write_bytes(data)
-    cfg = scratch(tmp_path, "run", "attention", 4, resume=True)
+    cfg = replace(scratch(root, "run", "attention", 8, resume=True), run=run_config(tmp_path, "run", resume=True))
     with pytest.raises(ValueError, match="is damaged") as e:
         train(cfg)
     one_line(e.value)
+
+
+def test_models_in_parts_have_the_weights_of_whole_ones(root):
+    """Read from a folder, new ones, and students that looked at their teacher."""
+    for rank in (0, 1):
+        checks = json.loads((root / f"rank{rank}.json").read_text())
+        assert checks["folder"] and checks["new"] and checks["student"] < 1e-4, checks
 
 
 def test_what_each_process_holds_is_half(root):
@@ -111,7 +120,6 @@ def test_what_each_process_holds_is_half(root):
     parts = training_bytes(LARGE, 1, T, 2, shard=True)
     for rank in (0, 1):
         checks = json.loads((root / f"rank{rank}.json").read_text())
-        assert checks["folder"] and checks["twin"]
         for name, n in checks["bytes"].items():
             assert n == pytest.approx(parts[name], rel=0.15), (rank, name)
 
