@@ -270,7 +270,8 @@ OPTIMIZER = "optimizer.safetensors"        # beside trainer.pt, "INDEX.NAME" of 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, rank: int) -> dict:
     """Write the states of parameters in parts; returns what trainer.pt is to hold."""
     saved = optimizer.state_dict()
-    states = {f"{i}.{key}": x for i, state in saved["state"].items() for key, x in state.items()}
+    states = {f"{i}.{key}": x for i, state in sorted(saved["state"].items())
+              for key, x in sorted(state.items())}
     if not any(map(is_part, states.values())):
         return saved
     write_parts(folder / OPTIMIZER, states, {}, rank)

@@ -126,16 +126,20 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert metrics(a) == metrics(b)
 
 
-def start(*args: str, **kwargs) -> subprocess.Popen:
-    """A script of ours in its own process: start("train.py", "--max_steps", "3")."""
+def start(*args: str, say: Path | None = None, **kwargs) -> subprocess.Popen:
+    """A script of ours in its own process: start("train.py", "--max_steps", "3").
+
+    What it says goes to pipes, or to the file `say`.
+    """
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    out = say.open("w") if say else subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, *map(str, args)],
         cwd=REPO,
         env=env,
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=out,
+        stderr=subprocess.STDOUT if say else subprocess.PIPE,
         **kwargs,
     )
 

@@ -1,7 +1,6 @@
-"""What the tests of sharding share, and what their two processes run, which import it."""
+"""What the tests of sharding share, and, as a script, what their two processes run."""
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -15,7 +14,7 @@ from common_distill import META
 from distill import DistillConfig, StudentConfig, distill, make_student
 from lib.folders import save_model
 from lib.muon import Muon
-from lib.processes import whole
+from lib.processes import joined, whole
 from lib.runs import RunConfig
 from lib.shard import load, new_model
 from lib.stages import load_teacher
@@ -23,8 +22,7 @@ from model import ModelConfig
 from train import FitConfig, Step, TrainConfig, cross_entropy_loss, param_groups, train
 
 STEPS, T = 20, 32
-MIXERS = {"rwkv": "r", "hybrid": "ra", "attention": "a"}
-ROWS = {"rwkv": (2, 1), "hybrid": (2, 1), "attention": (2, 2)}        # of each process, and accumulation
+ROWS = {"rwkv": (2, 1), "attention": (2, 2)}       # from scratch: each process's, and accumulation
 STUDENTS = {"rwkv": "r", "hybrid": "ra"}
 LARGE = ModelConfig(mixer="ra", n_embd=128, n_layer=3, n_head=2, block_size=T)    # for counting bytes
 
@@ -32,7 +30,7 @@ LARGE = ModelConfig(mixer="ra", n_embd=128, n_layer=3, n_head=2, block_size=T)  
 def write_inputs(root: Path) -> None:
     """Little text, so that little is held out, and a teacher."""
     make_data(root, characters=2500)
-    save_model(tiny_model(ffn="swiglu", tied=True, block_size=T), root / "teacher", META)
+    save_model(tiny_model(ffn="swiglu", tied=True, ln0=False, block_size=T), root / "teacher", META)
 
 
 def loop(rows: int, accum: int, **changes) -> FitConfig:
@@ -41,16 +39,16 @@ def loop(rows: int, accum: int, **changes) -> FitConfig:
 
 
 def run_config(root: Path, name: str, **options) -> RunConfig:
-    return RunConfig(out=str(root / name), device="cpu", log_every=1, **{"save_every": 10} | options)
+    return RunConfig(out=str(root / name), device="cpu", log_every=1, **{"save_every": None} | options)
 
 
 def scratch(root: Path, name: str, kind: str, rows: int, accum: int = 1, **options) -> TrainConfig:
     """Training from scratch; RWKV-7 reads by pieces."""
-    model = replace(tiny_model(mixer=MIXERS[kind]).cfg, block_size=T,
-                    ffn="relu2" if "a" in MIXERS[kind] else "channelmix")
+    mixer, ffn = ("r", "channelmix") if kind == "rwkv" else ("a", "relu2")
+    model = replace(tiny_model(mixer=mixer).cfg, block_size=T, ffn=ffn)
     fit = loop(rows, accum, bptt_chunk=16 if kind == "rwkv" else None)
     return TrainConfig(data=f"{root}/text", eval_tokens=60, model=model, fit=fit,
-                       run=run_config(root, name, **options))
+                       run=run_config(root, name, save_every=10 if kind == "attention" else None, **options))
 
 
 def stages(root: Path, name: str, kind: str, rows: int, accum: int = 1, **options) -> DistillConfig:
@@ -60,9 +58,9 @@ def stages(root: Path, name: str, kind: str, rows: int, accum: int = 1, **option
     student = StudentConfig(mixer=STUDENTS[kind])
     return DistillConfig(teacher=f"{root}/teacher", data=f"{root}/text",
                          finish_data=f"{root}/{'sft' if rwkv else 'dpo'}", eval_tokens=60, student=student,
-                         align=loop(rows, accum), match=loop(rows, accum, **pieces),
-                         finish=loop(rows, accum, **pieces),
-                         run=run_config(root, name, save_every=None, **options))
+                         align=loop(rows, accum, optimizer="adamw"), match=loop(rows, accum),
+                         finish=loop(rows, accum, optimizer="adamw", **pieces),
+                         run=run_config(root, name, **options))
 
 
 def half_done(source: Path, copy: Path) -> None:
@@ -71,21 +69,17 @@ def half_done(source: Path, copy: Path) -> None:
     shutil.rmtree(copy / "checkpoints" / f"step_{STEPS:07d}")
 
 
-def two_shards(rank: int, root: Path) -> None:
-    """One of two processes: all runs, sharded and with DDP, and some gone on with."""
-    torch.set_num_threads(1)
-    sys.modules["matplotlib"] = None                       # a report without its picture is as good here
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
-    for kind in MIXERS:
+def all_runs(root: Path) -> None:
+    """In one of two processes: sharded and with DDP, and some gone on with."""
+    for kind in ROWS:
         train(scratch(root, f"shard-{kind}", kind, *ROWS[kind], shard=True))
     for kind in STUDENTS:
         how = {"shard": True, "checkpoint_blocks": kind == "hybrid"}
         distill(stages(root, f"shard-distill-{kind}", kind, 2, **how))
-    for kind in MIXERS:
+    for kind in ROWS:
         train(scratch(root, f"ddp-{kind}", kind, *ROWS[kind]))
     distill(stages(root, "ddp-distill-hybrid", "hybrid", 2))
-    if rank == 0:
+    if dist.get_rank() == 0:
         half_done(root / "shard-attention", root / "again")
         half_done(root / "shard-attention", root / "one-goes-on")
         half_done(root / "ddp-attention", root / "shard-goes-on")
@@ -94,8 +88,7 @@ def two_shards(rank: int, root: Path) -> None:
         train(scratch(root, name, "attention", *ROWS["attention"], shard=True, resume=True))
     checks = {"bytes": local_bytes(), "folder": same_folder(root), "new": same_start(),
               "student": farthest_student(root)}
-    (root / f"rank{rank}.json").write_text(json.dumps(checks))
-    dist.destroy_process_group()
+    (root / f"rank{dist.get_rank()}.json").write_text(json.dumps(checks))
 
 
 def local_bytes() -> dict[str, int]:
@@ -148,3 +141,10 @@ def same_start() -> bool:
         if not all(map(torch.equal, *draws)):
             return False
     return True
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.modules["matplotlib"] = None                       # a report without its picture is as good here
+    with joined():
+        all_runs(Path(sys.argv[1]))
