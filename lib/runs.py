@@ -333,7 +333,9 @@ def resume_command() -> str:
     switches = ("--resume", "--overwrite", "--no-resume", "--no-overwrite")
     args = [a for a in sys.argv[1:] if a.split("=")[0] not in switches]
     world = world_size()
-    start = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    machines = [f"--nnodes={world // local}"] if local < world else []
+    start = ["python"] if world == 1 else ["torchrun", *machines, f"--nproc_per_node={local}"]
     script = Path(sys.argv[0])
     name = ["-m", f"tools.{script.stem}"] if script.parent.name == "tools" else [script.name]
     return shlex.join([*start, *name, *args, "--resume"])
