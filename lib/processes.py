@@ -116,7 +116,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def part_of(x: Tensor, like: Tensor) -> Tensor:
-    """This process's part of x, cut as `like` is; every process has the same whole x."""
+    """This process's part of x, cut as `like` is; every process has the same x."""
     if not is_part(like):
         return x
     from torch.distributed.tensor import distribute_tensor                 # slow to import

@@ -1,7 +1,7 @@
 """Sharding: each process keeps a part of every tensor, and no model need fit one GPU.
 
     torchrun --nproc_per_node=8 distill.py --shard            parts of 1/8
-    ... --checkpoint_blocks      activations of one block exist at once, others are redone
+    ... --checkpoint_blocks      activations of one block exist, others are redone
 
 It is PyTorch's own FSDP2 (torch.distributed.fsdp.fully_shard). Weights, gradients and
 the optimizer's moments are parts, cut along the first dimension (where that has too few
@@ -38,7 +38,7 @@ class UnitBlock(Block):
     """A block that may keep only its inputs for the backward pass, and run again."""
 
     again = False
-    unit = None                                            # FSDP's own (unshard, reshard) of a block that is cut
+    unit = None                                            # of a block that is cut FSDP's (unshard, reshard)
 
     def forward(self, x, v_first, state):
         if not (self.again and torch.is_grad_enabled()):
@@ -106,7 +106,7 @@ def cut(module: nn.Module, device: torch.device, half: bool) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")              # no output here is changed in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")          # no output here is changed in place
     n = world_size()
 
     def where(p: nn.Parameter):

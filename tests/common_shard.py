@@ -123,7 +123,8 @@ def farthest_student(root: Path) -> float:
     cfg, tokens, made = StudentConfig(decay="lookback", calibrate=True), random_batch(2, T).x, []
     for shard in (True, False):
         torch.manual_seed(7)
-        student = make_student(load_teacher(str(root / "teacher"), torch.device("cpu"), shard), cfg, tokens, T)
+        teacher = load_teacher(str(root / "teacher"), torch.device("cpu"), shard)
+        student = make_student(teacher, cfg, tokens, T)
         made.append([whole(x) for x in student.state_dict().values()])
     return max(((a - b).norm() / (b.norm() + 1e-9)).item() for a, b in zip(*made, strict=True))
 

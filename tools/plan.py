@@ -14,9 +14,9 @@ so more GPUs read more tokens a step, but none of them holds less. With --shard 
 of N GPUs holds an Nth of weights, gradients and moments, and what is gathered: the root
 (embedding and head), two blocks, the gradients of root and block. --teacher counts one
 of the same shape beside it, in float32, and with --shard in bfloat16. All else is in
-float32, which is what the CPU computes in and what the tests measure. On a GPU autocast halves
-the activations of the matrix products, and adds a bfloat16 copy of every matrix, 2 P:
-for large models with few tokens that is more. What it is not: a profiler; what one
+float32, which is what the CPU computes in and what the tests measure. On a GPU autocast
+halves the activations of the matrix products, and adds a bfloat16 copy of every matrix,
+2 P: for large models with few tokens that is more. What it is not: a profiler; what one
 layer's backward pass needs for a moment is not in it.
 """
 

@@ -70,7 +70,7 @@ def test_two_processes_in_parts_train_as_one(root, kind):
 @pytest.mark.parametrize("stage", ["align", "match", "finish"])
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_two_processes_in_parts_distil_as_one(root, kind, stage):
-    """The hybrid's blocks are run again in the backward pass; RWKV-7 reads by pieces."""
+    """The hybrid's blocks are run again going back; RWKV-7 reads by pieces."""
     assert_same_losses(root / f"one-distill-{kind}" / stage, root / f"shard-distill-{kind}" / stage)
     files = [root / f"{how}-distill-{kind}" / "report.json" for how in ("one", "shard")]
     reports = [json.loads(file.read_text()) for file in files]
@@ -114,7 +114,8 @@ def test_a_damaged_optimizer_in_parts_is_refused(root, tmp_path):
     data = bytearray(file.read_bytes())
     data[-9] ^= 1
     file.write_bytes(data)
-    cfg = replace(scratch(root, "run", "attention", 8, resume=True), run=run_config(tmp_path, "run", resume=True))
+    run = run_config(tmp_path, "run", resume=True)
+    cfg = replace(scratch(root, "run", "attention", 8), run=run)
     with pytest.raises(ValueError, match="is damaged") as e:
         train(cfg)
     one_line(e.value)
