@@ -148,13 +148,16 @@ def cut_root(model: LM, device: torch.device) -> LM:
 
 
 @contextlib.contextmanager
-def gathered(*modules: nn.Module) -> Iterator[None]:
-    """Meanwhile their parameters are whole, also to be changed; others pay nothing."""
+def gathered(*modules: nn.Module, device: str | None = None) -> Iterator[None]:
+    """Meanwhile their parameters are whole, on the device or where they are, also to be
+    changed. Modules that are not cut stay as they are.
+    """
     cut_ones = []
     for module in (m for root in modules for m in root.modules()):
         for name, p in module._parameters.items():
             if is_part(p):
-                module._parameters[name] = nn.Parameter(whole(p.detach()), p.requires_grad)
+                x = whole(p.detach()).to(device or p.device)
+                module._parameters[name] = nn.Parameter(x, p.requires_grad)
                 cut_ones.append((module, name, p))
     try:
         yield
@@ -165,10 +168,10 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
                 p.detach().copy_(part_of(changed, p))
 
 
-def in_turn(*models: Iterable[Block]) -> Iterator[tuple[Block, ...]]:
-    """The blocks of models side by side, whole while it is their turn."""
+def in_turn(*models: Iterable[Block], device: str | None = None) -> Iterator[tuple[Block, ...]]:
+    """The blocks of models side by side, `gathered` while it is their turn."""
     for blocks in zip(*models):
-        with gathered(*blocks):
+        with gathered(*blocks, device=device):
             yield blocks
 
 
@@ -192,18 +195,20 @@ def new_model(cfg: ModelConfig, device: torch.device, shard: bool) -> LM:
 
 
 class InTurn:
-    """A model as init_model sees it, with one whole parameter or block at a time."""
+    """A model as init_model sees it, with one whole parameter or block at a time, on the
+    CPU, whose random numbers LM(cfg) draws.
+    """
 
     def __init__(self, model: LM):
         self.cfg, self.emb, self.head, self.model = model.cfg, model.emb, model.head, model
 
     @property
     def blocks(self) -> Iterator[Block]:
-        return (block for block, in in_turn(self.model.blocks))
+        return (block for block, in in_turn(self.model.blocks, device="cpu"))
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, p in self.model.named_parameters():
-            x = whole(p.detach())
+            x = whole(p.detach()).cpu()
             yield name, x
             p.detach().copy_(part_of(x, p))
 
