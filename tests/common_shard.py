@@ -22,7 +22,6 @@ from model import ModelConfig
 from train import FitConfig, Step, TrainConfig, cross_entropy_loss, param_groups, train
 
 STEPS, T = 20, 32
-ROWS = {"rwkv": (2, 1), "attention": (2, 2)}       # from scratch: each process's, and accumulation
 STUDENTS = {"rwkv": "r", "hybrid": "ra"}
 LARGE = ModelConfig(mixer="ra", n_embd=128, n_layer=3, n_head=2, block_size=T)    # for counting bytes
 
@@ -42,24 +41,20 @@ def run_config(root: Path, name: str, **options) -> RunConfig:
     return RunConfig(out=str(root / name), device="cpu", log_every=1, **{"save_every": None} | options)
 
 
-def scratch(root: Path, name: str, kind: str, rows: int, accum: int = 1, **options) -> TrainConfig:
-    """Training from scratch; RWKV-7 reads by pieces."""
-    mixer, ffn = ("r", "channelmix") if kind == "rwkv" else ("a", "relu2")
-    model = replace(tiny_model(mixer=mixer).cfg, block_size=T, ffn=ffn)
-    fit = loop(rows, accum, bptt_chunk=16 if kind == "rwkv" else None)
-    return TrainConfig(data=f"{root}/text", eval_tokens=60, model=model, fit=fit,
-                       run=run_config(root, name, save_every=10 if kind == "attention" else None, **options))
+def scratch(root: Path, name: str, rows: int, accum: int, **options) -> TrainConfig:
+    """Attention alone, trained from scratch, and saved half way."""
+    return TrainConfig(data=f"{root}/text", eval_tokens=60, model=replace(tiny_model().cfg, block_size=T),
+                       fit=loop(rows, accum), run=run_config(root, name, save_every=10, **options))
 
 
-def stages(root: Path, name: str, kind: str, rows: int, accum: int = 1, **options) -> DistillConfig:
-    """All three stages; RWKV-7 reads by pieces, the hybrid ends with preferences."""
-    rwkv = kind == "rwkv"
-    pieces = {"bptt_chunk": 16 if rwkv else None}
-    student = StudentConfig(mixer=STUDENTS[kind])
+def stages(root: Path, name: str, kind: str, rows: int, **options) -> DistillConfig:
+    """All three stages, one of them by pieces; the hybrid ends with preferences."""
+    rwkv, student = kind == "rwkv", StudentConfig(mixer=STUDENTS[kind])
+    match, finish = ({"bptt_chunk": 16 if pieces else None} for pieces in (not rwkv, rwkv))
     return DistillConfig(teacher=f"{root}/teacher", data=f"{root}/text",
                          finish_data=f"{root}/{'sft' if rwkv else 'dpo'}", eval_tokens=60, student=student,
-                         align=loop(rows, accum, optimizer="adamw"), match=loop(rows, accum),
-                         finish=loop(rows, accum, optimizer="adamw", **pieces),
+                         align=loop(rows, 1, optimizer="adamw"), match=loop(rows, 1, **match),
+                         finish=loop(rows, 1, optimizer="adamw", **finish),
                          run=run_config(root, name, **options))
 
 
@@ -71,21 +66,19 @@ def half_done(source: Path, copy: Path) -> None:
 
 def all_runs(root: Path) -> None:
     """In one of two processes: sharded and with DDP, and some gone on with."""
-    for kind in ROWS:
-        train(scratch(root, f"shard-{kind}", kind, *ROWS[kind], shard=True))
+    train(scratch(root, "shard", 2, 2, shard=True))
     for kind in STUDENTS:
         how = {"shard": True, "checkpoint_blocks": kind == "hybrid"}
-        distill(stages(root, f"shard-distill-{kind}", kind, 2, **how))
-    for kind in ROWS:
-        train(scratch(root, f"ddp-{kind}", kind, *ROWS[kind]))
-    distill(stages(root, "ddp-distill-hybrid", "hybrid", 2))
+        distill(stages(root, f"shard-{kind}", kind, 2, **how))
+    train(scratch(root, "ddp", 2, 2))
+    distill(stages(root, "ddp-hybrid", "hybrid", 2))
     if dist.get_rank() == 0:
-        half_done(root / "shard-attention", root / "again")
-        half_done(root / "shard-attention", root / "one-goes-on")
-        half_done(root / "ddp-attention", root / "shard-goes-on")
+        half_done(root / "shard", root / "again")
+        half_done(root / "shard", root / "one-goes-on")
+        half_done(root / "ddp", root / "shard-goes-on")
     dist.barrier()
     for name in ("again", "shard-goes-on"):
-        train(scratch(root, name, "attention", *ROWS["attention"], shard=True, resume=True))
+        train(scratch(root, name, 2, 2, shard=True, resume=True))
     checks = {"bytes": local_bytes(), "folder": same_folder(root), "new": same_start(),
               "student": farthest_student(root)}
     (root / f"rank{dist.get_rank()}.json").write_text(json.dumps(checks))
