@@ -195,8 +195,8 @@ def new_model(cfg: ModelConfig, device: torch.device, shard: bool) -> LM:
 
 
 class InTurn:
-    """A model as init_model sees it, with one whole parameter or block at a time, on the
-    CPU, whose random numbers LM(cfg) draws.
+    """A model as init_model sees it, with one whole parameter or block at a time, on
+    the CPU, whose random numbers LM(cfg) draws.
     """
 
     def __init__(self, model: LM):
