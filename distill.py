@@ -43,6 +43,7 @@ from lib.processes import joined, setup
 from lib.report import report_stages
 from lib.runs import Run, RunConfig, restore
 from lib.scores import HeldOut, mean_terms
+from lib.shard import frozen_copy, in_turn, new_like
 from lib.stages import (check_student, first_tokens, frozen_parts, introduce, load_teacher, open_loaders,
                         prepare_data)
 from lib.start import copy_linear, tune_mixers
@@ -178,9 +179,9 @@ def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None,
     shape = replace(t, ffn=ffn, gate=cfg.gate, group_norm=cfg.group_norm, token_shift=cfg.token_shift,
                     bonus=cfg.bonus, rwkv_rope=cfg.rwkv_rope, tied=t.tied and not cfg.untie_head,
                     rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
-    student = LM(replace(shape, mixer=mixer_letters(shape, cfg.mixer)))
+    student = new_like(teacher, replace(shape, mixer=mixer_letters(shape, cfg.mixer)))
     student.load_state_dict(teacher.state_dict(), strict=False)       # all but replaced mixers' projections
-    for block, source in zip(student.blocks, teacher.blocks):
+    for block, source in in_turn(student.blocks, teacher.blocks):
         if isinstance(block.ffn, ChannelMix) and ffn != t.ffn:
             nn.init.zeros_(block.ffn.x_k)
         if isinstance(block.att, TimeMixer) and cfg.transfer:
@@ -367,8 +368,7 @@ def open_stage(name: str, cfg: DistillConfig, student: LM, teacher: LM, logit_te
                        ce_weight=cfg.ce_weight, kl_chunk=cfg.kl_chunk, temperature=cfg.kl_temperature)
         return Stage(loss, frozen=frozen_parts(cfg, student))
     if kind == "preference":
-        reference = copy.deepcopy(student).eval().requires_grad_(False)
-        return Stage(partial(dpo_loss, reference=reference, beta=cfg.dpo_beta, kind=cfg.dpo_kind,
+        return Stage(partial(dpo_loss, reference=frozen_copy(student), beta=cfg.dpo_beta, kind=cfg.dpo_kind,
                              smoothing=cfg.dpo_smoothing))
     return Stage(cross_entropy_loss)
 
@@ -378,8 +378,8 @@ def distill(cfg: DistillConfig) -> dict:
     rank, world, device = setup(cfg.run.device)
     run = Run(cfg.run, rank, "distill", reads=[cfg.teacher, cfg.logit_teacher, cfg.student.aligned, cfg.data,
                                                    cfg.finish_data])
-    teacher = load_teacher(cfg.teacher, device)
-    logit_teacher = load_teacher(cfg.logit_teacher, device) if cfg.logit_teacher else teacher
+    teacher = load_teacher(cfg.teacher, device, cfg.run.shard)
+    logit_teacher = load_teacher(cfg.logit_teacher, device, cfg.run.shard) if cfg.logit_teacher else teacher
     prepare_data(cfg, rank)
     T = cfg.block_size or teacher.cfg.block_size
     torch.manual_seed(cfg.run.seed)

@@ -33,12 +33,13 @@ from tyro.conf import OmitArgPrefixes
 from data.loader import Batch, Loader
 from data.prepare import ensure_prepared
 from lib.bptt import backward_in_pieces
-from lib.folders import check_start, check_vocabulary, load_model, rows, same_tokenizer
+from lib.folders import check_start, check_vocabulary, rows, same_tokenizer
 from lib.hybrid import describe, mixer_letters
 from lib.muon import Muon
 from lib.processes import data_parallel, joined, main_first, setup
 from lib.runs import Meter, Progress, Run, RunConfig
 from lib.scores import cross_entropy, mean_loss
+from lib.shard import load, new_model
 from lib.streams import open_loader
 from model import LM, ModelConfig, State, TimeMixer
 
@@ -153,11 +154,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, run
     optimizer = Muon(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.eps, fused=True)
     at = run.resume(optimizer, loader)                     # step, tokens, seconds
     last = {"loss": math.nan}
-    module = Step(model, loss_fn)
-    if run.cfg.compile:
-        torch._functorch.config.enable_autograd_cache = False    # its cached view outputs fail in torch 2.13
-        module = torch.compile(module)
-    module = data_parallel(module, loader.W, device)
+    module = data_parallel(Step(model, loss_fn), loader.W, device, run.cfg.compile)
     if at.fraction(cfg) >= 1:                              # nothing to do, but perhaps not saved or published
         run.save(optimizer, at, loader)
 
@@ -234,7 +231,7 @@ def train(cfg: TrainConfig) -> dict:
     """Train a language model on `cfg.data` into the folder `cfg.run.out`."""
     rank, world, device = setup(cfg.run.device)
     run = Run(cfg.run, rank, "train", reads=[cfg.init, cfg.data])
-    start = load_model(cfg.init) if cfg.init else None
+    start = load(cfg.init, device, cfg.run.shard) if cfg.init else None
     shape = start.cfg if start else cfg.shape
     check_start(cfg, shape)
     with main_first(rank):
@@ -247,7 +244,7 @@ def train(cfg: TrainConfig) -> dict:
         check_vocabulary(start, start, train_half)
         same_tokenizer(train_half, cfg.init)
     torch.manual_seed(cfg.run.seed)
-    model = (start or LM(replace(shape, vocab_size=rows(shape, train_half)))).to(device)
+    model = start or new_model(replace(shape, vocab_size=rows(shape, train_half)), device, cfg.run.shard)
     meta = {"tokenizer": train_half.meta["tokenizer"], "data": cfg.data}
     run.begin(model, meta, cfg, describe(model.cfg, shape.block_size))
 

@@ -24,6 +24,7 @@ from data.loader import Loader
 from data.pairing import check_folder, too_small
 from data.tokenizer import read_meta
 from lib.hybrid import is_letters, mixer_letters
+from lib.processes import is_part, whole
 from model import LM, ModelConfig
 
 TENSORS_PER_LAYER = 8      # at least: two norms, q, k, v, o, and two of the feed-forward layer
@@ -69,23 +70,65 @@ def checksum_of(values) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-def save_model(model: LM, folder: str | Path, meta: dict) -> None:
-    """Write a model folder; `meta` names the tokenizer."""
+def save_model(model: LM, folder: str | Path, meta: dict, rank: int = 0) -> None:
+    """Write a model folder; `meta` names the tokenizer.
+
+    Of a sharded model every process gives its parts, and rank 0 alone writes.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict()
-    stored = {name: weights[name].detach().cpu().contiguous() for name in stored_shapes(model)}
-    write_json(folder / "config.json", asdict(model.cfg))
-    write_json(folder / "meta.json", meta)
-    checksums = {name: checksum(weight) for name, weight in stored.items()}
-    checksums["config.json"] = checksum_of_config(model.cfg)
+    weights = {name: weights[name].detach() for name in stored_shapes(model)}
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", asdict(model.cfg))
+        write_json(folder / "meta.json", meta)
+    checksums = {"config.json": checksum_of_config(model.cfg)}
+    file = folder / "model.safetensors"
+    if any(map(is_part, weights.values())):
+        write_parts(file, weights, checksums, rank)
+        return
+    stored = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+    checksums = {name: checksum(weight) for name, weight in stored.items()} | checksums
     metadata = {"crc32": json.dumps(checksums)}        # one entry alone: several come in any order
-    write_whole(folder / "model.safetensors", lambda part: save_file(stored, part, metadata))
+    write_whole(file, lambda part: save_file(stored, part, metadata))
+
+
+def write_parts(file: Path, tensors: dict[str, Tensor], checksums: dict[str, int], rank: int) -> None:
+    """A .safetensors file of float32 tensors of which each process has a part.
+
+    One is whole at a time, so save_file cannot do it. Checksums stand in front, and are
+    known at the end: there is room for the longest.
+    """
+    if rank > 0:
+        for x in tensors.values():
+            whole(x)
+        return
+    entries, end = {}, 0
+    for name, x in tensors.items():
+        start, end = end, end + 4 * x.numel()
+        entries[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [start, end]}
+
+    def header(checksums: dict[str, int]) -> bytes:
+        return json.dumps({"__metadata__": {"crc32": json.dumps(checksums)}} | entries).encode()
+
+    size = -(-len(header(checksums | dict.fromkeys(tensors, 2**32))) // 8) * 8
+
+    def write(part: Path) -> None:
+        with open(part, "wb") as f:
+            f.seek(8 + size)
+            for name, x in tensors.items():
+                x = whole(x).cpu().float().contiguous()
+                checksums[name] = checksum(x)
+                f.write(x.flatten().view(torch.uint8).numpy())
+            f.seek(0)
+            f.write(size.to_bytes(8, "little") + header(checksums).ljust(size))
+
+    write_whole(file, write)
 
 
 def checksum(x: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(x.flatten().view(torch.uint8).numpy())
 
 
 def checksum_of_config(cfg: ModelConfig) -> int:

@@ -29,7 +29,8 @@ NEW, OLD = ".new", ".replaced"                     # a run before its first chec
 # what only lengthens a run, and what only says how it is watched, saved and computed
 LENGTHS = ("max_steps", "max_tokens", "max_minutes", "terminate_at_loss")
 HOW = ("eval_every", "out", "resume", "overwrite", "device", "save_every", "save_minutes", "keep_last",
-       "log_every", "compile", "wandb", "controls", "keep", "scratch_rate", "mixer")
+       "log_every", "compile", "wandb", "shard", "checkpoint_blocks", "controls", "keep", "scratch_rate",
+       "mixer")
 FOLDERS = ("teacher", "logit_teacher", "aligned", "init", "data", "finish_data")     # compared by contents
 FLAT = ("student", "model", "fit", "run")          # their settings are flags without a prefix
 STAGES = ("align", "match", "finish")

@@ -12,6 +12,8 @@ Jordan, kellerjordan.github.io/posts/muon; arXiv 2502.16982, section 2.2 (the fa
 import torch
 from torch import Tensor
 
+from lib.processes import is_part
+
 MOMENTUM = 0.95
 AT_ONCE = 2**24          # numbers in matrices that are turned together
 
@@ -46,9 +48,29 @@ class Muon(torch.optim.AdamW):
             state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
             updates.append(p.grad.lerp(state["momentum"], MOMENTUM))
             p.grad = None
-        for (p, group), update in zip(rows, orthogonal(torch.stack(updates))):
+        turned = spread(torch.stack(updates))
+        for (p, group), update in zip(rows, turned):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def spread(G: Tensor) -> Tensor:
+    """orthogonal(G). Of matrices of which each process has a part (lib/shard.py), each
+    turns whole ones, G's share of them, and gets its parts of all of them back.
+    """
+    if not is_part(G):
+        return orthogonal(G)
+    from torch.distributed.tensor import DTensor, Replicate, Shard         # slow to import
+
+    def deal(x: Tensor, placements) -> Tensor:
+        if x.device.type == "cpu":                         # gloo has no all-to-all
+            x = x.redistribute(placements=[Replicate()])
+        return x.redistribute(placements=placements)
+
+    mine = deal(G, [Shard(0)]).to_local()
+    turned = DTensor.from_local(orthogonal(mine), G.device_mesh, [Shard(0)], run_check=False, shape=G.shape,
+                                stride=G.stride())
+    return deal(turned, G.placements)
 
 
 def orthogonal(G: Tensor) -> Tensor:

@@ -105,6 +105,24 @@ def global_sum(x: Tensor) -> Tensor:
     return x
 
 
+def is_part(x: Tensor) -> bool:
+    """Whether this process holds only its part of x (lib/shard.py): x is a DTensor."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of x, of which each process may hold a part; then every process must ask."""
+    return x.full_tensor() if is_part(x) else x
+
+
+def part_of(x: Tensor, like: Tensor) -> Tensor:
+    """This process's part of x, cut as `like` is; every process has the same x."""
+    if not is_part(like):
+        return x
+    from torch.distributed.tensor import distribute_tensor                 # slow to import
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 def mixed_precision(x: Tensor):
     """bfloat16 compute on GPUs only: on a CPU it is slower than float32."""
     return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
@@ -122,8 +140,13 @@ def averaging(module: nn.Module, now: bool):
     )
 
 
-def data_parallel(module: nn.Module, world: int, device: torch.device) -> nn.Module:
-    """The module in DDP, where there are several processes."""
-    if world == 1:
+def data_parallel(module: nn.Module, world: int, device: torch.device, compiled: bool) -> nn.Module:
+    """The module, perhaps compiled, in DDP, where there are several processes that do
+    not hold parts of it.
+    """
+    if compiled:
+        torch._functorch.config.enable_autograd_cache = False    # its cached view outputs fail in torch 2.13
+        module = torch.compile(module)
+    if world == 1 or any(map(is_part, module.parameters())):
         return module
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from data.loader import Batch, Loader
-from lib.folders import load_model, write_json, write_text
+from lib.folders import write_json, write_text
 from lib.hybrid import remembered_bytes
 from lib.home import FORMER
 from lib.runs import Run, read_metrics
 from lib.scores import averages, compare, loss_by_position, readable
+from lib.shard import load_like
 from lib.start import attention_io
 from model import LM, CausalSelfAttention, TimeMixer
 
@@ -92,7 +93,7 @@ def report_stages(run: Run, teacher: LM, rows: list[dict], cfg, val: Loader) -> 
     """
     described = "match" if "match" in cfg.named else cfg.named[-1]
     train = Loader(cfg.data, "train", 1, val.T, 0, val.rank, val.W)
-    student = load_model(run.out / described, next(teacher.parameters()).device).eval()
+    student = load_like(teacher, run.out / described).eval()
     report = make_report(teacher, student, train, val, cfg.eval_tokens, cfg.match.bptt_chunk)
     report["student"]["stage"] = described
     report["stages"] = rows

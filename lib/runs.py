@@ -30,10 +30,11 @@ from tqdm import tqdm
 from config import at_least, settings
 from data.loader import Loader
 from data.tokenizer import copy_tokenizer
-from lib.folders import (check_vocabulary, load_model, require_sealed, save_model, write_sealed, write_text,
+from lib.folders import (check_vocabulary, open_model, require_sealed, save_model, write_sealed, write_text,
                          write_whole)
 from lib.home import FORMER, MODEL, Home
-from lib.processes import agree, global_sum, main_first, world_size
+from lib.processes import agree, global_sum, main_first, whole, world_size
+from lib.shard import checkpoint_blocks, is_sharded, load_optimizer, load_weights, save_optimizer
 from lib.states import tree_map
 from model import LM
 
@@ -52,6 +53,12 @@ class RunConfig:
     log_every: int = at_least(1, 10)
     compile: bool = False
     wandb: str | None = None                            # project name
+    shard: bool = False                                 # each process holds a part of every tensor
+    checkpoint_blocks: bool = False                     # activations of one block at once, others are redone
+
+    def __post_init__(self):
+        if self.shard and self.compile:
+            raise ValueError("shard and compile: together they are not supported, omit one")
 
     def within(self, name: str) -> "RunConfig":
         """The same in the folder OUT/name, where an earlier run goes on."""
@@ -94,6 +101,9 @@ class Run:
         self.meta: dict = {}
         if cfg.wandb and find_spec("wandb") is None:
             raise ValueError("--wandb needs the package wandb: pip install wandb, or omit --wandb")
+        if cfg.shard and world_size() == 1:
+            raise ValueError("shard: one process has nobody to share with: start it with torchrun "
+                             "--nproc_per_node=N, or omit --shard")
         with main_first(rank):
             if rank == 0:
                 self.home.check(reads)
@@ -110,6 +120,8 @@ class Run:
         lines are printed.
         """
         self.model, self.meta = model, meta
+        if self.cfg.checkpoint_blocks:
+            checkpoint_blocks(model)
         self.say(json.dumps(asdict(settings)), *lines)
         with main_first(self.rank):
             if self.rank == 0:
@@ -149,11 +161,11 @@ class Run:
 
         Every process must call it.
         """
-        states = loader.state_dict()
-        if self.rank == 0:
-            trainer = asdict(at) | {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                                    "states": states}
-            save_checkpoint(self.out, self.model, self.meta, trainer, self.cfg.keep_last, loader.folder)
+        trainer = asdict(at) | {"optimizer": optimizer, "rng": torch.get_rng_state(),
+                                "states": loader.state_dict()}
+        if self.rank == 0 or is_sharded(self.model):
+            save_checkpoint(self.out, self.model, self.meta, trainer, self.cfg.keep_last, loader.folder,
+                            self.rank)
         if self.home.replacing:
             with main_first(self.rank):
                 if self.rank == 0:
@@ -226,7 +238,7 @@ class Meter:
         """Take up a step; every log_every steps, and before every checkpoint, the row
         for the log.
         """
-        self.rows.append(torch.stack([norm.float(), *losses.values()]))
+        self.rows.append(torch.stack([whole(norm).float(), *losses.values()]))
         if not self.looks():
             return None
         at, rows = self.at, torch.stack(self.rows)                             # (steps, 1 + losses)
@@ -321,7 +333,9 @@ def resume_command() -> str:
     switches = ("--resume", "--overwrite", "--no-resume", "--no-overwrite")
     args = [a for a in sys.argv[1:] if a.split("=")[0] not in switches]
     world = world_size()
-    start = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    machines = [f"--nnodes={world // local}"] if local < world else []
+    start = ["python"] if world == 1 else ["torchrun", *machines, f"--nproc_per_node={local}"]
     script = Path(sys.argv[0])
     name = ["-m", f"tools.{script.stem}"] if script.parent.name == "tools" else [script.name]
     return shlex.join([*start, *name, *args, "--resume"])
@@ -377,15 +391,28 @@ def read_metrics(path: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int, data: Path) -> None:
-    """Raises ValueError where it cannot be written; the checkpoints before it stay."""
+def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int, data: Path,
+                    rank: int = 0) -> None:
+    """Of a sharded model every process gives its parts, and rank 0 alone writes.
+
+    Raises ValueError where it cannot be written; the checkpoints before it stay.
+    """
     folder = out / "checkpoints" / f"step_{trainer['step']:07d}"
     unfinished = folder.with_suffix(".tmp")
+    is_new = not folder.exists()                    # else it was resumed there, and is the same
+    if is_sharded(model):
+        is_new = not agree([float(rank == 0 and not is_new)], model.emb.weight.device)[0]
+    if rank > 0:
+        if is_new:
+            save_model(model, unfinished, meta, rank)
+            save_optimizer(trainer["optimizer"], unfinished, rank)
+        return
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        if not folder.exists():                     # else it was resumed there, and is the same
+        if is_new:
             save_model(model, unfinished, meta)
             copy_tokenizer(data, unfinished)
+            trainer |= {"optimizer": save_optimizer(trainer["optimizer"], unfinished, rank)}
             torch.save(trainer, unfinished / "trainer.pt")
             os.replace(unfinished, folder)
         publish(folder, out)
@@ -438,7 +465,7 @@ def restore_trainer(
     device = next(model.parameters()).device
     states = [tree_map(lambda x: x.to(device), state) for state in trainer["states"] or []]
     loader.load_state_dict(states, trainer["step"], str(checkpoint))
-    optimizer.load_state_dict(trainer["optimizer"])
+    load_optimizer(optimizer, trainer["optimizer"], checkpoint)
     torch.set_rng_state(trainer["rng"])
     return Progress(trainer["step"], trainer["tokens"], trainer["seconds"], trainer["loss"])
 
@@ -470,15 +497,16 @@ def restore(model: LM, folder: Path) -> None:
     Raises ValueError where they are damaged, or another model's.
     """
     try:
-        saved = load_model(folder)
+        saved, file = open_model(folder)
+        old, new = (asdict(cfg) | {"mixer": cfg.mixers} for cfg in (saved.cfg, model.cfg))
+        other = ", ".join(f.name for f in fields(saved.cfg) if old[f.name] != new[f.name])
+        if not other:
+            load_weights(model, file)
     except ValueError as e:
         raise ValueError(
             f"cannot go on from {folder} ({e}): remove that folder and --resume from what was saved before it"
         ) from None
-    old, new = (asdict(cfg) | {"mixer": cfg.mixers} for cfg in (saved.cfg, model.cfg))
-    other = ", ".join(f.name for f in fields(saved.cfg) if old[f.name] != new[f.name])
     if other:
         raise ValueError(
             f"{folder} holds another model (other {other}): resume with the settings it was started with"
         )
-    model.load_state_dict(saved.state_dict())

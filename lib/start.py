@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.folders import load_model
+from lib.processes import part_of
+from lib.shard import gathered, in_turn, load_like
 from model import LM, CausalSelfAttention, TimeMixer
 
 
@@ -21,7 +22,7 @@ def tune_mixers(teacher: LM, student: LM, cfg, tokens: Tensor | None, longest: i
     (B, T); or the mixers of another student.
     """
     if cfg.decay == "spread":
-        for block in student.blocks:
+        for (block,) in in_turn(student.blocks):
             if isinstance(block.att, TimeMixer):
                 block.att.w0.data = spread_decay(block.att, longest)
     if cfg.aligned:
@@ -60,10 +61,10 @@ def take_mixers(student: LM, folder: str) -> None:
 
     Raises ValueError where it has attention there, or is of another shape.
     """
-    given = load_model(folder)
+    given = load_like(student, folder)
     if replace(given.cfg, mixer=student.cfg.mixer) != student.cfg:
         raise ValueError(f"aligned = {folder}: it is no student of this teacher with these settings")
-    for i, (block, source) in enumerate(zip(student.blocks, given.blocks)):
+    for i, (block, source) in enumerate(in_turn(student.blocks, given.blocks)):
         if isinstance(block.att, TimeMixer):
             if not isinstance(source.att, TimeMixer):
                 raise ValueError(f"aligned = {folder}: its layer {i} is attention; name one whose layers "
@@ -84,8 +85,9 @@ def look_at_teacher(teacher: LM, student: LM, tokens: Tensor, decay: bool, outpu
         for i, mixer in mixers.items():
             # a head that attends to its last n tokens alike looks back d = (n - 1) / 2:
             # let its channels remember 2 ... 2d + 1
-            reach = 2 * lookback(teacher.blocks[i].att, seen[i][0]) + 1
-            mixer.w0.copy_(spread_decay(mixer, reach.clamp(min=2.5)))
+            with gathered(mixer, teacher.blocks[i].att):
+                reach = 2 * lookback(teacher.blocks[i].att, seen[i][0]) + 1
+                mixer.w0.copy_(spread_decay(mixer, reach.clamp(min=2.5)))
     if output:
         fits = {i: LeastSquares(mixer.output) for i, mixer in mixers.items()}
         for row in tokens.split(1):
@@ -109,7 +111,8 @@ class LeastSquares:
 
     def __init__(self, m: nn.Linear):
         self.m, (C, A) = m, m.weight.shape
-        self.gram, self.cross = (m.weight.new_zeros(n, A, dtype=torch.float64) for n in (A, C))
+        how = {"dtype": torch.float64, "device": m.weight.device}
+        self.gram, self.cross = torch.zeros(A, A, **how), torch.zeros(C, A, **how)
 
     @contextlib.contextmanager
     def listening(self, target: Tensor) -> Iterator[None]:
@@ -126,7 +129,8 @@ class LeastSquares:
     def solve(self) -> None:
         mean = self.gram.diagonal().mean().clamp(min=1e-9)
         ridge = self.RIDGE * mean * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        self.m.weight.add_(torch.linalg.solve(self.gram + ridge, self.cross.T).T.to(self.m.weight.dtype))
+        change = torch.linalg.solve(self.gram + ridge, self.cross.T).T
+        self.m.weight.add_(part_of(change.to(self.m.weight.dtype), self.m.weight))
 
 
 def attention_io(model: LM, tokens: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

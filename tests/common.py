@@ -22,12 +22,12 @@ T = 16
 TINY = ["--n_embd", "32", "--n_layer", "2", "--n_head", "2", "--block_size", str(T), "--rwkv_head_size", "16"]
 
 
-def make_data(folder: Path) -> SimpleNamespace:
+def make_data(folder: Path, characters: int = 30000) -> SimpleNamespace:
     """Prepared text, sft and dpo folders.
 
     Answers differ in length, so that ranks get unequal numbers of targets.
     """
-    prose = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))[:30000]
+    prose = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))[:characters]
     (folder / "text.txt").write_text(prose, encoding="utf-8")
     words = [w for w in dict.fromkeys(prose.split()) if w.isalpha()][:240]
     pairs = [(a, b + " " + a * (i % 3)) for i, (a, b) in enumerate(zip(words[::2], words[1::2]))]
@@ -126,16 +126,20 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert metrics(a) == metrics(b)
 
 
-def start(*args: str, **kwargs) -> subprocess.Popen:
-    """A script of ours in its own process: start("train.py", "--max_steps", "3")."""
+def start(*args: str, say: Path | None = None, **kwargs) -> subprocess.Popen:
+    """A script of ours in its own process: start("train.py", "--max_steps", "3").
+
+    What it says goes to pipes, or to the file `say`.
+    """
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    out = say.open("w") if say else subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, *map(str, args)],
         cwd=REPO,
         env=env,
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=out,
+        stderr=subprocess.STDOUT if say else subprocess.PIPE,
         **kwargs,
     )
 

@@ -199,7 +199,8 @@ def check_command(words: list[str]) -> None:
         asked = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
         assert set(asked) <= set(targets), f"no such target: {words}"
     elif program == "torchrun":
-        rest = [word for word in words[1:] if not word.startswith("--nproc") and word != "--standalone"]
+        launcher = ("--nproc", "--nnodes", "--node_rank", "--master_", "--standalone")
+        rest = [word for word in words[1:] if not word.startswith(launcher)]
         check_command(["python", *rest])
     elif re.fullmatch(r"python[\d.]*", program):
         check_python(words[1:])

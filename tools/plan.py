@@ -1,6 +1,7 @@
 """What a model costs, on paper: parameters, memory for training, before it is built.
 
     python -m tools.plan config/rwkv7-3b.toml --gpus 8        per GPU, with 8 of them
+    python -m tools.plan config/qwen2-7b.toml --gpus 8 --teacher
 
 Its settings are train.py's. The model is on the meta device, with shapes but no memory.
 A training step of DistributedDataParallel holds per GPU, in bytes, for P parameters
@@ -9,12 +10,17 @@ A training step of DistributedDataParallel holds per GPU, in bytes, for P parame
     gradients 4 P, and DDP's buckets 4 P more where N > 1
     activations    what the backward pass needs of each token: activation_floats
 
-so more GPUs read more tokens a step, but none of them holds less. All is in float32,
-which is what the CPU computes in and what the tests measure. On a GPU autocast halves
-the activations of the matrix products, and adds a bfloat16 copy of every matrix, 2 P:
-for large models with few tokens that is more. What it is not: a profiler; what one
+so more GPUs read more tokens a step, but none of them holds less. With --shard each
+of N GPUs holds an Nth of weights, gradients and moments, and what is gathered: the root
+(embedding and head), two blocks, the gradients of root and block. --teacher counts one
+of the same shape beside it, in float32, and with --shard in bfloat16. All else is in
+float32, which is what the CPU computes in and what the tests measure. On a GPU autocast
+halves the activations of the matrix products, and adds a bfloat16 copy of every matrix,
+2 P: for large models with few tokens that is more. What it is not: a profiler; what one
 layer's backward pass needs for a moment is not in it.
 """
+
+from dataclasses import replace
 
 from config import at_least, cli, run, settings
 from kernels import chunk_of
@@ -27,6 +33,7 @@ from train import TrainConfig
 @settings
 class PlanConfig(TrainConfig):
     gpus: int = at_least(1, 1)
+    teacher: bool = False         # one with attention stands beside the model, as in distill.py
 
 
 # ------------------------------------------------------------------------------------------
@@ -104,10 +111,20 @@ def ffn_floats(cfg: ModelConfig) -> int:
             + width)                                     # value's input
 
 
+def checkpointed_floats(cfg: ModelConfig, T: int) -> float:
+    """Of a model whose blocks are run again in the backward pass (--checkpoint_blocks):
+    the blocks' inputs, v_first, and all of one block.
+    """
+    one = max(activation_floats(replace(cfg, n_layer=1, mixer=letter), T) for letter in set(cfg.mixers))
+    residual = 3 * cfg.rwkv_width + cfg.rank("v") if cfg.mixers.count("r") > 1 else 0
+    return cfg.n_layer * cfg.n_embd + residual + one
+
+
 # ------------------------------------------------------------------------------------------
 # The plan
 
-def training_bytes(cfg: ModelConfig, B: int, T: int, n_gpus: int = 1) -> dict[str, float]:
+def training_bytes(cfg: ModelConfig, B: int, T: int, n_gpus: int = 1, shard: bool = False,
+                   checkpointed: bool = False, teacher: bool = False) -> dict[str, float]:
     """Bytes on each GPU at a step's peak, the end of a forward pass, by what they hold;
     B sequences of T tokens on each.
 
@@ -117,30 +134,43 @@ def training_bytes(cfg: ModelConfig, B: int, T: int, n_gpus: int = 1) -> dict[st
     """
     if n_gpus < 1:
         raise ValueError(f"gpus = {n_gpus}: it is the number of GPUs, at least 1")
-    P = on_paper(cfg).n_params()
+    (P, root, block), n = sizes(cfg), n_gpus if shard else 1
+    P_t, root_t, block_t = sizes(replace(cfg, mixer="a")) if teacher else (0, 0, 0)
+    floats = checkpointed_floats(cfg, T) if checkpointed else activation_floats(cfg, T)
     return {
-        "weights": 4 * P,
-        "gradients": 4 * P,
-        **({"DDP's buckets": 4 * P} if n_gpus > 1 else {}),
-        "optimizer": 8 * P,
-        "activations": 4 * B * T * activation_floats(cfg, T),
+        "weights": 4 * P / n,
+        "gradients": 4 * P / n,
+        **({"DDP's buckets": 4 * P} if n_gpus > 1 and not shard else {}),
+        "optimizer": 8 * P / n,
+        **({"gathered": 4 * (root + 2 * block) + 4 * (root + block)} if shard else {}),
+        **({"teacher": 2 * (P_t / n + root_t + block_t) if shard else 4 * P_t} if teacher else {}),
+        "activations": 4 * B * T * floats,
         "logits' gradient": 4 * B * T * 2 * cfg.vocab_size,
     }
 
 
-def plan(cfg: ModelConfig, B: int, accum: int, T: int, n_gpus: int) -> str:
+def sizes(cfg: ModelConfig) -> tuple[int, int, int]:
+    """Parameters of the model, of all but its blocks, and of its largest block."""
+    model = on_paper(cfg)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    return model.n_params(), model.n_params() - sum(blocks), max(blocks)
+
+
+def plan(cfg: ModelConfig, B: int, accum: int, T: int, n_gpus: int, **how: bool) -> str:
     """The whole plan for people: describe, memory per GPU, and what a step reads.
 
-    T: tokens whose activations exist at once.
+    T: tokens whose activations exist at once; `how` is training_bytes'.
     """
-    parts = training_bytes(cfg, B, T, n_gpus)
+    columns = [training_bytes(cfg, B, T, n_gpus, shard, **how) for shard in ((False, True)[: min(2, n_gpus)])]
     lines = [
         describe(cfg, cfg.block_size),
         f"training in float32, per GPU of {n_gpus}, {B} x {T:,} tokens at once:",
     ]
-    lines += [f"  {name:18}{unit(n):>12}" for name, n in parts.items()]
+    lines += [f"{'':20}{'with DDP':>12}{'--shard':>12}"] * (n_gpus > 1)
+    for name in dict.fromkeys(name for parts in columns for name in parts):
+        lines.append(f"  {name:18}" + "".join(f"{unit(parts.get(name, 0)):>12}" for parts in columns))
     lines += [
-        f"  {'together':18}{unit(sum(parts.values())):>12}",
+        f"  {'together':18}" + "".join(f"{unit(sum(parts.values())):>12}" for parts in columns),
         f"a step reads {n_gpus * accum * B * cfg.block_size:,} tokens",
     ]
     return "\n".join(lines)
@@ -150,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = cli(PlanConfig, argv)
     shape = open_model(cfg.init)[0].cfg if cfg.init else cfg.shape
     T = min(shape.block_size, cfg.fit.bptt_chunk or shape.block_size)
-    print(plan(shape, cfg.fit.batch_size, cfg.fit.accum, T, cfg.gpus))
+    how = {"checkpointed": cfg.run.checkpoint_blocks, "teacher": cfg.teacher}
+    print(plan(shape, cfg.fit.batch_size, cfg.fit.accum, T, cfg.gpus, **how))
 
 
 if __name__ == "__main__":

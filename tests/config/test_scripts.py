@@ -12,7 +12,7 @@ from model import ModelConfig
 from tools.demo import DemoConfig
 from train import FitConfig, TrainConfig
 
-TRAIN = {"gpt2-124m", "rwkv7-124m", "rwkv7-1b5", "rwkv7-3b", "shakespeare-cpu"}
+TRAIN = {"gpt2-124m", "qwen2-7b", "rwkv7-124m", "rwkv7-1b5", "rwkv7-3b", "shakespeare-cpu"}
 DISTILL = {"results", "smollm2"}  # and tools.demo, which has distill.py's settings
 
 

@@ -18,6 +18,7 @@ from config import apply, load_preset
 from data.loader import Batch
 from lib.folders import on_paper, save_model
 from lib.hybrid import describe, remembered_bytes, unit
+from lib.shard import checkpoint_blocks
 from lib.states import nbytes
 from model import LM, ModelConfig
 from tools.plan import activation_floats, main, plan, training_bytes
@@ -83,6 +84,28 @@ def test_the_manuals_row_of_a_preset_is_its_plan_for_8_gpus(name):
     assert not parts and f"| {' | '.join(cells)} |" in (REPO / "docs" / "manual.md").read_text(
         encoding="utf-8"
     ), cells
+
+
+def test_the_manuals_rows_of_the_7b_preset_are_its_plan_and_fit_80_gb_in_parts_alone():
+    cfg = preset("qwen2-7b")
+    manual = (REPO / "docs" / "manual.md").read_text(encoding="utf-8")
+    for shard, first in ((False, "with DDP"), (True, "`--shard`")):
+        how = {"shard": shard, "checkpointed": cfg.run.checkpoint_blocks, "teacher": True}
+        parts = training_bytes(cfg.model, cfg.fit.batch_size, cfg.model.block_size, 8, **how)
+        owned = parts["weights"] + parts["gradients"] + parts["optimizer"]
+        more = parts["gathered" if shard else "DDP's buckets"]
+        rest = [parts["teacher"], parts["activations"], parts["logits' gradient"], sum(parts.values())]
+        cells = [f"{n / 1e9:.2f} GB" for n in (owned, more, *rest)]
+        assert f"| {' | '.join([first, *cells])} |" in manual, cells
+        assert (sum(parts.values()) < 80e9) == shard
+
+
+def test_parts_fall_with_the_number_of_gpus_and_what_is_gathered_does_not():
+    cfg = ModelConfig(mixer="ra", n_layer=4)
+    two, eight = (training_bytes(cfg, 1, 256, n, shard=True, teacher=True) for n in (2, 8))
+    for name in ("weights", "gradients", "optimizer"):
+        assert two[name] == 4 * eight[name] == training_bytes(cfg, 1, 256)[name] / 2
+    assert two["gathered"] == eight["gathered"] > 0 and two["teacher"] > eight["teacher"]
 
 
 @pytest.mark.parametrize("ffn", ["gelu", "gelu_exact", "swiglu", "relu2", "channelmix"])
@@ -160,9 +183,11 @@ def test_the_activations_formula_is_what_autograd_saves(shape):
     assert 4 * B * T * activation_floats(model.cfg, T) == pytest.approx(sum(seen.values()), rel=0.02)
 
 
-def two_steps(cfg: ModelConfig, B: int) -> None:
+def two_steps(cfg: ModelConfig, B: int, checkpointed: bool) -> None:
     """The second step has moments, its second micro-batch gradients too."""
     model = LM(cfg)
+    if checkpointed:
+        checkpoint_blocks(model)
     optimizer = torch.optim.AdamW(param_groups(model, FitConfig()), lr=1e-4, fused=True)
     loader = SimpleNamespace(W=1, carried=lambda step: [None, None], carry=lambda micro, state: None)
     for step in range(2):
@@ -190,19 +215,25 @@ def highest(call, trace: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "shape, B",
-    [({"mixer": "r", "ffn": "channelmix"}, 2), ({"mixer": "a"}, 8), ({"mixer": "rraa"}, 3)],
+    "shape, B, checkpointed",
+    [
+        ({"mixer": "r", "ffn": "channelmix"}, 2, False),
+        ({"mixer": "a"}, 8, False),
+        ({"mixer": "rraa"}, 3, False),
+        ({"mixer": "rraa"}, 6, True),
+    ],
     ids=str,
 )
-def test_the_memory_formula_is_within_15_percent_of_a_measured_step(shape, B, tmp_path):
+def test_the_memory_formula_is_within_15_percent_of_a_measured_step(shape, B, checkpointed, tmp_path):
     """Two steps of two micro-batches.
 
     Counted are tensors, not pages: no load decides it.
     """
     cfg = ModelConfig(**{"n_layer": 4, "n_embd": 256, "n_head": 4, "rwkv_head_size": 64} | shape)
-    two_steps(replace(cfg, n_layer=4, n_embd=64, block_size=16), 1)  # what a first time makes is no step's
-    measured = highest(lambda: two_steps(cfg, B), tmp_path / "trace.json")
-    formula = sum(training_bytes(cfg, B, 256).values())
+    small = replace(cfg, n_layer=4, n_embd=64, block_size=16)
+    two_steps(small, 1, checkpointed)  # what a first time makes is no step's
+    measured = highest(lambda: two_steps(cfg, B, checkpointed), tmp_path / "trace.json")
+    formula = sum(training_bytes(cfg, B, 256, checkpointed=checkpointed).values())
     assert formula > 1.2e8 and formula == pytest.approx(measured, rel=0.15), (formula, measured)
 
 
