@@ -151,7 +151,7 @@ class StudentConfig:
     untie_head: bool = False       # a head of its own where the teacher's is the embedding
     transfer: bool = True          # mixers start from attention's weights; without: official, but for decay
     # Defaults that need no text; DistillConfig has some, and sets lookback and True.
-    # spread: channels remember 2 to block_size tokens; lookback: to attention's reach
+    # spread: channels remember 2 to block_size tokens; lookback: attention's reach
     decay: Literal["spread", "official", "lookback"] = "spread"
     calibrate: bool = False        # refit output maps by least squares to what attention gives on a batch
 
