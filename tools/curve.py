@@ -70,9 +70,9 @@ def curve(cfg: CurveConfig) -> dict:
         scratch.append(trained_alone(cfg, run, **from_scratch(cfg, shape, scaled(cfg.alone, share))))
     seen = [row["tokens"] for row in read_metrics(Path(cfg.teacher) / "metrics.jsonl")]
     return {"teacher": {"val_loss": report["teacher"]["val_loss"], "tokens": max(seen, default=None)},
-            "student": [{key: row[key] for key in SCORES} for row in students],
-            "scratch": [{key: row[key] for key in SCORES} for row in scratch],
-            "catches_up": catch_up(students[-1]["val_loss"], scratch)}
+            "student": [{key: row[key] for key in SCORES} | {"catches_up": catch_up(row["val_loss"], scratch)}
+                        for row in students],
+            "scratch": [{key: row[key] for key in SCORES} for row in scratch]}
 
 
 def catch_up(loss: float, rows: list[dict]) -> float | None:
@@ -88,17 +88,16 @@ def catch_up(loss: float, rows: list[dict]) -> float | None:
 
 
 def as_text(points: dict) -> str:
-    """The points as a table, and where from scratch catches up."""
-    lines = ["| | bytes or tokens | val loss | gap | KL | top-1 |", "|---|---:|---:|---:|---:|---:|"]
+    """The points as a table, with the tokens after which from scratch catches up."""
+    lines = ["| | bytes or tokens | val loss | gap | KL | top-1 | from scratch catches up after |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
     names = {"student": "distilled", "scratch": "from scratch"}
-    form = "| {name} | {tokens:,} | {val_loss:.4f} | {gap:.4f} | {kl:.4f} | {top1:.1%} |"
-    lines += [form.format(name=name, **row) for key, name in names.items() for row in points[key]]
-    student, needed = points["student"][-1], points["catches_up"]
-    if needed:
-        lines += ["", f"From scratch RWKV-7 reaches the student's loss after {needed:,.0f} tokens, "
-                  f"{needed / student['tokens']:.1f} times the student's."]
-    else:
-        lines += ["", "The student's loss is not between two of those from scratch."]
+    form = "| {name} | {tokens:,} | {val_loss:.4f} | {gap:.4f} | {kl:.4f} | {top1:.1%} | {late} |"
+    for key, name in names.items():
+        for row in points[key]:
+            needed = row.get("catches_up")
+            late = f"{needed:,.0f}, {needed / row['tokens']:.1f} times as many" if needed else ""
+            lines.append(form.format(name=name, late=late, **row))
     return "\n".join(lines) + "\n"
 
 

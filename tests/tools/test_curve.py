@@ -47,6 +47,11 @@ def test_where_from_scratch_catches_up_is_read_between_two_points():
     assert catch_up(1.5, rows) == pytest.approx(400)
     assert catch_up(2.5, rows) == pytest.approx(100 * math.sqrt(2))
     assert catch_up(0.5, rows) is None and catch_up(3.5, rows) is None
+    row = {"val_loss": 1.5, "gap": 0.0, "kl": 0.0, "top1": 1.0}
+    points = {"student": [row | {"tokens": 50, "catches_up": catch_up(1.5, rows)}],
+              "scratch": [row | {"tokens": 100}]}
+    late = [line.split("|")[-2].strip() for line in as_text(points).splitlines()[2:]]
+    assert late == ["400, 8.0 times as many", ""]
 
 
 def test_what_cannot_be_drawn_is_one_line(job):
