@@ -113,6 +113,9 @@ def plot(points: dict, path: Path) -> None:
         cost = f" (after {teacher['tokens'] / 1e6:.3g}M)" if teacher["tokens"] else ""
         ax.axhline(teacher["val_loss"], color="grey", ls="--", lw=1, label="the teacher" + cost)
         ax.set(xscale="log", xlabel="tokens read in training", ylabel="held-out nats per token")
+        read = sorted({row["tokens"] for key in ("student", "scratch") for row in points[key]})
+        ax.set_xticks(read, [f"{n / 1e6:.2g}M" if n >= 1e5 else f"{n:,}" for n in read])
+        ax.set_xticks([], minor=True)
 
 
 def main(argv: list[str] | None = None) -> None:
