@@ -461,4 +461,3 @@ def test_options_of_the_run_are_said_once(capsys):
     assert not any(
         flag.endswith(name) for name in (".save_every", ".out", ".log_every", ".wandb") for flag in flags
     )
-    assert len({flag for flag in flags if "no_" not in flag}) <= 112
