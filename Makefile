@@ -26,7 +26,7 @@ results: .venv/ready
 	$(PY) train.py --out $(OUT)/teacher --batch_size 4 --max_steps 40000 --eval_every 2000 --resume
 	$(SEEDS) $(PY) distill.py $(COSTLY) --resume || exit 1; done
 	$(SEEDS) $(PY) -m tools.controls $(COSTLY) --only $(EACH) || exit 1; done
-	seed=0; $(PY) -m tools.curve $(COSTLY)
+	seed=0; $(PY) -m tools.curve $(COSTLY) --scratch_shares 0.5,1,2
 	seed=0; $(PY) -m tools.controls $(COSTLY)
 	$(SEEDS) $(PY) -m tools.demo $(DEMO) --resume || exit 1; done
 	$(SEEDS) $(PY) -m tools.controls $(DEMO) --only "rotating heads" || exit 1; done
