@@ -117,12 +117,11 @@ def student_row(cfg: HybridsConfig, mixer: str, n: int, align: dict) -> dict:
     student = replace(cfg.student, mixer=mixer)
     start, match = distill(narrow(cfg, DistillConfig, stages="match", student=student, run=run))["stages"]
     model = load_model(run.out, setup(cfg.run.device)[2]).eval()
-    told = {name: {key: row[key] for key in ("kl", "gap", "top1")}
-            for name, row in (("align", start), ("match", match))}
-    took = {name: {key: row[key] for key in ("tokens", "minutes")}
-            for name, row in (("align", align), ("match", match))}
-    row = {"mixer": mixer, "bytes": remembered_bytes(model.cfg, n)} | told["match"]
-    row |= {name: took[name] | told[name] for name in told}
+    row = {"mixer": mixer, "bytes": remembered_bytes(model.cfg, n)}
+    row |= {key: match[key] for key in ("kl", "gap", "top1")}
+    start |= {key: align[key] for key in ("tokens", "minutes")}
+    for name, stage in (("align", start), ("match", match)):
+        row[name] = {key: stage[key] for key in ("tokens", "minutes", "kl", "gap", "top1")}
     return row | ({"recall": pairs_accuracy(model, cfg.pairs, ASKED)} if has_pairs(cfg) else {})
 
 
