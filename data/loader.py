@@ -11,12 +11,17 @@ in an order of its own. A step that ends one epoch starts the next. Examples
 (supervised, preference) come in an order of each epoch's own, in whole global batches;
 the few left over differ from epoch to epoch.
 
+A loader may be one part of a mixture (`mixture.py`), which asks it for single rows.
+
 B batch, T time = block_size, W world_size, n blocks or examples in the split.
 """
+
+import math
 
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,11 +57,11 @@ class Loader:
     Raises ValueError, with the remedy, for a missing or damaged folder, for sizes that
     aren't positive, and when one step needs more than the split has (for train at once,
     for another split not before `step` is called, so that `windows` can evaluate on
-    whatever there is).
+    whatever there is). `share`: of the rows of a step, how many come from here.
     """
 
     def __init__(self, folder: str | Path, split: str, batch_size: int, block_size: int, seed: int = 0,
-                 rank: int = 0, world_size: int = 1, accum: int = 1):
+                 rank: int = 0, world_size: int = 1, accum: int = 1, share: Fraction = Fraction(1)):
         sizes = (("batch_size", batch_size, 1), ("block_size", block_size, 1), ("seed", seed, 0),
                  ("world_size", world_size, 1), ("accum", accum, 1))
         for name, value, limit in sizes:
@@ -66,7 +71,8 @@ class Loader:
             raise ValueError(f"rank is {rank}, but must be in [0, world_size = {world_size})")
         self.folder, self.split, self.path = Path(folder), split, Path(folder) / f"{split}.bin"
         self.B, self.T, self.W, self.accum = batch_size, block_size, world_size, accum
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.share = seed, rank, share
+        self.permutation = lru_cache(maxsize=4)(_permutation)   # of an epoch or two, and the offsets
         self.meta = read_data_meta(folder)
         self.kind, self.vocab_size = self.meta["kind"], self.meta["vocab_size"]
         if split not in self.meta["tokens"]:
@@ -89,9 +95,19 @@ class Loader:
             self._require_enough()
 
     @property
+    def parts(self) -> list["Loader"]:
+        """A loader for each folder that is read."""
+        return [self]
+
+    @property
     def tokens(self) -> np.ndarray:
         """All tokens of the split, checked: the file is read to its end."""
         return self.column.whole()
+
+    def counts(self) -> np.ndarray:
+        """How often each token of the vocabulary occurs in the split."""
+        parts = (self.tokens[i : i + 2**22] for i in range(0, len(self.column), 2**22))
+        return sum(np.bincount(part, minlength=self.vocab_size) for part in parts)
 
     # Batches
 
@@ -109,7 +125,7 @@ class Loader:
             starts = self._starts(i).reshape(self.accum, G, 1)
             return [self._batch(rows, rows + self.T + 1) for rows in starts], self.accum * G * self.T
         epoch, within = divmod(i, self.n // (self.accum * G))
-        order = _permutation(self.n, self.seed, 1 + epoch)[within * self.accum * G :][: self.accum * G]
+        order = self.permutation(self.n, self.seed, 1 + epoch)[within * self.accum * G :][: self.accum * G]
         batches = [self._batch(self.starts[ids], self.stops[ids]) for ids in order.reshape(self.accum, G)]
         return batches, len(order) if self.kind == "preference" else int(self.n_targets[order].sum())
 
@@ -120,12 +136,7 @@ class Loader:
         out they are masked wholly. `max_tokens` limits the number of targets over all
         ranks (but at least one row is given).
         """
-        if self.kind == "text":
-            starts = np.arange(0, len(self.column) - 1, self.T)[:, None]
-            stops = np.minimum(starts + self.T + 1, len(self.column))
-            n_targets = (stops - starts - 1)[:, 0]
-        else:
-            starts, stops, n_targets = self.starts, self.stops, self.n_targets
+        starts, stops, n_targets = self.spans()
         if max_tokens is not None:
             n = max(1, np.searchsorted(np.cumsum(n_targets), max_tokens, side="right"))
             starts, stops = starts[:n], stops[:n]
@@ -134,6 +145,28 @@ class Loader:
             missing = ((0, G - len(starts[at : at + G])), (0, 0))
             yield self._batch(np.pad(starts[at : at + G], missing), np.pad(stops[at : at + G], missing))
 
+    def spans(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the rows of `windows`: starts and stops (n, k), and their targets (n,).
+
+        k = 2 for preferences, else 1.
+        """
+        if self.kind != "text":
+            return self.starts, self.stops, self.n_targets
+        starts = np.arange(0, len(self.column) - 1, self.T, dtype=np.int64)[:, None]
+        stops = np.minimum(starts + self.T + 1, len(self.column))
+        return starts, stops, (stops - starts - 1)[:, 0]
+
+    def row(self, j: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Of the j-th row that training takes from here: starts and stops (k,), and its
+        number of targets.
+        """
+        epoch, within = divmod(j, self.n)
+        if self.kind == "text":
+            start = np.array([self._crop(epoch, within)])
+            return start, start + self.T + 1, self.T
+        i = self.permutation(self.n, self.seed, 1 + epoch)[within]
+        return self.starts[i], self.stops[i], int(self.n_targets[i])
+
     def _starts(self, i: int) -> np.ndarray:
         """Where the rows of step i start in a text: (accum · W · B,)."""
         rows = self.accum * self.W * self.B
@@ -141,25 +174,18 @@ class Loader:
 
     def _crop(self, epoch: int, j: int) -> int:
         """Where crop `j` of `epoch` starts: offset + T · block."""
-        offset = _permutation(self.n_offsets, self.seed, 0)[epoch % self.n_offsets]
-        return int(offset + self.T * _permutation(self.n, self.seed, 1 + epoch)[j])
+        offset = self.permutation(self.n_offsets, self.seed, 0)[epoch % self.n_offsets]
+        return int(offset + self.T * self.permutation(self.n, self.seed, 1 + epoch)[j])
 
     def _batch(self, starts: np.ndarray, stops: np.ndarray) -> Batch:
         """This rank's rows of a global micro-batch of spans tokens[start:stop].
 
         starts, stops: (W·B, k), k = 2 for preferences, else 1.
         """
-        width = int((stops - starts).max())
         mine = slice(self.rank * self.B, (self.rank + 1) * self.B)
         # all chosen, then all rejected
-        spans = list(zip(starts[mine].T.reshape(-1), stops[mine].T.reshape(-1)))
-        row = np.full((len(spans), width), self.end, np.int64)
-        mask = np.zeros((len(spans), width), np.float32)
-        for r, (start, stop) in enumerate(spans):
-            row[r, : stop - start] = self.column.read(start, stop)
-            mask[r, : stop - start] = 1 if self.learnt is None else self.learnt[start:stop]
-        row, mask = torch.from_numpy(row), torch.from_numpy(mask)
-        return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous(), mask[:, 1:].contiguous())
+        spans = zip(starts[mine].T.reshape(-1), stops[mine].T.reshape(-1))
+        return stack([(self, start, stop) for start, stop in spans], int((stops - starts).max()))
 
     # States that go on from step to step. Here there are none: each row begins anew.
     # lib/streams.py has the loader whose rows continue those of the step before.
@@ -181,6 +207,16 @@ class Loader:
         Raises ValueError where it carries the states of other rows than this loader's.
         """
         require_rows(states, [], where)
+
+    # What a mixture tells of its parts. Here there is nothing to be told.
+
+    def seen(self, step: int) -> dict[str, float]:
+        """How often each part was read before `step`, in epochs."""
+        return {}
+
+    def introduction(self) -> list[str]:
+        """A line for each part: its share."""
+        return []
 
     # The folder
 
@@ -218,11 +254,26 @@ class Loader:
             raise ValueError(f"{self.path} has {len(self.column)} tokens, but one crop of "
                              f"block_size {self.T} needs {self.T + 1}: use a block_size of at most "
                              f"{len(self.column) - 1}, or more data")
-        present, needed = self._different_rows(), self.W * self.B * self.accum
+        present, needed = self._different_rows(), math.ceil(self.share * self.W * self.B * self.accum)
         if present < needed:
+            part = "" if self.share == 1 else f" · its share {float(self.share):.3g}"
             raise ValueError(f"{self.path} has {present} different rows, but one step takes {needed} "
-                             f"(batch_size {self.B} · world_size {self.W} · accum {self.accum}): "
+                             f"(batch_size {self.B} · world_size {self.W} · accum {self.accum}{part}): "
                              "use a smaller batch_size, or more data")
+
+
+def stack(spans: list[tuple[Loader, int, int]], width: int) -> Batch:
+    """Rows of `width` tokens, the last of them only a target: of each loader
+    tokens[start:stop], then its end, masked.
+    """
+    row = np.empty((len(spans), width), np.int64)
+    mask = np.zeros((len(spans), width), np.float32)
+    for r, (loader, start, stop) in enumerate(spans):
+        row[r, stop - start :] = loader.end
+        row[r, : stop - start] = loader.column.read(start, stop)
+        mask[r, : stop - start] = 1 if loader.learnt is None else loader.learnt[start:stop]
+    row, mask = torch.from_numpy(row), torch.from_numpy(mask)
+    return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous(), mask[:, 1:].contiguous())
 
 
 def require_rows(states: list | None, expected: list[int], where: str) -> None:
@@ -246,7 +297,6 @@ def _first_tensor(tree) -> torch.Tensor | None:
     return next((t for t in map(_first_tensor, parts) if t is not None), None)
 
 
-@lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, stream: int) -> np.ndarray:
     """Stream 0 orders the offsets, stream 1 + e the blocks or examples of epoch e."""
     return np.random.default_rng([seed, stream]).permutation(n)

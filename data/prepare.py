@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 from data.chat import Turns, encode_turns
 from data.folder import HALVES, publish, recover, require_replaceable, seal, staging_folder
+from data.mixture import is_mixture, parts_of
 from data.records import Example
 from data.sources import PYTHON, fetch, read
 from data.tokenizer import get_tokenizer, opening, save_tokenizer
@@ -167,10 +168,15 @@ def _with_version(source: str) -> str:
 
 
 def ensure_prepared(folder: str | Path, tokenizer: str = "bytes") -> None:
-    """Prepare an embedded source (or tiny Shakespeare) whose folder is missing.
+    """Prepare an embedded source (or tiny Shakespeare) whose folder is missing; of a
+    mixture, each part.
 
     Raises ValueError for any other folder that is missing.
     """
+    if is_mixture(folder):
+        for part in parts_of(folder):
+            ensure_prepared(part, tokenizer)
+        return
     if not str(folder).strip():
         raise ValueError("the data folder's name is empty: name it")
     folder = Path(folder)

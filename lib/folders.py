@@ -385,7 +385,7 @@ def rows(cfg: ModelConfig, loader: Loader) -> int:
 
 def largest_id(loader: Loader) -> int:
     """Of all tokens in a data folder, in every split."""
-    files = [loader.folder / f"{split}.bin" for split in loader.meta["tokens"]]
+    files = [part.folder / f"{split}.bin" for part in loader.parts for split in part.meta["tokens"]]
     return max(int(np.memmap(file, loader.meta["dtype"], "r").max()) for file in files if file.stat().st_size)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.foreign import read_json
-from lib.folders import fingerprint, require_sealed, write_sealed
+from data.mixture import folders_of, is_mixture, parts_of
+from lib.folders import checksum_of, fingerprint, require_sealed, write_sealed
 
 try:
     import fcntl
@@ -111,7 +112,7 @@ def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], 
             raise ValueError(f"{out / name} is a link to {os.readlink(out / name)}, which "
                              + ("--overwrite would not empty" if (out / name).exists() else "does not exist")
                              + ": make or remove it, or choose another --out")
-    for folder in filter(None, reads):
+    for folder in [folder for name in filter(None, reads) for folder in folders_of(name)]:
         if would_replace(out, writes, Path(folder).resolve()):
             raise ValueError(f"{folder} is read by this run and would be replaced by it: choose another "
                              "--out")
@@ -225,7 +226,7 @@ def flatten(settings: dict, world: int) -> dict:
             values[name] = value
     for name in FOLDERS:
         if values.get(name):
-            values[name] = {"path": values[name], "digest": fingerprint(values[name])}
+            values[name] = {"path": values[name], "digest": contents(values[name])}
     for name in [name for name in values if name.endswith("batch_size")]:
         prefix = name.removesuffix("batch_size")
         rows = values.pop(name) * values.pop(prefix + "accum") * world
@@ -236,6 +237,14 @@ def flatten(settings: dict, world: int) -> dict:
         T, finish_T = values.pop("block_size"), values.pop("finish_block_size")
         values |= {"align.block_size": T, "match.block_size": T, "finish.block_size": finish_T or T}
     return {name: value for name, value in values.items() if name.rpartition(".")[2] not in HOW}
+
+
+def contents(folder: str) -> int | None:
+    """A number for what is in a folder; in a mixture, in all of them, and their shares.
+    """
+    if not is_mixture(folder):
+        return fingerprint(folder)
+    return checksum_of([[fingerprint(part), str(share)] for part, share in parts_of(folder).items()])
 
 
 def go_on(out: Path, values: dict) -> dict:

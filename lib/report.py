@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data.loader import Batch, Loader
+from data.mixture import open_half
 from lib.folders import write_json, write_text
 from lib.hybrid import remembered_bytes
 from lib.home import FORMER
@@ -23,12 +24,8 @@ def unigram_loss(train: Loader, val: Loader) -> float:
 
     Each token is counted once more than it occurs, so that none has probability 0.
     """
-    def counts(tokens):
-        parts = (tokens[i : i + 2**22] for i in range(0, len(tokens), 2**22))
-        return sum(np.bincount(part, minlength=train.vocab_size) for part in parts)
-
-    p = counts(train.tokens) + 1.0
-    q = counts(val.tokens)
+    p = train.counts() + 1.0
+    q = val.counts()
     return float(-(q * np.log(p / p.sum())).sum() / q.sum())
 
 
@@ -92,7 +89,7 @@ def report_stages(run: Run, teacher: LM, rows: list[dict], cfg, val: Loader) -> 
     one: the last stage may teach it something else.
     """
     described = "match" if "match" in cfg.named else cfg.named[-1]
-    train = Loader(cfg.data, "train", 1, val.T, 0, val.rank, val.W)
+    train = open_half(cfg.data, "train", 1, val.T, 0, val.rank, val.W)
     student = load_like(teacher, run.out / described).eval()
     report = make_report(teacher, student, train, val, cfg.eval_tokens, cfg.match.bptt_chunk)
     report["student"]["stage"] = described

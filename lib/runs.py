@@ -208,7 +208,7 @@ class Meter:
     """
 
     def __init__(self, run: Run, cfg, at: Progress, loader: Loader, model: torch.nn.Module):
-        self.run, self.cfg, self.at, self.world = run, cfg, at, loader.W
+        self.run, self.cfg, self.at, self.world, self.loader = run, cfg, at, loader.W, loader
         self.device = next(model.parameters()).device
         self.rows: list[Tensor] = []            # gradient norm and losses of each step since the last look
         self.clock, self.tokens = time.time(), at.tokens
@@ -221,7 +221,8 @@ class Meter:
             f"{run.name}: {trained:,} of {total:,} parameters train, {loader.accum * loader.W * loader.B} x "
             f"{loader.T} tokens a step, {loader.W} x {self.device.type}"
             + (f", from step {at.step}" if at.step else "")
-            + (": no step is left" if at.fraction(cfg) >= 1 else "")
+            + (": no step is left" if at.fraction(cfg) >= 1 else ""),
+            *loader.introduction(),
         )
         self.bar = tqdm(total=cfg.max_steps, initial=at.step, desc=run.name, disable=run.rank > 0,
                         mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
@@ -233,6 +234,8 @@ class Meter:
     def __exit__(self, *_) -> None:
         self.interrupt.__exit__()
         self.bar.close()
+        epochs = self.loader.seen(self.at.step)
+        self.run.say(*(f"{part} was read {times:.2f} times" for part, times in epochs.items()))
 
     def note(self, norm: Tensor, losses: dict[str, Tensor], lr: float) -> dict | None:
         """Take up a step; every log_every steps, and before every checkpoint, the row
@@ -258,8 +261,10 @@ class Meter:
             f"loss {means['loss']:.4f}, lr {lr:.1e}, {speed / 1000:.1f}k tok/s", refresh=False
         )
         self.bar.update(at.step - self.bar.n)
-        return {"step": at.step, "tokens": at.tokens, "minutes": at.seconds / 60, **means,
-                "grad_norm": rows[:, 0].mean().item(), "lr": lr, "tokens_per_s": speed}
+        row = {"step": at.step, "tokens": at.tokens, "minutes": at.seconds / 60, **means,
+               "grad_norm": rows[:, 0].mean().item(), "lr": lr, "tokens_per_s": speed}
+        epochs = self.loader.seen(at.step)
+        return row | ({"epochs": epochs} if epochs else {})
 
     def looks(self) -> bool:
         """Whether to read the losses back now, for which a GPU must stop."""

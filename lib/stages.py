@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Loader
+from data.mixture import open_half
 from data.prepare import ensure_prepared
 from lib.folders import check_vocabulary, load_model, same_tokenizer
 from lib.hybrid import describe
@@ -49,7 +50,7 @@ def first_tokens(cfg, teacher: LM, T: int) -> Tensor | None:
     if not cfg.student.looks:
         return None
     n = max(4096, 16 * teacher.cfg.n_head * teacher.cfg.att_head_size)
-    loader = Loader(cfg.data, "train", max(1, n // T), T, cfg.run.seed)
+    loader = open_half(cfg.data, "train", max(1, n // T), T, cfg.run.seed)
     check_vocabulary(teacher, teacher, loader)
     same_tokenizer(loader, cfg.teacher)
     return loader.step(0)[0][0].x.to(teacher.emb.weight.device)
@@ -98,7 +99,7 @@ def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: 
     models cannot read.
     """
     def load(data: str, half: str, loop, seed: int, T: int = T) -> Loader:
-        loader = Loader(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
+        loader = open_half(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
         if loader.kind == "preference" and loop is not cfg.finish:
             raise ValueError(f"{data} holds preferences, not text: they are for stage 3, --finish_data")
         check_vocabulary(logit_teacher, student, loader)

@@ -9,17 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader import Loader, _permutation, require_rows
+from data.loader import Loader, require_rows
+from data.mixture import is_mixture, open_half
 from lib.states import tree_map
 from model import State
 
 
 def open_loader(folder: str, half: str, fit, T: int, seed: int, rank: int, world: int) -> Loader:
-    """A half of a data folder for the loop `fit` (a FitConfig), whose training text may
-    go on step by step.
+    """A half of a data folder, or of a mixture, for the loop `fit` (a FitConfig), whose
+    training text may go on step by step.
     """
-    kind = StreamLoader if fit.bptt_truncate and half == "train" else Loader
-    return kind(folder, half, fit.batch_size, T, seed, rank, world, fit.accum)
+    how = (half, fit.batch_size, T, seed, rank, world, fit.accum)
+    if not fit.bptt_truncate or half != "train":
+        return open_half(folder, *how)
+    if is_mixture(folder):
+        raise ValueError(f"{folder} is a mixture, whose rows do not go on from step to step: streams "
+                         "(bptt_truncate) are for one folder")
+    return StreamLoader(folder, *how)
 
 
 class StreamLoader(Loader):
@@ -61,9 +67,9 @@ class StreamLoader(Loader):
         """
         rows = self.accum * self.W * self.B
         epoch, within = divmod(i, self.length)
-        offset = _permutation(self.n_offsets, self.seed, 0)[epoch % self.n_offsets]
-        skipped = _permutation(self.n - rows * self.length + 1, self.seed, 1 + epoch)[0]
-        order = _permutation(rows, self.seed, 1 + epoch)
+        offset = self.permutation(self.n_offsets, self.seed, 0)[epoch % self.n_offsets]
+        skipped = self.permutation(self.n - rows * self.length + 1, self.seed, 1 + epoch)[0]
+        order = self.permutation(rows, self.seed, 1 + epoch)
         return offset + self.T * (skipped + self.length * order + within)
 
     def _different_rows(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from config import at_least, cli, narrow, run as run_script, settings, shown
 
 from data.foreign import read_json
-from data.loader import Loader
+from data.mixture import open_half
 from distill import DistillConfig, distill
 from lib.folders import load_model, open_model
 from lib.home import check_same, lock
@@ -100,7 +100,7 @@ def trained_alone(cfg: ControlsConfig, run: RunConfig, **how) -> dict:
     rank, world, device = setup(cfg.run.device)
     done = train(TrainConfig(data=cfg.data, run=run, **how))
     teacher, model = (load_model(folder, device).eval() for folder in (cfg.teacher, run.out))
-    val = Loader(cfg.data, "val", 16, cfg.block_size or teacher.cfg.block_size, 0, rank, world)
+    val = open_half(cfg.data, "val", 16, cfg.block_size or teacher.cfg.block_size, 0, rank, world)
     scores = measure(teacher, model, val, cfg.eval_tokens, cfg.match.bptt_chunk)
     return {key: done[key] for key in ("tokens", "minutes")} | scores
 

@@ -16,7 +16,7 @@ inputs. Past the training length: tools/passkey.py. Associative recall: tools/re
 from pathlib import Path
 
 from config import at_least, cli, run, settings
-from data.loader import Loader
+from data.mixture import open_half
 from lib.folders import check_vocabulary, load_model, same_tokenizer
 from lib.owned import check_place, contents
 from lib.processes import pick_device
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = load_model(cfg.teacher, device).eval()
     student = load_model(cfg.student, device).eval() if cfg.student else None
     T = cfg.block_size or teacher.cfg.block_size
-    train, val = (Loader(cfg.data, half, cfg.batch_size, T) for half in ("train", "val"))
+    train, val = (open_half(cfg.data, half, cfg.batch_size, T) for half in ("train", "val"))
     check_vocabulary(teacher, student or teacher, val)
     same_tokenizer(val, cfg.teacher, cfg.student or cfg.teacher)
     report = make_report(teacher, student, train, val, cfg.max_tokens)

@@ -18,6 +18,7 @@ import tiktoken
 import torch
 
 from data.loader import Loader
+from data.mixture import is_mixture
 from data.tokenizer import load_tokenizer, opening
 from lib.folders import check_vocabulary, load_model, same_tokenizer, write_json, write_text
 from lib.owned import check_place, contents
@@ -182,6 +183,8 @@ def measure(cfg: PasskeyConfig) -> dict:
     folders = {"teacher": cfg.teacher} | ({"student": cfg.student} if cfg.student else {})
     models = {name: load_model(folder, device).eval() for name, folder in folders.items()}
     teacher, T = models["teacher"], cfg.block_size or models["teacher"].cfg.block_size
+    if is_mixture(cfg.data):
+        raise ValueError(f"{cfg.data} is a mixture: --longest and --passkey read one folder")
     val = Loader(cfg.data, "val", cfg.batch_size, T)
     check_vocabulary(teacher, models.get("student", teacher), val)
     same_tokenizer(val, *folders.values())
