@@ -1,5 +1,5 @@
-"""Text to tokens (`prepare`, `sources`, `records`, `tokenizer`), the folder that keeps
-them (`folder`), and tokens to batches (`loader`).
+"""Text to tokens (`prepare`, `sources`, `packed`, `records`, `tokenizer`), the folder
+that keeps them (`folder`), and tokens to batches (`loader`; of several, `mixture`).
 
 The room's law: it knows of texts, tokenizers and files, and of no model.
 """

@@ -63,6 +63,10 @@ def _are_counts(value: object) -> bool:
     return isinstance(value, dict) and all(map(_is_count, value.values()))
 
 
+def _are_counts_of_each(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_are_counts, value.values()))
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -77,6 +81,7 @@ RULES = {  # of each field: is it right? what it must be
     "val_fraction": (lambda value: type(value) is float and 0 < value < 1, "between 0 and 1"),
     "documents": (_are_counts, "a number for each half"),
     "tokens": (_are_counts, "a number for each half"),
+    "sources": (_are_counts_of_each, "numbers for each source"),
     "format": (("chat", "plain").__contains__, "chat or plain"),
     "blocks": (lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
                "the digests of each file"),

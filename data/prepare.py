@@ -1,10 +1,12 @@
 """Prepare data: a source of text → `data/NAME/`, token files to be mapped into memory.
 
     python -m data.prepare [SOURCE] [--out data/NAME] [--tokenizer bytes]
-                           [--val_fraction 0.1] [--split hash] [--overwrite]
+                           [--val_fraction 0.1] [--split hash] [--column text]
+                           [--overwrite]
 
 SOURCE is pydoc, pydoc-sft, pydoc-dpo, pysource, shakespeare, a URL, or a .txt/.md/
-.jsonl(.gz) file, a folder of them, or a pipe: `sources.py`. Batches: `loader.py`.
+.jsonl(.gz, .zst) or .parquet file, a folder of them, or a pipe: `sources.py`. Batches:
+`loader.py`.
 
 TOKENIZER is bytes, one of tiktoken's names, world (or its vocabulary's file), or the
 folder of a model whose own tokenizer is to be used.
@@ -57,7 +59,7 @@ from data.chat import Turns, encode_turns
 from data.folder import HALVES, publish, recover, require_replaceable, seal, staging_folder
 from data.mixture import is_mixture, parts_of
 from data.records import Example
-from data.sources import PYTHON, fetch, read
+from data.sources import MOST_KINDS, PYTHON, fetch, read
 from data.tokenizer import get_tokenizer, opening, save_tokenizer
 
 # sources that need no file; the last one is a download
@@ -77,13 +79,15 @@ class Job(NamedTuple):
     folder: Path
     dtype: np.dtype
     left_out: Counter
+    sources: dict[str, Counter]   # documents and tokens of each file or folder in the folder that is read
+    column: str | None            # of records, the field that is the text
 
 
 # ------------------------------------------------------------------------------------------
 # The folder
 
 def prepare(source: str | Path, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.1,
-            overwrite: bool = False, split: str = "hash") -> dict:
+            overwrite: bool = False, split: str = "hash", column: str | None = None) -> dict:
     """Tokenize `source` into the folder `out` and return its meta.json.
 
     Raises ValueError for an unusable source, tokenizer or fraction, and if `out` exists
@@ -99,7 +103,8 @@ def prepare(source: str | Path, out: str | Path, tokenizer: str = "bytes", val_f
     try:
         with staging_folder(out) as staging:
             path = fetch(source, staging)
-            meta = _write_folder(Job(source, path, val_fraction, enc, staging, dtype, Counter()), split)
+            job = Job(source, path, val_fraction, enc, staging, dtype, Counter(), {}, column)
+            meta = _write_folder(job, split)
             require_replaceable(out, overwrite, sources)     # it may have changed meanwhile
             publish(staging, out)
     except MemoryError:
@@ -134,6 +139,7 @@ def _write_folder(job: Job, split: str) -> dict:
     if split == "hash" and (not all(halves) or len(different) * job.val_fraction < 1):
         split = "tail"  # too few different documents to leave it to chance
         job.left_out.clear()
+        job.sources.clear()
         halves, kind = _tokenize(job, split)
     if not all(halves):
         amount = "too little" if any(halves) else "no"
@@ -152,6 +158,8 @@ def _write_folder(job: Job, split: str) -> dict:
     }
     if kind != "text":
         meta["format"] = "chat" if getattr(job.enc, "chat", None) else "plain"
+    if job.sources:
+        meta["sources"] = {name: dict(counts) for name, counts in job.sources.items()}
     if left_out := {name: n for name, n in sorted(job.left_out.items()) if n}:
         meta["left_out"] = left_out
     for spool in job.folder.glob("spool.*"):
@@ -273,7 +281,7 @@ def _tokenize(job: Job, split: str) -> tuple[tuple[list[Record], list[Record]], 
     Returns where each half's examples are there, and their kind. Only these records are
     held in memory, so with the hash split a corpus may be larger than memory.
     """
-    examples = read(job.source, job.path, split == "tail", job.left_out)
+    examples = read(job.source, job.path, split == "tail", job.left_out, job.column)
     assigned = (_by_hash if split == "hash" else _by_tail)(examples, job)
     halves: tuple[list[Record], list[Record]] = [], []
     position, kind = 0, "text"
@@ -287,7 +295,15 @@ def _tokenize(job: Job, split: str) -> tuple[tuple[list[Record], list[Record]], 
                 rows.append((position, position + len(ids)))
                 position += len(ids)
             halves[in_val].append((rank, rows))
+            _count(job.sources, example.origin, sum(stop - start for start, stop in rows))
     return halves, kind
+
+
+def _count(sources: dict[str, Counter], origin: str, tokens: int) -> None:
+    """One more document; beyond MOST_KINDS of them, sources are counted together."""
+    if origin:
+        name = origin if origin in sources or len(sources) < MOST_KINDS else "further ones"
+        sources.setdefault(name, Counter()).update(documents=1, tokens=tokens)
 
 
 def _write(half: list[Record], kind: str, job: Job, name: str) -> int:
@@ -319,6 +335,7 @@ class PrepareConfig:
     tokenizer: str = "bytes"               # or gpt2, another of tiktoken's names, world, a model's folder
     val_fraction: float = 0.1              # of the documents, for the validation half
     split: Literal["hash", "tail"] = "hash"    # by document; or the source's end
+    column: str | None = None              # of .jsonl and .parquet, the field that is the text
     overwrite: bool = False                # replace an already prepared folder
 
 
@@ -333,7 +350,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = cli(PrepareConfig, argv)
     out = default_out(cfg.source) if cfg.out is None else cfg.out
     try:
-        meta = prepare(cfg.source, out, cfg.tokenizer, cfg.val_fraction, cfg.overwrite, cfg.split)
+        meta = prepare(cfg.source, out, cfg.tokenizer, cfg.val_fraction, cfg.overwrite, cfg.split,
+                       cfg.column)
     except KeyboardInterrupt:
         print(f"interrupted: nothing half-made is left; run it again to make {out}", file=sys.stderr)
         raise KeyboardInterrupt("said") from None

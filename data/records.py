@@ -28,6 +28,7 @@ class Example(NamedTuple):
     key: str                        # the same key goes to the same half of the train/val split
     texts: tuple[str, ...]          # one text; prompt and answers; or the messages of a conversation
     roles: tuple[str, ...] = ()     # who says each message; two answers are "chosen" and "rejected"
+    origin: str = ""                # of a folder that is read, what in it holds the example
 
     @property
     def kind(self) -> str:

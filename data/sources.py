@@ -8,14 +8,13 @@ The default source needs no download, for every Python has a book in it:
 `pydoc_data.topics`, the language manual, and the docstrings of the standard library,
 read with `ast` (nothing is imported). About 2 MB of English; the exact text depends on
 the Python version. `pysource` are the library's source files, some 11 MB. Others: tiny
-Shakespeare, a URL, .txt/.md/.jsonl files (or .gz of these), folders of them, pipes.
-What a line of .jsonl may be is in `records.py`.
+Shakespeare, a URL, .txt/.md/.jsonl files (or .gz or .zst of these), .parquet
+(`packed.py`), folders of them, pipes. What a line of .jsonl may be is in `records.py`.
 """
 
 import ast
 import codecs
 import errno
-import gzip
 import http.client
 import os
 import re
@@ -25,16 +24,18 @@ import stat
 import sysconfig
 import urllib.parse
 import urllib.request
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from data import strict_json
+from data.packed import MAGIC, PACKED, has_columns, open_packed, rows_of
 from data.records import Example, read_record
 
 SUFFIXES = (".txt", ".md", ".jsonl")
+KNOWN = (*(suffix + end for suffix in SUFFIXES for end in ("", *PACKED)), ".zst", ".parquet")
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 DOCUMENT = 4096  # characters: running text is cut into documents of about this length
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -42,7 +43,7 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 
 # bytes that are read at once; and of a line of .jsonl, the most
 CHUNK, LONGEST = 2**20, 2**26
-# a .gz file unpacks to at most so many times its size, if to more than a little
+# a packed file unpacks to at most so many times its size, if to more than a little
 RATIO, LITTLE = 200, 2**23
 MOST_KINDS = 100  # of what is left out
 PYTHON = ("pydoc", "pydoc-sft", "pydoc-dpo", "pysource")
@@ -62,6 +63,9 @@ def fetch(source: str, folder: Path) -> Path | None:
         source = SHAKESPEARE
     if source.startswith(("http://", "https://")):
         return _download(source, folder)
+    if match := re.match(r"[a-z][a-z0-9+.]*://", source):
+        raise ValueError(f"{source}: nothing is fetched from {match[0]}, only from http:// and https://: "
+                         "copy it into a folder here, and name that")
     path = Path(source)
     try:
         mode = path.stat().st_mode
@@ -78,17 +82,21 @@ def fetch(source: str, folder: Path) -> Path | None:
     return path
 
 
-def read(source: str, path: Path | None, whole: bool, left_out: Counter) -> Iterator[Example]:
+def read(source: str, path: Path | None, whole: bool, left_out: Counter,
+         column: str | None = None) -> Iterator[Example]:
     """Every example of `source`, which `fetch` found at `path`, all of one kind.
 
-    `whole` keeps each text file as one document, not cut up. What is not read is
+    `whole` keeps each text file as one document, not cut up; `column` names the field
+    of records that is the text. What is not read is
     counted in `left_out`. Raises ValueError, always with the file and place, for what
     can't be decoded or understood.
     """
     if path is None:
+        if column:
+            raise ValueError(f"--column is for records, .jsonl or .parquet: {source} has none")
         return {"pydoc": _pydoc, "pydoc-sft": _pydoc_sft, "pydoc-dpo": _pydoc_dpo,
                 "pysource": _pysource}[source]()
-    return _path(source, path, whole, left_out)
+    return _path(source, path, whole, left_out, column)
 
 
 # ------------------------------------------------------------------------------------------
@@ -261,7 +269,8 @@ def _spool(path: Path, folder: Path) -> Path:
     if not suffix:
         with open(copy, "rb") as file:
             head = file.readline(LONGEST)
-        suffix = ".txt.gz" if head.startswith(b"\x1f\x8b") else ".jsonl" if _is_object(head) else ".txt"
+        packed = next((end for mark, end in MAGIC.items() if head.startswith(mark)), "")
+        suffix = packed or (".jsonl" if _is_object(head) else ".txt")
     return copy.rename(f"{copy}{suffix}")
 
 
@@ -275,35 +284,40 @@ def _is_object(line: bytes) -> bool:
 # ------------------------------------------------------------------------------------------
 # Files and folders
 
-def _path(source: str, path: Path, whole: bool, left_out: Counter) -> Iterator[Example]:
+def _path(source: str, path: Path, whole: bool, left_out: Counter,
+          column: str | None) -> Iterator[Example]:
     """A file, or every file with a known suffix below a folder, in order of name."""
-    known = "/".join(SUFFIXES) + ", or .gz of these"
+    known = "/".join(SUFFIXES) + ", .gz or .zst of these, or .parquet"
     is_folder = path.is_dir()
     if not is_folder and not _suffix(path.name):
         raise ValueError(f"{path} is not a {known}: rename or convert it")
     files = [file for file in _files(path, left_out) if _suffix(file.name)] if is_folder else [path]
     if not files:
         raise ValueError(f"the folder {path} holds no {known}")
+    if column and not any(_has_records(file) for file in files):
+        raise ValueError(f"--column is for records, .jsonl or .parquet: {path} has none")
     # A small text is cut finer, so that something is left for the validation half.
-    size = max(1, min(DOCUMENT, sum(map(_size, files)) // 20))
+    size = max(1, min(DOCUMENT, _total_size(files, 20 * DOCUMENT) // 20))
     kind = ""
     for file in files:
         name = str(file) if is_folder else source
+        origin = file.relative_to(path).parts[0] if is_folder else ""
         is_empty = True
-        for place, example in _examples(file, name, size, whole, left_out):
+        for place, example in _examples(file, name, size, whole, left_out, column):
             is_empty, kind = False, kind or example.kind
             if example.kind != kind:
                 raise ValueError(f"{place} is {example.kind} data, but what came before it is {kind} data: "
                                  "prepare them as separate data sets")
-            yield example
+            yield example._replace(origin=origin)
         left_out["empty files"] += is_empty
 
 
-def _examples(file: Path, name: str, size: int, whole: bool,
-              left_out: Counter) -> Iterator[tuple[str, Example]]:
+def _examples(file: Path, name: str, size: int, whole: bool, left_out: Counter,
+              column: str | None) -> Iterator[tuple[str, Example]]:
     """(place, example), without those of nothing but space."""
-    if ".jsonl" in _suffix(file.name):
-        for place, example in _jsonl(file, name, left_out):
+    if _has_records(file):
+        records = _parquet if has_columns(file) else _jsonl
+        for place, example in records(file, name, left_out, column):
             if "".join(example.texts).strip():
                 yield place, example
             else:
@@ -339,17 +353,42 @@ def _files(folder: Path, left_out: Counter) -> list[Path]:
 def _suffix(name: str) -> str:
     """.txt, .jsonl.gz ..., in small letters; nothing for other kinds of files."""
     name = name.lower()
-    return next((end for suffix in SUFFIXES for end in (suffix, f"{suffix}.gz") if name.endswith(end)), "")
+    return next((end for end in KNOWN if name.endswith(end)), "")
 
 
-def _size(path: Path) -> int:
-    """Bytes of the file, unpacked: shows before all the work whether it can be done."""
-    if not path.name.lower().endswith(".gz"):
-        return path.stat().st_size
-    return sum(map(len, _raw(path, str(path), "read")))
+def _has_records(path: Path) -> bool:
+    """Whether it is no running text; what a plain .zst holds is shown by its first
+    line.
+    """
+    suffix = _suffix(path.name)
+    if suffix == ".zst":
+        return _is_object(next(_raw(path, str(path), "readline"), b""))
+    return ".jsonl" in suffix or has_columns(path)
 
 
-def _jsonl(path: Path, name: str, left_out: Counter) -> Iterator[tuple[str, Example]]:
+def _total_size(files: list[Path], enough: int) -> int:
+    """Bytes of the files, unpacked; no more is read than shows that it is `enough`."""
+    total = 0
+    for path in files:
+        packed = path.name.lower().endswith(PACKED)
+        for size in map(len, _raw(path, str(path), "read")) if packed else [path.stat().st_size]:
+            total += size
+            if total >= enough:
+                return total
+    return total
+
+
+def _parquet(path: Path, name: str, left_out: Counter, column: str | None) -> Iterator[tuple[str, Example]]:
+    """("file, row n", example) for each row that has something in it."""
+    for number, fields in enumerate(rows_of(path, name, column, partial(_count, left_out)), 1):
+        place = f"{name}, row {number}"
+        if None in fields.values() and "text" in fields:
+            left_out["blank records"] += 1
+        else:
+            yield place, read_record(fields, place)[0]
+
+
+def _jsonl(path: Path, name: str, left_out: Counter, column: str | None) -> Iterator[tuple[str, Example]]:
     """("file, line n", example) for each line that isn't blank."""
     line, number = "", 0
     for part in _lines(path, name):
@@ -361,22 +400,26 @@ def _jsonl(path: Path, name: str, left_out: Counter) -> Iterator[tuple[str, Exam
             continue    # there is more of it
         number += 1
         if line.strip():
-            yield place, _record(line, place, left_out)
+            yield place, _record(line, place, left_out, column)
         else:
             left_out["blank lines"] += 1
         line = ""
     if line.strip():
         place = f"{name}, line {number + 1}"
-        yield place, _record(line, place, left_out)
+        yield place, _record(line, place, left_out, column)
 
 
-def _record(line: str, place: str, left_out: Counter) -> Example:
+def _record(line: str, place: str, left_out: Counter, column: str | None) -> Example:
     try:
         record = strict_json.loads(line, finite=False)
     except ValueError as error:
         raise ValueError(f"{place} is not JSON ({error}): each line must be one JSON object") from None
-    example, unread = read_record(record if isinstance(record, dict) else {}, place)
-    for name in unread:
+    fields = record if isinstance(record, dict) else {}
+    if column and column not in fields:
+        raise ValueError(f"{place} has no field {column!r}: --column must be one of "
+                         f"{', '.join(fields)[:200]}")
+    example, unread = read_record({"text": fields[column]} if column else fields, place)
+    for name in fields.keys() - {column} if column else unread:
         _count(left_out, f"fields {name[:40]!r}")
     return example
 
@@ -389,7 +432,8 @@ def _count(left_out: Counter, what: str) -> None:
 def _lines(path: Path, name: str) -> Iterator[str]:
     """The file's lines with "\n" at their ends, without a byte-order mark.
 
-    Of a line longer than CHUNK bytes, one part after the other. A .gz file is unzipped.
+    Of a line longer than CHUNK bytes, one part after the other. A packed file is
+    unpacked.
     """
     decoder, offset, held = codecs.getincrementaldecoder("utf-8")(), 0, ""
     for raw in _raw(path, name, "readline"):
@@ -415,18 +459,16 @@ def _lines(path: Path, name: str) -> Iterator[str]:
 
 def _raw(path: Path, name: str, method: str) -> Iterator[bytes]:
     """The file's bytes, unpacked, in parts of up to CHUNK, by "read" or "readline"."""
-    is_packed, size = path.name.lower().endswith(".gz"), 0
+    is_packed, size = path.name.lower().endswith(PACKED), 0
     try:
         limit = max(LITTLE, RATIO * path.stat().st_size) if is_packed else float("inf")
-        with (gzip.open if is_packed else open)(path, "rb") as file:
+        with open_packed(path, name) if is_packed else open(path, "rb") as file:
             while raw := getattr(file, method)(CHUNK):
                 size += len(raw)
                 if size > limit:
                     raise ValueError(f"{name} unpacks to more than {RATIO} times its size, as no text does: "
                                      "if it is one, unpack it yourself")
                 yield raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name} is a damaged .gz file ({error}): fetch it again") from None
     except OSError as error:
         raise _unreadable(name, error) from None
 

@@ -1,5 +1,7 @@
 """The loader: every row comes once in an epoch, alike for any number of processes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from common_data import (BYTES, EOT, examples, numbered, preference, rows, supervised,
                          write_jsonl)  # noqa: F401
 from data.loader import Loader
-from data.prepare import prepare
+from data.prepare import _copy_rows, prepare
 
 
 def starts(loader: Loader, steps: range) -> list[int]:
@@ -169,3 +171,42 @@ def test_a_validation_half_smaller_than_a_block_can_still_be_evaluated(tmp_path)
     assert sum(float(b.mask.sum()) for b in loader.windows()) == 9
     with pytest.raises(ValueError, match="block_size of at most 9"):
         loader.step(0)
+
+
+# ------------------------------------------------------------------------------------------
+# More than 2^31 tokens: files with holes, that take no room
+
+N = 2**32 + 12345
+
+
+def hollow(path, n: int, dtype=np.uint16):
+    """A file of n numbers, 0 but for the last 100,000, which are 1, 2, 3, ..."""
+    with open(path, "wb") as file:
+        file.truncate(n * np.dtype(dtype).itemsize)
+    np.memmap(path, dtype, "r+")[-100_000:] = np.arange(1, 100_001) % 60_000
+
+
+def test_every_token_of_a_file_beyond_2_to_the_32_can_be_read(tmp_path):
+    hollow(tmp_path / "train.bin", N)
+    meta = {"kind": "text", "dtype": "uint16", "vocab_size": 60000, "tokens": {"train": N}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    T = 2**16
+    loader = Loader(tmp_path, "train", 2, T, seed=1)
+    order = loader.permutation(loader.n, 1, 1)
+    assert loader.n == N // T - 1 and order.nbytes == 8 * loader.n        # 8 bytes a block
+    at = int(order.argmax())                                               # the file's last block
+    crop = loader._crop(0, at)
+    assert crop > 2**32 - 2 * T
+    x = loader.step(at // 2)[0][0].x[at % 2]
+    expected = np.arange(crop, crop + T) - (N - 100_000) + 1
+    assert np.array_equal(x.numpy(), np.where(expected > 0, expected % 60_000, 0))
+    starts, stops, n_targets = loader.spans()
+    assert stops[-1, 0] == N and n_targets.sum() == N - 1 and starts[-1, 0] == 2**32
+
+
+def test_what_lies_beyond_2_to_the_32_in_a_spool_is_copied(tmp_path):
+    hollow(tmp_path / "spool.bin", N)
+    rows = [(N - 3, N), (0, 2), (N - 100_000, N - 99_998)]
+    _copy_rows(tmp_path / "spool.bin", np.dtype(np.uint16), rows, tmp_path / "train.bin")
+    copied = np.fromfile(tmp_path / "train.bin", np.uint16)
+    assert copied.tolist() == [39_998, 39_999, 40_000, 0, 0, 1, 2]
