@@ -57,8 +57,8 @@ from tqdm import tqdm
 
 from data.chat import Turns, encode_turns
 from data.folder import HALVES, publish, recover, require_replaceable, seal, staging_folder
-from data.mixture import is_mixture, parts_of
 from data.records import Example
+from data.shares import is_mixture, parts_of
 from data.sources import MOST_KINDS, PYTHON, fetch, read
 from data.tokenizer import get_tokenizer, opening, save_tokenizer
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.foreign import read_json
-from data.mixture import folders_of, is_mixture, parts_of
+from data.shares import folders_of, is_mixture, parts_of
 from lib.folders import checksum_of, fingerprint, require_sealed, write_sealed
 
 try:

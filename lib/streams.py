@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.loader import Loader, require_rows
-from data.mixture import is_mixture, open_half
+from data.mixture import open_half
+from data.shares import is_mixture
 from lib.states import tree_map
 from model import State
 

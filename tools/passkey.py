@@ -18,7 +18,7 @@ import tiktoken
 import torch
 
 from data.loader import Loader
-from data.mixture import is_mixture
+from data.shares import is_mixture
 from data.tokenizer import load_tokenizer, opening
 from lib.folders import check_vocabulary, load_model, same_tokenizer, write_json, write_text
 from lib.owned import check_place, contents

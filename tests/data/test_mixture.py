@@ -16,8 +16,9 @@ from common import TINY, assert_same_run, metrics, newest, one_line, start, tiny
 from common_data import numbered, preference, rows, supervised, write_jsonl  # noqa: F401   (fixtures)
 from common_train import job, teacher, wait_for  # noqa: F401   (fixtures)
 from data.loader import Loader
-from data.mixture import Mixture, Turns, folders_of, is_mixture, open_half, parts_of
+from data.mixture import Mixture, open_half
 from data.prepare import prepare
+from data.shares import Turns, folders_of, is_mixture, parts_of
 from distill import distill
 from lib.report import unigram_loss
 from lib.runs import checkpoints
