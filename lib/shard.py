@@ -9,7 +9,8 @@ rows for all processes, along another). A unit is gathered whole when its turn c
 freed after it: each block, within it the mixer, for stage 1 reads a teacher's mixer
 alone; embedding, last norm and head together are the root, whole during a step.
 Gradients are averaged over the processes as they are cut, after every backward pass.
-On GPUs masters are float32, the gathered blocks and a teacher's weights bfloat16.
+On GPUs parts are float32, also of a teacher, whose exact weights its student takes; the
+gathered blocks are bfloat16.
 
 No function here makes a whole model: folders are read a tensor at a time into blocks,
 which are cut at once, and new weights are drawn in the order of LM.__init__.
@@ -218,13 +219,13 @@ def new_like(other: LM, cfg: ModelConfig) -> LM:
     return new_model(cfg, other.emb.weight.device, True) if is_sharded(other) else LM(cfg)
 
 
-def open_sharded(folder: str | Path, device: torch.device, dtype: torch.dtype = torch.float32) -> LM:
+def open_sharded(folder: str | Path, device: torch.device) -> LM:
     """A model folder's model, read a tensor at a time and cut a block at a time.
 
     Raises ValueError as `open_model`.
     """
     model, file = open_model(folder)
-    return assemble(model, lambda name: finite(file, name).to(dtype), device)
+    return assemble(model, lambda name: finite(file, name).float(), device)
 
 
 def assemble(model: LM, weight: Callable[[str], Tensor], device: torch.device) -> LM:

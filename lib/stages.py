@@ -12,15 +12,15 @@ from torch import Tensor
 from data.loader import Loader
 from data.mixture import open_half
 from data.prepare import ensure_prepared
-from lib.folders import check_vocabulary, load_model, same_tokenizer
+from lib.folders import check_vocabulary, same_tokenizer
 from lib.hybrid import describe
 from lib.processes import main_first
-from lib.shard import open_sharded
+from lib.shard import load
 from model import LM
 
 
 def load_teacher(folder: str, device: torch.device, shard: bool) -> LM:
-    """A model that teaches and does not learn; on GPUs a sharded one is in bfloat16.
+    """A model that teaches and does not learn.
 
     Raises ValueError where there is none.
     """
@@ -29,10 +29,7 @@ def load_teacher(folder: str, device: torch.device, shard: bool) -> LM:
             f"no teacher at {folder}: train one with train.py, import one with tools.convert, or "
             "let python -m tools.demo make it, and everything else"
         )
-    if shard:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return open_sharded(folder, device, dtype).eval().requires_grad_(False)
-    return load_model(folder, device).eval().requires_grad_(False)
+    return load(folder, device, shard).eval().requires_grad_(False)
 
 
 def prepare_data(cfg, rank: int) -> None:

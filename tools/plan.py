@@ -13,11 +13,11 @@ A training step of DistributedDataParallel holds per GPU, in bytes, for P parame
 so more GPUs read more tokens a step, but none of them holds less. With --shard each
 of N GPUs holds an Nth of weights, gradients and moments, and what is gathered: the root
 (embedding and head), two blocks, the gradients of root and block. --teacher counts one
-of the same shape beside it, in float32, and with --shard in bfloat16. All else is in
-float32, which is what the CPU computes in and what the tests measure. On a GPU autocast
-halves the activations of the matrix products, and adds a bfloat16 copy of every matrix,
-2 P: for large models with few tokens that is more. What it is not: a profiler; what one
-layer's backward pass needs for a moment is not in it.
+of the same shape beside it, sharded as the model is. All is in float32, which is what
+the CPU computes in and what the tests measure. On a GPU autocast halves the activations
+of the matrix products, and adds a bfloat16 copy of every matrix, 2 P: for large models
+with few tokens that is more. What it is not: a profiler; what one layer's backward pass
+needs for a moment is not in it.
 """
 
 from dataclasses import replace
@@ -143,7 +143,7 @@ def training_bytes(cfg: ModelConfig, B: int, T: int, n_gpus: int = 1, shard: boo
         **({"DDP's buckets": 4 * P} if n_gpus > 1 and not shard else {}),
         "optimizer": 8 * P / n,
         **({"gathered": 4 * (root + 2 * block) + 4 * (root + block)} if shard else {}),
-        **({"teacher": 2 * (P_t / n + root_t + block_t) if shard else 4 * P_t} if teacher else {}),
+        **({"teacher": 4 * (P_t / n + (root_t + block_t) * shard)} if teacher else {}),
         "activations": 4 * B * T * floats,
         "logits' gradient": 4 * B * T * 2 * cfg.vocab_size,
     }
