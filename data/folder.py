@@ -10,6 +10,7 @@ Folders of before have neither; of them, as of all, the values must be in their 
 import contextlib
 import ctypes
 import fcntl
+import glob
 import json
 import os
 import re
@@ -26,8 +27,9 @@ from data import strict_json
 HALVES = ("train", "val")
 NUMBERS = tuple(f"{half}{part}.bin" for half in HALVES for part in ("", ".mask", ".idx"))
 FILES = {*NUMBERS, "meta.json", "tokenizer.json"}
-SPOOLS = re.compile(r"spool\.(bin|mask|source.*)")
+SPOOLS = re.compile(r"spool\.(bin|mask|rows|json|source.*)")
 LEFTOVER = re.compile(r"\.(.+)\.\d+\.(partial|old)")
+RESUMABLE = "spool.json"   # what a killed process left has it: see spool.py
 BLOCK = 2**20  # bytes that have one digest
 
 
@@ -270,16 +272,22 @@ def _foreign(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, which is removed in the end unless it was renamed.
+def staging_folder(out: Path, resume: bool = False) -> Iterator[Path]:
+    """A new folder beside `out`, which is removed in the end unless it was renamed; to
+    `resume`, what a process that was killed left there.
 
     It is locked as long as we live: a folder like it without a lock is a leftover.
     """
     staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
     made = [parent for parent in out.parents if not parent.exists()]
-    staging.mkdir(parents=True)
     try:
-        with _locked(staging):
+        with contextlib.ExitStack() as stack:
+            left = leftovers(out) if resume else []
+            if free := next((path for path in left if stack.enter_context(_locked(path))), None):
+                free.rename(staging)
+            else:
+                staging.mkdir(parents=True)
+                stack.enter_context(_locked(staging))
             yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -339,9 +347,17 @@ def exchange(a: Path, b: Path) -> bool:
     return rename(here, os.fsencode(a), here, os.fsencode(b), exchange_names) == 0
 
 
-def recover(out: Path) -> None:
+def leftovers(out: Path) -> list[Path]:
+    """What a process that prepares `out` has left, or is at work in."""
+    found = sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial"))
+    return [path for path in found if (path / RESUMABLE).exists()]
+
+
+def recover(out: Path, sweep: bool = False) -> None:
     """Where a process ended between two renames, give back the name; and sweep up what
     ended processes left beside `out`.
+
+    What --resume could go on with stays, unless it is of `out` and to be swept.
     """
     neighbours = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
     for path in neighbours:
@@ -351,6 +367,8 @@ def recover(out: Path) -> None:
                 home = path.with_name(match[1])
                 if is_free and match[2] == "old" and not home.exists() and not _foreign(path):
                     path.rename(home)
+                elif (path / RESUMABLE).exists() and not (sweep and match[1] == out.name):
+                    continue
                 elif is_free and all(_is_ours(file) for file in path.iterdir()):
                     shutil.rmtree(path)
 

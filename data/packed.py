@@ -20,19 +20,36 @@ ROWS = 256           # rows that are in memory at once
 WINDOW = 2**31       # bytes that `zstd --long=31` looks back
 
 
+class _Counted(io.FileIO):
+    """A file that tells how many bytes were read."""
+
+    def __init__(self, path: Path, progress: Callable[[int], object]):
+        super().__init__(path)
+        self.progress = progress
+
+    def readinto(self, buffer) -> int:
+        n = super().readinto(buffer)
+        self.progress(n)
+        return n
+
+
+def open_counted(path: Path, progress: Callable[[int], object]) -> BinaryIO:
+    return io.BufferedReader(_Counted(path, progress), 2**17)
+
+
 def has_columns(path: Path) -> bool:
     return path.name.lower().endswith(".parquet")
 
 
 @contextlib.contextmanager
-def open_packed(path: Path, name: str) -> Iterator[BinaryIO]:
+def open_packed(path: Path, name: str, progress: Callable[[int], object]) -> Iterator[BinaryIO]:
     """The bytes of a .gz or .zst file.
 
     Raises ValueError, which calls it `name`, where it is damaged or cut short.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_named_errors(name, path.suffix.lower()))
-        file = stack.enter_context(open(path, "rb"))
+        file = stack.enter_context(open_counted(path, progress))
         if path.name.lower().endswith(".gz"):
             yield stack.enter_context(gzip.open(file))
         else:
@@ -68,7 +85,8 @@ class _Zst(io.RawIOBase):
         return n
 
 
-def rows_of(path: Path, name: str, column: str | None, unread: Callable[[str], None]) -> Iterator[dict]:
+def rows_of(path: Path, name: str, column: str | None, unread: Callable[[str], None],
+            progress: Callable[[int], object]) -> Iterator[dict]:
     """The rows of a .parquet file as records of `records.py`.
 
     They have the columns that those have; else {text} of `column`, or of the only
@@ -76,7 +94,7 @@ def rows_of(path: Path, name: str, column: str | None, unread: Callable[[str], N
     the file `name`, where it is damaged, or has none of these.
     """
     parquet = _import("pyarrow.parquet", name)
-    with _named_errors(name, ".parquet"), open(path, "rb") as source:
+    with _named_errors(name, ".parquet"), open_counted(path, progress) as source:
         file = parquet.ParquetFile(source)
         columns = file.schema_arrow.names
         form = next((form for form in FORMS if {*columns} >= form), None)

@@ -2,7 +2,7 @@
 
     python -m data.prepare [SOURCE] [--out data/NAME] [--tokenizer bytes]
                            [--val_fraction 0.1] [--split hash] [--column text]
-                           [--overwrite]
+                           [--workers 1] [--resume] [--overwrite]
 
 SOURCE is pydoc, pydoc-sft, pydoc-dpo, pysource, shakespeare, a URL, or a .txt/.md/
 .jsonl(.gz, .zst) or .parquet file, a folder of them, or a pipe: `sources.py`. Batches:
@@ -34,6 +34,8 @@ that has too few different documents for chance.
 
 The folder is written under a temporary name and then renamed: it is there complete, or
 not at all (`folder.py`). What of the source is left out is counted in "left_out".
+Tokens come by one process or several (`encode.py`) and wait on disk until all are there
+(`spool.py`), from where --resume goes on after a kill.
 """
 
 import errno
@@ -49,24 +51,24 @@ from typing import Literal, NamedTuple
 if not __package__:  # run as `python data/prepare.py`: make the repository importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from config import cli, run, settings
+from config import at_least, cli, run, settings
 import numpy as np
 import tiktoken
 import tyro
 from tqdm import tqdm
 
-from data.chat import Turns, encode_turns
+from data.encode import encode_all
 from data.folder import HALVES, publish, recover, require_replaceable, seal, staging_folder
 from data.records import Example
 from data.shares import is_mixture, parts_of
-from data.sources import MOST_KINDS, PYTHON, fetch, read
-from data.tokenizer import get_tokenizer, opening, save_tokenizer
+from data.sources import MOST_KINDS, PYTHON, How, fetch, read, total_bytes
+from data.spool import Spool
+from data.tokenizer import get_tokenizer, save_tokenizer
 
 # sources that need no file; the last one is a download
 EMBEDDED = ("pydoc", "pydoc-sft", "pydoc-dpo", "pysource", "shakespeare")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-Assigned = tuple[bool, bytes | int, Example]         # in val?, rank in the order within the half
-Record = tuple[bytes | int, list[tuple[int, int]]]   # rank, (start, stop) of each stored row
+Assigned = tuple[bool, int, Example]   # in val?, rank in the order within the half
 
 
 class Job(NamedTuple):
@@ -81,14 +83,19 @@ class Job(NamedTuple):
     left_out: Counter
     sources: dict[str, Counter]   # documents and tokens of each file or folder in the folder that is read
     column: str | None            # of records, the field that is the text
+    tokenizer: str                # as `get_tokenizer` knows it
+    workers: int
 
 
 # ------------------------------------------------------------------------------------------
 # The folder
 
 def prepare(source: str | Path, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.1,
-            overwrite: bool = False, split: str = "hash", column: str | None = None) -> dict:
+            overwrite: bool = False, split: str = "hash", column: str | None = None, workers: int = 1,
+            resume: bool = False) -> dict:
     """Tokenize `source` into the folder `out` and return its meta.json.
+
+    `resume` goes on with what a process that was killed left of the same.
 
     Raises ValueError for an unusable source, tokenizer or fraction, and if `out` exists
     (`overwrite` replaces a prepared data set, never a folder with anything else in it).
@@ -96,14 +103,17 @@ def prepare(source: str | Path, out: str | Path, tokenizer: str = "bytes", val_f
     source, out = _checked(str(source), out, val_fraction, split)
     names = {source, tokenizer} - {*EMBEDDED, "bytes", ""}
     sources = [Path(os.path.realpath(name)) for name in names if os.path.exists(name)]
-    recover(out)
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, but must be at least 1")
+    recover(out, sweep=not resume)
     require_replaceable(out, overwrite, sources)
     enc = get_tokenizer(tokenizer)
     dtype = np.dtype(np.uint16 if enc.n_vocab <= 2**16 else np.uint32)
     try:
-        with staging_folder(out) as staging:
+        with staging_folder(out, resume) as staging:
             path = fetch(source, staging)
-            job = Job(source, path, val_fraction, enc, staging, dtype, Counter(), {}, column)
+            job = Job(source, path, val_fraction, enc, staging, dtype, Counter(), {}, column, tokenizer,
+                      workers)
             meta = _write_folder(job, split)
             require_replaceable(out, overwrite, sources)     # it may have changed meanwhile
             publish(staging, out)
@@ -134,17 +144,16 @@ def _checked(source: str, out: str | Path, val_fraction: float, split: str) -> t
 
 def _write_folder(job: Job, split: str) -> dict:
     """Tokenize into the folder of `job` and return its meta.json."""
-    halves, kind = _tokenize(job, split)
-    different = {rank for half in halves for rank, _ in half}
-    if split == "hash" and (not all(halves) or len(different) * job.val_fraction < 1):
+    spool, kind = _tokenize(job, split)
+    orders = [spool.order(in_val) for in_val in (False, True)]
+    if split == "hash" and (not all(map(len, orders)) or spool.n_different() * job.val_fraction < 1):
         split = "tail"  # too few different documents to leave it to chance
-        job.left_out.clear()
-        job.sources.clear()
-        halves, kind = _tokenize(job, split)
-    if not all(halves):
-        amount = "too little" if any(halves) else "no"
+        spool, kind = _tokenize(job, split)
+        orders = [spool.order(in_val) for in_val in (False, True)]
+    if not all(map(len, orders)):
+        amount = "too little" if spool.done else "no"
         raise ValueError(f"{job.source} has {amount} text for two halves: give it more")
-    counts = {name: _write(half, kind, job, name) for name, half in zip(HALVES, halves)}
+    counts = {name: spool.write(order, name, kind != "text") for name, order in zip(HALVES, orders)}
     meta = {
         "kind": kind,
         "tokenizer": job.enc.name,
@@ -153,7 +162,7 @@ def _write_folder(job: Job, split: str) -> dict:
         "source": _with_version(job.source),
         "split": split,
         "val_fraction": float(job.val_fraction),
-        "documents": {name: len(half) for name, half in zip(HALVES, halves)},
+        "documents": {name: len(order) for name, order in zip(HALVES, orders)},
         "tokens": counts,
     }
     if kind != "text":
@@ -204,7 +213,8 @@ def _by_hash(examples: Iterable[Example], job: Job) -> Iterator[Assigned]:
     """By the hash of the key; ranked by the hash of the texts."""
     for example in examples:
         position = int.from_bytes(_digest(example.key)[:8], "big") / 2**64  # uniform in [0, 1)
-        yield position < job.val_fraction, _digest("\0".join(example.texts)), example
+        rank = int.from_bytes(_digest("\0".join(example.texts))[:8], "big")
+        yield position < job.val_fraction, rank, example
 
 
 def _by_tail(examples: Iterable[Example], job: Job) -> Iterator[Assigned]:
@@ -234,69 +244,58 @@ def _digest(text: str) -> bytes:
 # ------------------------------------------------------------------------------------------
 # Tokens
 
-def _encode(example: Example, enc: tiktoken.Encoding) -> list[tuple[list[int], bytes]]:
-    """(tokens, mask of the learnt ones) of each row that an example is stored as.
+class _Changed(Exception):
+    """The source is not what it was when the process was killed."""
 
-    A text has no mask.
+
+def _tokenize(job: Job, split: str) -> tuple[Spool, str]:
+    """Tokenize all of the source; returns where it is, and its kind.
+
+    Nothing of it is held in memory, so with the hash split a corpus may be larger.
     """
-    if example.kind == "text":
-        # where no token of its own opens one, a document's end is the start of the next
-        start = opening(enc) if opening(enc) != [enc.eot_token] else []
-        return [(start + enc.encode_ordinary(example.texts[0]) + [enc.eot_token], b"")]
-    if example.kind == "preference" and example.roles:
-        *before, chosen, rejected = zip(example.roles, example.texts)
-        rows = [_row([*before, ("assistant", answer)], enc) for _, answer in (chosen, rejected)]
-        return [(ids, _last_answer(mask)) for ids, mask in rows]
-    if example.roles:
-        return [_row(list(zip(example.roles, example.texts)), enc)]
-    prompt, *answers = example.texts
-    return [_row([("user", prompt), ("assistant", answer)], enc) for answer in answers]
+    values = {"source": job.source, "tokenizer": job.enc.name, "split": split, "column": job.column,
+              "val_fraction": job.val_fraction, "version": sys.version}
+    spool = Spool(job.folder, job.dtype, values)
+    if spool.done and split == "tail":
+        spool.clear()
+    if spool.done:
+        print(f"{job.source}: going on after {spool.done:,} documents", file=sys.stderr)
+    try:
+        return spool, _fill(spool, job, split)
+    except _Changed:
+        print(f"{job.source} has changed: beginning anew", file=sys.stderr)
+        spool.clear()
+        return spool, _fill(spool, job, split)
+    finally:
+        spool.finish()
 
 
-def _row(turns: Turns, enc: tiktoken.Encoding) -> tuple[list[int], bytes]:
-    """A conversation up to its last learnt token, and its mask."""
-    if getattr(enc, "chat", None):
-        ids, learnt = encode_turns(enc, turns)
-        mask = bytes(learnt).rstrip(b"\0")
-        return ids[: len(mask)], mask
-    if [role for role, _ in turns] != ["user", "assistant"]:
-        roles = ", ".join(role for role, _ in turns)
-        raise ValueError(f"a conversation of {roles} needs a chat template, which the tokenizer {enc.name} "
-                         "does not have: use --tokenizer with the folder of a model that has one, "
-                         "or records of one prompt and one response")
-    prompt, answer = (enc.encode_ordinary(text) for _, text in turns)
-    prompt, answer = opening(enc) + prompt, [*answer, enc.eot_token]
-    return prompt + answer, bytes(len(prompt)) + b"\1" * len(answer)
-
-
-def _last_answer(mask: bytes) -> bytes:
-    """Of the answers that are learnt, the last."""
-    start = mask.rindex(0) + 1
-    return bytes(start) + mask[start:]
-
-
-def _tokenize(job: Job, split: str) -> tuple[tuple[list[Record], list[Record]], str]:
-    """Write all tokens and masks to spool files in the source's order.
-
-    Returns where each half's examples are there, and their kind. Only these records are
-    held in memory, so with the hash split a corpus may be larger than memory.
-    """
-    examples = read(job.source, job.path, split == "tail", job.left_out, job.column)
-    assigned = (_by_hash if split == "hash" else _by_tail)(examples, job)
-    halves: tuple[list[Record], list[Record]] = [], []
-    position, kind = 0, "text"
+def _fill(spool: Spool, job: Job, split: str) -> str:
+    job.left_out.clear()
+    job.sources.clear()
     quiet = None if sys.stderr else True   # None: where it is no terminal
-    with open(job.folder / "spool.bin", "wb") as file, open(job.folder / "spool.mask", "wb") as masks:
-        for in_val, rank, example in tqdm(assigned, job.source, unit=" documents", disable=quiet):
-            kind, rows = example.kind, []
-            for ids, mask in _encode(example, job.enc):
-                file.write(np.array(ids, job.dtype).tobytes())
-                masks.write(mask)
-                rows.append((position, position + len(ids)))
-                position += len(ids)
-            halves[in_val].append((rank, rows))
-            _count(job.sources, example.origin, sum(stop - start for start, stop in rows))
-    return halves, kind
+    total = total_bytes(job.path) if job.path else None
+    with tqdm(total=total, desc=job.source, unit="B", unit_scale=True, disable=quiet) as bar:
+        examples = read(job.source, job.path, How(split == "tail", job.left_out, job.column, bar.update))
+        assigned = (_by_hash if split == "hash" else _by_tail)(examples, job)
+        kind = _skip(spool, assigned, job)
+        for batch, rows in encode_all(assigned, job.enc, job.tokenizer, job.dtype, job.workers):
+            kind = batch[-1][-1].kind
+            for (*_, example), tokens in zip(batch, spool.add(batch, rows)):
+                _count(job.sources, example.origin, tokens)
+    return kind
+
+
+def _skip(spool: Spool, assigned: Iterator[Assigned], job: Job) -> str:
+    """Read what is tokenized already; _Changed is raised where it is something else."""
+    kind = "text"
+    for record in spool.resumed:
+        in_val, rank, example = next(assigned, (False, -1, None))
+        if (in_val, rank) != (record["in_val"], record["rank"]):
+            raise _Changed
+        kind = example.kind
+        _count(job.sources, example.origin, int(record["stop"] - record["start"]))
+    return kind
 
 
 def _count(sources: dict[str, Counter], origin: str, tokens: int) -> None:
@@ -304,25 +303,6 @@ def _count(sources: dict[str, Counter], origin: str, tokens: int) -> None:
     if origin:
         name = origin if origin in sources or len(sources) < MOST_KINDS else "further ones"
         sources.setdefault(name, Counter()).update(documents=1, tokens=tokens)
-
-
-def _write(half: list[Record], kind: str, job: Job, name: str) -> int:
-    """Write one half's files in the order of rank; return its number of tokens."""
-    rows = [row for _, rows in sorted(half) for row in rows]
-    lengths = [stop - start for start, stop in rows]
-    _copy_rows(job.folder / "spool.bin", job.dtype, rows, job.folder / f"{name}.bin")
-    if kind != "text":
-        _copy_rows(job.folder / "spool.mask", np.dtype(np.uint8), rows, job.folder / f"{name}.mask.bin")
-        index = np.cumsum([0, *lengths], dtype=np.int64)
-        (job.folder / f"{name}.idx.bin").write_bytes(index.tobytes())
-    return sum(lengths)
-
-
-def _copy_rows(spool: Path, dtype: np.dtype, rows: list[tuple[int, int]], path: Path) -> None:
-    values = np.memmap(spool, dtype, "r")
-    with open(path, "wb") as file:
-        for start, stop in rows:
-            file.write(values[start:stop].tobytes())
 
 
 # ------------------------------------------------------------------------------------------
@@ -336,6 +316,8 @@ class PrepareConfig:
     val_fraction: float = 0.1              # of the documents, for the validation half
     split: Literal["hash", "tail"] = "hash"    # by document; or the source's end
     column: str | None = None              # of .jsonl and .parquet, the field that is the text
+    workers: int = at_least(1, 1)          # processes that tokenize
+    resume: bool = False                   # go on with what a killed process left
     overwrite: bool = False                # replace an already prepared folder
 
 
@@ -351,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     out = default_out(cfg.source) if cfg.out is None else cfg.out
     try:
         meta = prepare(cfg.source, out, cfg.tokenizer, cfg.val_fraction, cfg.overwrite, cfg.split,
-                       cfg.column)
+                       cfg.column, cfg.workers, cfg.resume)
     except KeyboardInterrupt:
         print(f"interrupted: nothing half-made is left; run it again to make {out}", file=sys.stderr)
         raise KeyboardInterrupt("said") from None

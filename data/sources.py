@@ -25,13 +25,14 @@ import sysconfig
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from data import strict_json
-from data.packed import MAGIC, PACKED, has_columns, open_packed, rows_of
+from data.packed import MAGIC, PACKED, has_columns, open_counted, open_packed, rows_of
 from data.records import Example, read_record
 
 SUFFIXES = (".txt", ".md", ".jsonl")
@@ -82,21 +83,27 @@ def fetch(source: str, folder: Path) -> Path | None:
     return path
 
 
-def read(source: str, path: Path | None, whole: bool, left_out: Counter,
-         column: str | None = None) -> Iterator[Example]:
+class How(NamedTuple):
+    """How files are read."""
+
+    whole: bool                                          # each text file is one document, not cut up
+    left_out: Counter                                    # where what is not read is counted
+    column: str | None = None                            # the field of records that is the text
+    progress: Callable[[int], object] = int                # told of bytes that were read
+
+
+def read(source: str, path: Path | None, how: How) -> Iterator[Example]:
     """Every example of `source`, which `fetch` found at `path`, all of one kind.
 
-    `whole` keeps each text file as one document, not cut up; `column` names the field
-    of records that is the text. What is not read is
-    counted in `left_out`. Raises ValueError, always with the file and place, for what
+    Raises ValueError, always with the file and place, for what
     can't be decoded or understood.
     """
     if path is None:
-        if column:
+        if how.column:
             raise ValueError(f"--column is for records, .jsonl or .parquet: {source} has none")
         return {"pydoc": _pydoc, "pydoc-sft": _pydoc_sft, "pydoc-dpo": _pydoc_dpo,
                 "pysource": _pysource}[source]()
-    return _path(source, path, whole, left_out, column)
+    return _path(source, path, how)
 
 
 # ------------------------------------------------------------------------------------------
@@ -284,17 +291,22 @@ def _is_object(line: bytes) -> bool:
 # ------------------------------------------------------------------------------------------
 # Files and folders
 
-def _path(source: str, path: Path, whole: bool, left_out: Counter,
-          column: str | None) -> Iterator[Example]:
+def total_bytes(path: Path) -> int:
+    """Of all files that are read for this one or this folder, as they are on disk."""
+    files = _files(path, Counter()) if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if _suffix(file.name))
+
+
+def _path(source: str, path: Path, how: How) -> Iterator[Example]:
     """A file, or every file with a known suffix below a folder, in order of name."""
     known = "/".join(SUFFIXES) + ", .gz or .zst of these, or .parquet"
     is_folder = path.is_dir()
     if not is_folder and not _suffix(path.name):
         raise ValueError(f"{path} is not a {known}: rename or convert it")
-    files = [file for file in _files(path, left_out) if _suffix(file.name)] if is_folder else [path]
+    files = [file for file in _files(path, how.left_out) if _suffix(file.name)] if is_folder else [path]
     if not files:
         raise ValueError(f"the folder {path} holds no {known}")
-    if column and not any(_has_records(file) for file in files):
+    if how.column and not any(_has_records(file) for file in files):
         raise ValueError(f"--column is for records, .jsonl or .parquet: {path} has none")
     # A small text is cut finer, so that something is left for the validation half.
     size = max(1, min(DOCUMENT, _total_size(files, 20 * DOCUMENT) // 20))
@@ -303,29 +315,29 @@ def _path(source: str, path: Path, whole: bool, left_out: Counter,
         name = str(file) if is_folder else source
         origin = file.relative_to(path).parts[0] if is_folder else ""
         is_empty = True
-        for place, example in _examples(file, name, size, whole, left_out, column):
+        for place, example in _examples(file, name, size, how):
             is_empty, kind = False, kind or example.kind
             if example.kind != kind:
                 raise ValueError(f"{place} is {example.kind} data, but what came before it is {kind} data: "
                                  "prepare them as separate data sets")
             yield example._replace(origin=origin)
-        left_out["empty files"] += is_empty
+        how.left_out["empty files"] += is_empty
 
 
-def _examples(file: Path, name: str, size: int, whole: bool, left_out: Counter,
-              column: str | None) -> Iterator[tuple[str, Example]]:
+def _examples(file: Path, name: str, size: int, how: How) -> Iterator[tuple[str, Example]]:
     """(place, example), without those of nothing but space."""
     if _has_records(file):
         records = _parquet if has_columns(file) else _jsonl
-        for place, example in records(file, name, left_out, column):
+        for place, example in records(file, name, how):
             if "".join(example.texts).strip():
                 yield place, example
             else:
-                left_out["blank records"] += 1
+                how.left_out["blank records"] += 1
         return
-    for text in ["".join(_lines(file, name))] if whole else _cut(_lines(file, name), size):
-        if text.strip():
-            yield name, Example(text, (text,))
+    text = _text(_raw(file, name, "read", how.progress), name)
+    for document in ["".join(text)] if how.whole else _cut(text, size):
+        if document.strip():
+            yield name, Example(document, (document,))
 
 
 def _files(folder: Path, left_out: Counter) -> list[Path]:
@@ -378,20 +390,21 @@ def _total_size(files: list[Path], enough: int) -> int:
     return total
 
 
-def _parquet(path: Path, name: str, left_out: Counter, column: str | None) -> Iterator[tuple[str, Example]]:
+def _parquet(path: Path, name: str, how: How) -> Iterator[tuple[str, Example]]:
     """("file, row n", example) for each row that has something in it."""
-    for number, fields in enumerate(rows_of(path, name, column, partial(_count, left_out)), 1):
+    rows = rows_of(path, name, how.column, partial(_count, how.left_out), how.progress)
+    for number, fields in enumerate(rows, 1):
         place = f"{name}, row {number}"
         if None in fields.values() and "text" in fields:
-            left_out["blank records"] += 1
+            how.left_out["blank records"] += 1
         else:
             yield place, read_record(fields, place)[0]
 
 
-def _jsonl(path: Path, name: str, left_out: Counter, column: str | None) -> Iterator[tuple[str, Example]]:
+def _jsonl(path: Path, name: str, how: How) -> Iterator[tuple[str, Example]]:
     """("file, line n", example) for each line that isn't blank."""
     line, number = "", 0
-    for part in _lines(path, name):
+    for part in _text(_raw(path, name, "readline", how.progress), name):
         line += part
         place = f"{name}, line {number + 1}"
         if len(line) > LONGEST:
@@ -400,13 +413,13 @@ def _jsonl(path: Path, name: str, left_out: Counter, column: str | None) -> Iter
             continue    # there is more of it
         number += 1
         if line.strip():
-            yield place, _record(line, place, left_out, column)
+            yield place, _record(line, place, how.left_out, how.column)
         else:
-            left_out["blank lines"] += 1
+            how.left_out["blank lines"] += 1
         line = ""
     if line.strip():
         place = f"{name}, line {number + 1}"
-        yield place, _record(line, place, left_out, column)
+        yield place, _record(line, place, how.left_out, how.column)
 
 
 def _record(line: str, place: str, left_out: Counter, column: str | None) -> Example:
@@ -429,27 +442,24 @@ def _count(left_out: Counter, what: str) -> None:
     left_out[what if what in left_out or len(left_out) < MOST_KINDS else "of further kinds"] += 1
 
 
-def _lines(path: Path, name: str) -> Iterator[str]:
-    """The file's lines with "\n" at their ends, without a byte-order mark.
-
-    Of a line longer than CHUNK bytes, one part after the other. A packed file is
-    unpacked.
+def _text(parts: Iterable[bytes], name: str) -> Iterator[str]:
+    """A file's text, part by part, with "\n" at the ends of its lines and without a
+    byte-order mark.
     """
     decoder, offset, held = codecs.getincrementaldecoder("utf-8")(), 0, ""
-    for raw in _raw(path, name, "readline"):
+    for raw in parts:
         pending = len(decoder.getstate()[0])
         try:
-            line = held + decoder.decode(raw)
+            text = held + decoder.decode(raw)
         except UnicodeDecodeError as error:
             raise _not_utf8(name, raw if not offset else b"", offset - pending + error.start) from None
         if b"\0" in raw:
             raise ValueError(f"{name} has a NUL byte at byte {offset + raw.index(0)}: it is no text, or in "
                              "another encoding; convert it, for example with iconv -f utf-16 -t utf-8")
         if not offset:
-            line = line.removeprefix("\ufeff")
-        # "\r\n" may lie across two parts
-        held = "\r" if line.endswith("\r") and len(raw) == CHUNK else ""
-        yield line.removesuffix(held).replace("\r\n", "\n")
+            text = text.removeprefix("\ufeff")
+        held = "\r" if text.endswith("\r") else ""     # "\r\n" may lie across two parts
+        yield text.removesuffix(held).replace("\r\n", "\n")
         offset += len(raw)
     if decoder.getstate()[0]:
         raise _not_utf8(name, b"", offset - len(decoder.getstate()[0]))
@@ -457,12 +467,12 @@ def _lines(path: Path, name: str) -> Iterator[str]:
         yield held
 
 
-def _raw(path: Path, name: str, method: str) -> Iterator[bytes]:
+def _raw(path: Path, name: str, method: str, progress: Callable[[int], object] = int) -> Iterator[bytes]:
     """The file's bytes, unpacked, in parts of up to CHUNK, by "read" or "readline"."""
     is_packed, size = path.name.lower().endswith(PACKED), 0
     try:
         limit = max(LITTLE, RATIO * path.stat().st_size) if is_packed else float("inf")
-        with open_packed(path, name) if is_packed else open(path, "rb") as file:
+        with open_packed(path, name, progress) if is_packed else open_counted(path, progress) as file:
             while raw := getattr(file, method)(CHUNK):
                 size += len(raw)
                 if size > limit:
@@ -484,31 +494,38 @@ def _not_utf8(name: str, start: bytes, at: int) -> ValueError:
                       f"for example with iconv {option}-t utf-8")
 
 
-def _cut(lines: Iterable[str], size: int) -> Iterator[str]:
-    """Text as documents of `size` to 2·`size` characters (the last may be shorter).
+def _cut(parts: Iterable[str], size: int) -> Iterator[str]:
+    """Text, in whatever parts it comes, as documents of `size` to 2·`size` characters
+    (the last may be shorter).
 
     The cut is after the first blank line that makes a document long enough; failing
     that after a line, failing that anywhere. Newlines around a document are dropped.
     """
-    document = ""
-    for part in _pieces(lines, size):
-        if document and len(document) + len(part) > 2 * size:
-            yield document.strip("\n")
-            document = ""
-        document += part
-        if len(document) >= size and not part.strip():
-            yield document.strip("\n")
-            document = ""
-    yield document.strip("\n")
+    text, start = "", 0
+    for part in parts:
+        text, start = text[start:] + part, 0
+        while len(text) - start > 3 * size:          # no cut depends on more
+            end = _end(text, start, size)
+            yield text[start:end].strip("\n")
+            start = end
+    while start < len(text):
+        end = _end(text, start, size)
+        yield text[start:end].strip("\n")
+        start = end
 
 
-def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
-    """Each line in pieces of `size` characters, the last one perhaps shorter."""
-    line = ""
-    for part in lines:
-        line += part
-        whole = len(line) if line.endswith("\n") else len(line) - len(line) % size
-        yield from (line[i : i + size] for i in range(0, whole, size))
-        line = line[whole:]
-    if line:
-        yield line
+def _end(text: str, start: int, size: int) -> int:
+    """Where the document that begins at `start` ends.
+
+    Lines are taken one after the other, longer ones `size` characters at a time.
+    """
+    at = max(start, text.rfind("\n", start, start + size - 1) + 1)      # before it, no cut can be
+    while at < len(text):
+        line = text.find("\n", at, at + size) + 1
+        end = line or min(at + size, len(text))
+        if at > start and end - start > 2 * size:
+            return at
+        if end - start >= size and not text[at:end].strip():
+            return end
+        at = end
+    return at

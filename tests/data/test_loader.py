@@ -9,7 +9,8 @@ import torch
 from common_data import (BYTES, EOT, examples, numbered, preference, rows, supervised,
                          write_jsonl)  # noqa: F401
 from data.loader import Loader
-from data.prepare import _copy_rows, prepare
+from data.prepare import prepare
+from data.spool import RECORD, Spool
 
 
 def starts(loader: Loader, steps: range) -> list[int]:
@@ -206,7 +207,13 @@ def test_every_token_of_a_file_beyond_2_to_the_32_can_be_read(tmp_path):
 
 def test_what_lies_beyond_2_to_the_32_in_a_spool_is_copied(tmp_path):
     hollow(tmp_path / "spool.bin", N)
-    rows = [(N - 3, N), (0, 2), (N - 100_000, N - 99_998)]
-    _copy_rows(tmp_path / "spool.bin", np.dtype(np.uint16), rows, tmp_path / "train.bin")
+    (tmp_path / "spool.mask").touch()
+    (tmp_path / "spool.json").write_text("{}")
+    rows = [(0, 3, 0, 2, 2), (0, 4, N - 100_000, N - 99_998, N - 99_998), (0, 2, N - 3, N - 1, N)]
+    np.array(rows, RECORD).tofile(tmp_path / "spool.rows")
+    spool = Spool(tmp_path, np.dtype(np.uint16), {})
+    assert (spool.done, spool.position) == (3, N)
+    spool.finish()
+    assert spool.write(spool.order(in_val=False), "train", masked=False) == 7
     copied = np.fromfile(tmp_path / "train.bin", np.uint16)
     assert copied.tolist() == [39_998, 39_999, 40_000, 0, 0, 1, 2]

@@ -169,7 +169,7 @@ def test_a_large_row_group_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "ROWS", 10)
     path = write_parquet(tmp_path / "a.parquet", {"text": [f"{i} " * 2500 for i in range(400)]}, rows=400)
     tracemalloc.start()
-    size = sum(len(row["text"]) for row in packed.rows_of(path, "a", None, print))
+    size = sum(len(row["text"]) for row in packed.rows_of(path, "a", None, print, int))
     assert size > 3e6 and tracemalloc.get_traced_memory()[1] < 1e6
     tracemalloc.stop()
 

@@ -34,14 +34,14 @@ def test_a_broken_off_run_changes_nothing(tmp_path, text_file, monkeypatch, befo
     assert sorted(tmp_path.rglob("*")) == files
 
 
-@pytest.mark.parametrize("step", ["_write", "save_tokenizer", "seal", "publish"])
+@pytest.mark.parametrize("step", ["Spool.write", "save_tokenizer", "seal", "publish"])
 def test_a_full_disk_is_one_clear_line_and_keeps_what_was_there(tmp_path, text_file, monkeypatch, step):
     def full(*args):
         raise OSError(28, "No space left on device")
 
     prepare(text_file, tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(data.prepare, step, full)
+    monkeypatch.setattr(f"data.prepare.{step}", full)
     with pytest.raises(ValueError) as e:
         main([str(text_file), "--out", str(tmp_path / "out"), "--overwrite"])
     assert one_line(e.value) == (f"{tmp_path}: No space left on device: free some space, or choose another "
@@ -54,7 +54,7 @@ def test_an_interrupt_ends_in_one_line_and_changes_nothing(tmp_path, text_file, 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.prepare, "_write", interrupt)
+    monkeypatch.setattr("data.prepare.Spool.write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         main([str(text_file), "--out", str(tmp_path / "deep" / "out")])
     assert "interrupted: nothing half-made is left" in one_line(capsys.readouterr().err)
