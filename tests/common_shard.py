@@ -54,7 +54,7 @@ def stages(root: Path, name: str, kind: str, rows: int, **options) -> DistillCon
     return DistillConfig(teacher=f"{root}/teacher", data=f"{root}/text",
                          finish_data=f"{root}/{'sft' if rwkv else 'dpo'}", eval_tokens=60, student=student,
                          align=loop(rows, 1, optimizer="adamw"), match=loop(rows, 1, **match),
-                         finish=loop(rows, 1, optimizer="adamw", **finish),
+                         finish=loop(rows, 1, optimizer="adamw", learning_rate=1e-3, **finish),
                          run=run_config(root, name, **options))
 
 
@@ -71,7 +71,8 @@ def all_runs(root: Path) -> None:
         how = {"shard": True, "checkpoint_blocks": kind == "hybrid"}
         distill(stages(root, f"shard-{kind}", kind, 2, **how))
     train(scratch(root, "ddp", 2, 2))
-    distill(stages(root, "ddp-hybrid", "hybrid", 2))
+    for kind in STUDENTS:
+        distill(stages(root, f"ddp-{kind}", kind, 2))
     if dist.get_rank() == 0:
         half_done(root / "shard", root / "again")
         half_done(root / "shard", root / "one-goes-on")

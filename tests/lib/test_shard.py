@@ -79,8 +79,9 @@ def test_two_processes_in_parts_distil_as_one(root, kind, stage):
 
 def test_two_processes_in_parts_are_two_with_ddp(root):
     assert_same_losses(root / "ddp", root / "shard")
-    for stage in ("align", "match", "finish"):
-        assert_same_losses(root / "ddp-hybrid" / stage, root / "shard-hybrid" / stage)
+    for kind in STUDENTS:
+        for stage in ("align", "match", "finish"):
+            assert_same_losses(root / f"ddp-{kind}" / stage, root / f"shard-{kind}" / stage)
 
 
 # ------------------------------------------------------------------------------------------
