@@ -68,6 +68,7 @@ def test_it_is_the_ids_in_the_data_that_teacher_and_student_must_have(tmp_path):
     small, large = tiny_model(vocab_size=100), tiny_model(vocab_size=257)
     meta = {"dtype": "uint16", "tokens": {"train": 3, "val": 2}}
     loader = SimpleNamespace(vocab_size=257, folder=tmp_path, meta=meta)
+    loader.parts = [loader]
     np.array([3, 99, 0], np.uint16).tofile(tmp_path / "train.bin")
     for val in ([5, 99], [5, 100]):
         np.array(val, np.uint16).tofile(tmp_path / "val.bin")
