@@ -1,18 +1,17 @@
 """Examples to rows of tokens, by this process or by several, in the order they came.
 
-Workers are told the tokenizer's name and get examples by the batch; a few batches for
-each are under way at once, however long the source. What comes back is the same bytes
-for any number of them. They end with the process that started them, however it ends.
+Workers are told the tokenizer's name and get a batch of examples each, in turn, by a
+pipe of its own. So the bytes that come back are the same for any number of them, and
+memory does not grow with the source. A pipe ends with the process at its other end: who
+is killed, at any moment, is noticed there.
 """
 
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from itertools import cycle
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ from data.records import Example
 from data.tokenizer import get_tokenizer, opening
 
 BATCH = 2**18   # characters that go to a worker at once
-AHEAD = 3       # batches under way for each worker
 
 
 class Rows(NamedTuple):
@@ -58,42 +56,77 @@ def encode_all(examples: Iterator[tuple], enc: tiktoken.Encoding, tokenizer: str
         for batch in batches(examples):
             yield batch, encode_batch([item[-1] for item in batch], enc, dtype)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, dtype))
-    waiting: deque[tuple[list[tuple], Future]] = deque()
+    pool = [Worker(tokenizer, dtype) for _ in range(workers)]
+    waiting: deque[tuple[list[tuple], Worker]] = deque()
     try:
-        for batch in batches(examples):
-            waiting.append((batch, pool.submit(_encode_here, [item[-1] for item in batch])))
-            if len(waiting) == AHEAD * workers:
-                batch, future = waiting.popleft()
-                yield batch, future.result()
-        while waiting:
-            batch, future = waiting.popleft()
-            yield batch, future.result()
-    except BrokenProcessPool:
-        raise ValueError("a worker was killed, perhaps for want of memory: try fewer --workers") from None
+        for batch, worker in zip(batches(examples), cycle(pool)):      # read while all are at work
+            if len(waiting) == workers:
+                given, first = waiting.popleft()                       # of this very worker
+                yield given, first.take()
+            worker.give([item[-1] for item in batch])
+            waiting.append((batch, worker))
+        for batch, worker in waiting:
+            yield batch, worker.take()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in pool:
+            worker.end()
+
+
+class Worker:
+    """Another process that encodes, one batch at a time."""
+
+    def __init__(self, tokenizer: str, dtype: np.dtype):
+        spawn = get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=_work, args=(theirs, tokenizer, dtype), daemon=True)
+        self.process.start()
+        theirs.close()                     # now it ends with the process
+
+    def give(self, examples: list[Example]) -> None:
+        try:
+            self.pipe.send(examples)
+        except OSError:
+            raise self.killed() from None
+
+    def take(self) -> Rows:
+        try:
+            rows = self.pipe.recv()
+        except (EOFError, OSError):
+            raise self.killed() from None
+        if isinstance(rows, Exception):
+            raise rows
+        return rows
+
+    def killed(self) -> ValueError:
+        return ValueError("a worker was killed, perhaps for want of memory: try fewer --workers")
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
 
 
 # ------------------------------------------------------------------------------------------
 # In a worker
 
-_worker: dict = {}   # its tokenizer
-
-
-def _start_worker(tokenizer: str, dtype: np.dtype) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # the first process hears Ctrl-C, and ends us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.update(enc=get_tokenizer(tokenizer), dtype=dtype)
-
-
-def _end_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
-
-
-def _encode_here(examples: list[Example]) -> Rows:
-    return encode_batch(examples, **_worker)
+def _work(pipe: Connection, tokenizer: str, dtype: np.dtype) -> None:
+    """Encode what comes, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # the first process hears Ctrl-C, and ends us
+    enc = None
+    while True:
+        try:
+            examples = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            enc = enc or get_tokenizer(tokenizer)
+            rows = encode_batch(examples, enc, dtype)
+        except Exception as error:                     # it is the first process's to say
+            rows = error
+        try:
+            pipe.send(rows)
+        except OSError:
+            return
 
 
 # ------------------------------------------------------------------------------------------

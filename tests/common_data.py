@@ -1,7 +1,6 @@
 """What the tests of data/ share: small sources, and what a prepared folder holds."""
 
 import json
-import os
 import sysconfig
 from pathlib import Path
 
@@ -100,8 +99,3 @@ def preference(tmp_path) -> Path:
 def text_file(tmp_path) -> Path:
     (tmp_path / "a.txt").write_text("some words and\n\n" * 100)
     return tmp_path / "a.txt"
-
-
-def die(examples: list) -> None:
-    """What a worker does that is killed. A process that is spawned finds it here."""
-    os._exit(9)

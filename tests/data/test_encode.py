@@ -1,9 +1,12 @@
 """Workers and killed preparations: the same bytes, whoever tokenizes and whenever."""
 
 import gzip
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import zstandard
 
 from common import REPO, one_line
 from common_bpe import model_folder  # noqa: F401   (fixture)
-from common_data import BYTES, die, text_file, write_jsonl  # noqa: F401   (fixture)
+from common_data import BYTES, text_file, write_jsonl  # noqa: F401   (fixture)
 from data import encode
 from data.folder import recover
 from data.prepare import ensure_prepared, prepare
@@ -72,23 +75,38 @@ def test_workers_are_given_only_a_few_batches_ahead(monkeypatch):
     for batch, rows in encode.encode_all(source(), BYTES, "bytes", np.dtype(np.uint16), 2):
         assert [i for i, _ in batch] == [done, done + 1] and rows.lengths == [(51,), (51,)]
         done += 2
-        assert len(given) <= done + 2 * 2 * encode.AHEAD
+        assert len(given) <= done + 2 * 3                     # a batch with each worker, one read
     assert done == 2000
 
 
-def test_what_goes_wrong_in_a_worker_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+def test_what_goes_wrong_in_a_worker_is_one_line_and_leaves_nothing(tmp_path):
     talk = {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]}
     source = write_jsonl(tmp_path / "a.jsonl", [talk] * 3)
     with pytest.raises(ValueError, match="needs a chat template") as error:
         prepare(source, tmp_path / "out", workers=2)
     one_line(error.value)
-    monkeypatch.setattr(encode, "_encode_here", die)
-    with pytest.raises(ValueError, match="a worker was killed.*fewer --workers") as error:
-        prepare(source, tmp_path / "out", workers=2)
-    one_line(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     with pytest.raises(ValueError, match="workers is 0"):
         prepare(source, tmp_path / "out", workers=0)
+
+
+@pytest.mark.parametrize("length, batch", [(30_000_000, encode.BATCH), (encode.BATCH, encode.BATCH), (10, 1)],
+                         ids=["while it works", "while it answers", "while it waits"])
+def test_a_worker_that_is_killed_is_one_line_at_any_moment(monkeypatch, length, batch):
+    """An answer that is longer than a pipe holds may end in the middle."""
+    monkeypatch.setattr(encode, "BATCH", batch)
+
+    def source():
+        for i in range(100):
+            yield i, Example("", ("x" * length,))
+            if i == 3:
+                time.sleep(1)
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    with pytest.raises(ValueError, match="a worker was killed.*fewer --workers") as error:
+        list(encode.encode_all(source(), BYTES, "bytes", np.dtype(np.uint16), 2))
+    one_line(error.value)
+    assert not multiprocessing.active_children()
 
 
 # ------------------------------------------------------------------------------------------
