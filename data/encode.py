@@ -1,18 +1,20 @@
 """Examples to rows of tokens, by this process or by several, in the order they came.
 
 Workers are told the tokenizer's name and get examples by the batch; a few batches for
-each are under way at once, however long the source. What comes back is the same bytes
-for any number of them. They end with the process that started them, however it ends.
+each wait at once, however long the source. What comes back is the same bytes for any
+number of them. Each has a pipe of its own, of which no other process holds the ends: so
+the first process hears of a worker that is killed, even amid an answer (where a
+ProcessPoolExecutor waits for ever), and workers end with it, however it ends.
 """
 
-import os
+import contextlib
 import signal
-import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ from data.records import Example
 from data.tokenizer import get_tokenizer, opening
 
 BATCH = 2**18   # characters that go to a worker at once
-AHEAD = 3       # batches under way for each worker
+AHEAD = 3       # batches that wait for each worker
 
 
 class Rows(NamedTuple):
@@ -58,42 +60,78 @@ def encode_all(examples: Iterator[tuple], enc: tiktoken.Encoding, tokenizer: str
         for batch in batches(examples):
             yield batch, encode_batch([item[-1] for item in batch], enc, dtype)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, dtype))
     waiting: deque[tuple[list[tuple], Future]] = deque()
-    try:
+    with _workers(tokenizer, dtype, workers) as submit:
         for batch in batches(examples):
-            waiting.append((batch, pool.submit(_encode_here, [item[-1] for item in batch])))
+            waiting.append((batch, submit([item[-1] for item in batch])))
             if len(waiting) == AHEAD * workers:
                 batch, future = waiting.popleft()
                 yield batch, future.result()
         while waiting:
             batch, future = waiting.popleft()
             yield batch, future.result()
-    except BrokenProcessPool:
-        raise ValueError("a worker was killed, perhaps for want of memory: try fewer --workers") from None
+
+
+@contextlib.contextmanager
+def _workers(tokenizer: str, dtype: np.dtype, n: int) -> Iterator[Callable[[list[Example]], Future]]:
+    """What gives a batch to one of n processes, each served by a thread."""
+    context, idle, processes = get_context("spawn"), SimpleQueue(), []
+    pool = ThreadPoolExecutor(n)
+
+    def ask(examples: list[Example]) -> Rows:
+        pipe = idle.get()
+        try:
+            pipe.send(examples)
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            raise ValueError("a worker was killed, perhaps for want of memory: try fewer --workers") from None
+        finally:
+            idle.put(pipe)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    try:
+        with _without_interrupts():
+            for _ in range(n):
+                here, there = context.Pipe()
+                idle.put(here)
+                process = context.Process(target=_work, args=(there, tokenizer, dtype), daemon=True)
+                process.start()
+                processes.append(process)
+                there.close()
+        yield lambda examples: pool.submit(ask, examples)
     finally:
+        for process in processes:
+            process.kill()
         pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.join()
 
 
-# ------------------------------------------------------------------------------------------
-# In a worker
-
-_worker: dict = {}   # its tokenizer
-
-
-def _start_worker(tokenizer: str, dtype: np.dtype) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # the first process hears Ctrl-C, and ends us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.update(enc=get_tokenizer(tokenizer), dtype=dtype)
-
-
-def _end_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started here never hear Ctrl-C; we hear it, if later, and end them."""
+    resource_tracker.ensure_running()               # it would let them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _encode_here(examples: list[Example]) -> Rows:
-    return encode_batch(examples, **_worker)
+def _work(pipe: Connection, tokenizer: str, dtype: np.dtype) -> None:
+    """A worker: rows for batches, until the other end of the pipe is closed."""
+    enc = None
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            examples = pipe.recv()
+            try:
+                enc = enc or get_tokenizer(tokenizer)
+                answer = encode_batch(examples, enc, dtype)
+            except Exception as error:
+                answer = error
+            pipe.send(answer)
 
 
 # ------------------------------------------------------------------------------------------

@@ -102,6 +102,8 @@ def text_file(tmp_path) -> Path:
     return tmp_path / "a.txt"
 
 
-def die(examples: list) -> None:
-    """What a worker does that is killed. A process that is spawned finds it here."""
+def die_amid_an_answer(pipe, *_) -> None:
+    """A worker that is killed. A process that is spawned finds it here."""
+    pipe.recv()
+    os.write(pipe.fileno(), (1000).to_bytes(4, "big") + b"the rest does not come")
     os._exit(9)

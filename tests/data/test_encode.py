@@ -15,7 +15,7 @@ import zstandard
 
 from common import REPO, one_line
 from common_bpe import model_folder  # noqa: F401   (fixture)
-from common_data import BYTES, die, text_file, write_jsonl  # noqa: F401   (fixture)
+from common_data import BYTES, die_amid_an_answer, text_file, write_jsonl  # noqa: F401   (fixture)
 from data import encode
 from data.folder import recover
 from data.prepare import ensure_prepared, prepare
@@ -82,7 +82,7 @@ def test_what_goes_wrong_in_a_worker_is_one_line_and_leaves_nothing(tmp_path, mo
     with pytest.raises(ValueError, match="needs a chat template") as error:
         prepare(source, tmp_path / "out", workers=2)
     one_line(error.value)
-    monkeypatch.setattr(encode, "_encode_here", die)
+    monkeypatch.setattr(encode, "_work", die_amid_an_answer)
     with pytest.raises(ValueError, match="a worker was killed.*fewer --workers") as error:
         prepare(source, tmp_path / "out", workers=2)
     one_line(error.value)
