@@ -6,6 +6,7 @@
 import contextlib
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from data.records import FORMS
 PACKED = (".gz", ".zst")
 MAGIC = {b"\x1f\x8b": ".txt.gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}    # how such files begin
 BITE = 4096          # packed bytes that are unpacked at once: of a bomb, up to 128 MB
+TEXT = re.compile(r"(dictionary<values=)?(large_string|string|string_view)(, .*)?")    # types of columns
 ROWS = 256           # rows that are in memory at once
 WINDOW = 2**31       # bytes that `zstd --long=31` looks back
 
@@ -98,9 +100,10 @@ def rows_of(path: Path, name: str, column: str | None, unread: Callable[[str], N
         file = parquet.ParquetFile(source)
         columns = file.schema_arrow.names
         form = next((form for form in FORMS if {*columns} >= form), None)
-        text = column or (None if form else _only_text(file.schema_arrow, name))
-        names = [text] if text else [other for other in columns if other in form | {"prompt", "input"}]
-        if not {*names} <= {*columns}:
+        text = _only_text(file.schema_arrow, name) if column is None and not form else column
+        read = {text} if text is not None else form | {"prompt", "input"}
+        names = [other for other in columns if other in read]
+        if not names:
             raise ValueError(f"{name} has no column {text!r}: --column must be one of "
                              f"{', '.join(columns)[:200]}")
         for other in columns:
@@ -108,11 +111,11 @@ def rows_of(path: Path, name: str, column: str | None, unread: Callable[[str], N
                 unread(f"columns {other[:40]!r}")
         for batch in file.iter_batches(ROWS, columns=names):
             for row in batch.to_pylist():
-                yield {"text": row[text]} if text else row
+                yield row if text is None else {"text": row[text]}
 
 
 def _only_text(schema, name: str) -> str:
-    texts = [field.name for field in schema if str(field.type) in ("string", "large_string", "string_view")]
+    texts = [field.name for field in schema if TEXT.fullmatch(str(field.type))]
     if len(texts) != 1:
         raise ValueError(f"{name} has {len(texts)} columns of texts, of {', '.join(schema.names)[:200]}: "
                          "name the one to be read, --column NAME")

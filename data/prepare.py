@@ -245,7 +245,7 @@ def _digest(text: str) -> bytes:
 # Tokens
 
 class _Changed(Exception):
-    """The source is not what it was when the process was killed."""
+    """The source, or what was left, is not what it was when the process was killed."""
 
 
 def _tokenize(job: Job, split: str) -> tuple[Spool, str]:
@@ -263,7 +263,7 @@ def _tokenize(job: Job, split: str) -> tuple[Spool, str]:
     try:
         return spool, _fill(spool, job, split)
     except _Changed:
-        print(f"{job.source} has changed: beginning anew", file=sys.stderr)
+        print(f"{job.source} has changed, or what was left is damaged: beginning anew", file=sys.stderr)
         spool.clear()
         return spool, _fill(spool, job, split)
     finally:
@@ -290,9 +290,10 @@ def _skip(spool: Spool, assigned: Iterator[Assigned], job: Job) -> str:
     """Read what is tokenized already; _Changed is raised where it is something else."""
     kind = "text"
     for record in spool.resumed:
-        in_val, rank, example = next(assigned, (False, -1, None))
-        if (in_val, rank) != (record["in_val"], record["rank"]):
+        found = next(assigned, None)
+        if found is None or not spool.has(record, *found):
             raise _Changed
+        example = found[-1]
         kind = example.kind
         _count(job.sources, example.origin, int(record["stop"] - record["start"]))
     return kind

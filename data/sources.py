@@ -99,7 +99,7 @@ def read(source: str, path: Path | None, how: How) -> Iterator[Example]:
     can't be decoded or understood.
     """
     if path is None:
-        if how.column:
+        if how.column is not None:
             raise ValueError(f"--column is for records, .jsonl or .parquet: {source} has none")
         return {"pydoc": _pydoc, "pydoc-sft": _pydoc_sft, "pydoc-dpo": _pydoc_dpo,
                 "pysource": _pysource}[source]()
@@ -306,7 +306,7 @@ def _path(source: str, path: Path, how: How) -> Iterator[Example]:
     files = [file for file in _files(path, how.left_out) if _suffix(file.name)] if is_folder else [path]
     if not files:
         raise ValueError(f"the folder {path} holds no {known}")
-    if how.column and not any(_has_records(file) for file in files):
+    if how.column is not None and not any(_has_records(file) for file in files):
         raise ValueError(f"--column is for records, .jsonl or .parquet: {path} has none")
     # A small text is cut finer, so that something is left for the validation half.
     size = max(1, min(DOCUMENT, _total_size(files, 20 * DOCUMENT) // 20))
@@ -428,11 +428,11 @@ def _record(line: str, place: str, left_out: Counter, column: str | None) -> Exa
     except ValueError as error:
         raise ValueError(f"{place} is not JSON ({error}): each line must be one JSON object") from None
     fields = record if isinstance(record, dict) else {}
-    if column and column not in fields:
+    if column is not None and column not in fields:
         raise ValueError(f"{place} has no field {column!r}: --column must be one of "
                          f"{', '.join(fields)[:200]}")
-    example, unread = read_record({"text": fields[column]} if column else fields, place)
-    for name in fields.keys() - {column} if column else unread:
+    example, unread = read_record(fields if column is None else {"text": fields[column]}, place)
+    for name in unread if column is None else fields.keys() - {column}:
         _count(left_out, f"fields {name[:40]!r}")
     return example
 

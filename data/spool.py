@@ -6,18 +6,23 @@
     spool.json   what it is made of, for a process that goes on with it
 
 Nothing is held in memory until all is there; then some 30 bytes an example, to put each
-half in order. Of a process that was killed, what has its records is taken up again.
+half in order. Of a process that was killed, what has its records is taken up again,
+each example where it is the source's and its bytes are those that were written.
 """
 
 import json
+import os
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
 from data import strict_json
 from data.encode import Rows
+from data.records import Example
 
-RECORD = np.dtype([("in_val", "u1"), ("rank", "<u8"), ("start", "<i8"), ("middle", "<i8"), ("stop", "<i8")])
+RECORD = np.dtype([("in_val", "u1"), ("rank", "<u8"), ("start", "<i8"), ("middle", "<i8"), ("stop", "<i8"),
+                   ("check", "<u4")])
 MANY = 2**16   # records that are read at once
 NAMES = ("spool.bin", "spool.mask", "spool.rows")
 
@@ -44,11 +49,12 @@ class Spool:
         tokens, masks, rows = (path.stat().st_size for path in self.paths)
         n = rows // RECORD.itemsize
         stop = int(self._records(n)["stop"][-1]) if n else 0
-        return (n, stop) if tokens >= stop * self.dtype.itemsize and (not masks or masks >= stop) else (0, 0)
+        is_there = 0 <= stop * self.dtype.itemsize <= tokens and (not masks or masks >= stop)
+        return (n, stop) if is_there else (0, 0)
 
     def _cut(self) -> None:
         """Leave what is whole, and write on from there."""
-        self.files = [open(path, "ab") for path in self.paths]
+        self.files = [open(path, "a+b") for path in self.paths]
         tokens, masks, rows = self.files
         tokens.truncate(self.position * self.dtype.itemsize)
         masks.truncate(min(self.position, self.paths[1].stat().st_size))
@@ -68,17 +74,30 @@ class Spool:
 
     def add(self, assigned: list[tuple], rows: Rows) -> list[int]:
         """A batch of (in val?, rank, ...) and their rows; returns each one's tokens."""
-        records = []
-        for (in_val, rank, *_), lengths in zip(assigned, rows.lengths):
-            stop = self.position + sum(lengths)
-            records.append((in_val, rank, self.position, self.position + lengths[0], stop))
-            self.position = stop
+        records, first = [], self.position
+        for (in_val, rank, example), lengths in zip(assigned, rows.lengths):
+            place = (self.position, self.position + lengths[0], self.position + sum(lengths))
+            within = slice(self.position - first, place[-1] - first)
+            tokens = rows.tokens[within.start * self.dtype.itemsize : within.stop * self.dtype.itemsize]
+            records.append((in_val, rank, *place, _check(place, example, tokens, rows.mask[within])))
+            self.position = place[-1]
         parts = (rows.tokens, rows.mask, np.array(records, RECORD).tobytes())
         for file, part in zip(self.files, parts):      # the records last: what they name is there
             file.write(part)
             file.flush()
         self.done += len(records)
         return [sum(lengths) for lengths in rows.lengths]
+
+    def has(self, record: np.void, in_val: bool, rank: int, example: Example) -> bool:
+        """Whether a record is of this example, and its bytes are as they were left."""
+        place = tuple(int(record[name]) for name in ("start", "middle", "stop"))
+        is_same = (in_val, rank) == (record["in_val"], record["rank"])
+        if not is_same or not 0 <= place[0] <= place[2] <= self.position:
+            return False
+        kinds = zip(self.files, (self.dtype.itemsize, 1))
+        tokens, mask = (os.pread(file.fileno(), (place[2] - place[0]) * size, place[0] * size)
+                        for file, size in kinds)
+        return record["check"] == _check(place, example, tokens, b"" if example.kind == "text" else mask)
 
     def _records(self, n: int) -> np.ndarray:
         return np.memmap(self.paths[2], RECORD, "r", shape=n) if n else np.zeros(0, RECORD)
@@ -122,3 +141,8 @@ class Spool:
                 for start, stop in zip(records["start"].tolist(), records["stop"].tolist()):
                     source.seek(start * size)
                     file.write(source.read((stop - start) * size))
+
+
+def _check(place: tuple[int, ...], example: Example, tokens: bytes, mask: bytes) -> int:
+    """Of an example's place, kind and bytes; the rank is of its texts alone."""
+    return crc32(mask, crc32(tokens, crc32(f"{place} {example.kind} {example.roles}".encode())))

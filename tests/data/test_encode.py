@@ -127,16 +127,16 @@ def add_some(spool, *batch):
     return add(spool, *batch)
 if __name__ == "__main__":
     data.spool.Spool.add, data.encode.BATCH = add_some, 1000
-    prepare(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]))
+    prepare(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]), tokenizer=sys.argv[4])
 """
 
 
-def kill_midway(tmp_path: Path, source: Path, workers: int = 1) -> Path:
+def kill_midway(tmp_path: Path, source: Path, workers: int = 1, tokenizer: str = "bytes") -> Path:
     """A process that prepares `source` is killed; returns what it left. Its workers end
     too, or their output would stay open.
     """
     (tmp_path / "dies.py").write_text(DIES)
-    command = [sys.executable, tmp_path / "dies.py", source, tmp_path / "out", str(workers)]
+    command = [sys.executable, tmp_path / "dies.py", source, tmp_path / "out", str(workers), tokenizer]
     env = {"PYTHONPATH": str(REPO)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
     said, _ = process.communicate()
@@ -186,6 +186,36 @@ def test_what_a_killed_preparation_left_of_something_else_is_not_taken_up(tmp_pa
     assert ("beginning anew" in capsys.readouterr().err) == ("source" in change)
     prepare(corpus, tmp_path / "whole", **how)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole") and not left.exists()
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("spool.bin", "text"), ("spool.rows", "text"), ("spool.bin", "supervised"), ("spool.mask", "supervised"),
+    ("spool.mask, empty", "supervised"),
+])
+def test_a_damaged_byte_of_what_was_left_gives_no_other_folder(tmp_path, corpus, name, kind):
+    if kind == "supervised":
+        pairs = [{"prompt": f"{i}? ", "response": "x" * (i % 60)} for i in range(300)]
+        corpus = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    left = kill_midway(tmp_path, corpus)
+    path = left / name.removesuffix(", empty")
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(b"" if "empty" in name else raw)
+    prepare(corpus, tmp_path / "out", resume=True)
+    prepare(corpus, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_texts_that_others_say_now_are_not_taken_up(tmp_path, model_folder):
+    def write(second: str) -> Path:
+        turns = [[("user", f"{i}?"), (second, "and?"), ("assistant", "x" * 30)] for i in range(300)]
+        return write_jsonl(tmp_path / "a.jsonl", [{"messages": [dict(zip(("role", "content"), turn))
+                                                                for turn in talk]} for talk in turns])
+
+    kill_midway(tmp_path, write("user"), tokenizer=str(model_folder))
+    for name in ("out", "whole"):
+        prepare(write("assistant"), tmp_path / name, str(model_folder), resume=name == "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_without_resume_what_a_killed_preparation_left_is_removed(tmp_path, corpus):

@@ -118,6 +118,14 @@ def test_a_column_of_texts_is_found_or_named(tmp_path, columns, column):
     assert meta.get("left_out", {}) == {f"columns {name!r}": 1 for name in columns if columns[name] != TEXTS}
 
 
+@pytest.mark.parametrize("name, column", [("content", None), ("", None), ("", "")])
+def test_a_column_of_texts_may_be_a_dictionary_or_nameless(tmp_path, name, column):
+    table = pyarrow.table({name: pyarrow.array(TEXTS).dictionary_encode(), "n": range(100)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    prepare(tmp_path / "a.parquet", tmp_path / "out", column=column)
+    assert everything(tmp_path / "out") == sorted(TEXTS)
+
+
 def test_rows_without_a_text_are_counted(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"text": [*TEXTS, None, "  "]})
     assert prepare(path, tmp_path / "out")["left_out"] == {"blank records": 2}
