@@ -49,7 +49,7 @@ def parts_of(data: str | Path) -> dict[str, Fraction]:
     for name, share in parts:
         if not name.strip() or not SHARE.fullmatch(share) or not Fraction(share):
             raise ValueError(f"the share of {name or 'a folder without a name'} is {share!r}, but must be a "
-                             f"positive number, as in {example}")
+                             f"positive number without an exponent, as in {example}")
         shares[name] = Fraction(share)
     if len({os.path.realpath(name) for name in shares}) < len(parts):
         raise ValueError(f"{data} names a folder twice: name it once, with the sum of its shares")
