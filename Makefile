@@ -36,7 +36,7 @@ results: .venv/ready
 	for run in costly demo; do $(PY) -m tools.results docs/results/$$run || exit 1; done
 
 # Which layers to leave attention: five rules, every number of layers, on text and on recall. About 2 hours on one core.
-SHORT = --match.eval_every 100000 --align.optimizer adamw --align.learning_rate 5e-3 --match.optimizer adamw
+ADAMW = --align.optimizer adamw --align.learning_rate 5e-3 --match.optimizer adamw --match.learning_rate 1e-3
 PAIRS = --model.n_layer 8 --model.n_embd 64 --model.n_head 8 --teacher_fit.max_steps 600 --teacher_fit.learning_rate 3e-3
 
 hybrids: .venv/ready
@@ -45,8 +45,8 @@ hybrids: .venv/ready
 	  --match.eval_every 100000 --eval_tokens 8192
 	$(PY) -m tools.recall --pairs 8,16,32 --mixers all $(PAIRS) --out out/pairs-deep
 	$(PY) -m tools.hybrids --teacher out/pairs-deep/teacher --data out/pairs-deep/data --out out/hybrids-pairs --pairs 32 \
-	  --memory_of 96 --align.max_steps 60 --align.batch_size 32 --match.max_steps 25 --match.batch_size 32 \
-	  --match.learning_rate 1e-3 --eval_tokens 4096 $(SHORT)
+	  --memory_of 96 --align.max_steps 60 --align.batch_size 32 --match.max_steps 25 --match.batch_size 32 $(ADAMW) \
+	  --match.eval_every 100000 --eval_tokens 4096
 	for data in text pairs; do for kind in json svg; do \
 	  cp out/hybrids-$$data/hybrids.$$kind docs/results/hybrids-$$data.$$kind || exit 1; done; done
 

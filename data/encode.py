@@ -10,7 +10,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from itertools import cycle
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -79,7 +79,11 @@ class Worker:
         spawn = get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=_work, args=(theirs, tokenizer, dtype), daemon=True)
+        resource_tracker.ensure_running()  # which would let interrupts through again
+        # never hears Ctrl-C, not even while it starts: we hear it, and end it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self.process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()                     # now it ends with the process
 
     def give(self, examples: list[Example]) -> None:
@@ -111,7 +115,6 @@ class Worker:
 
 def _work(pipe: Connection, tokenizer: str, dtype: np.dtype) -> None:
     """Encode what comes, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)       # the first process hears Ctrl-C, and ends us
     enc = None
     while True:
         try:

@@ -17,7 +17,6 @@ B batch, T time = block_size, W world_size, n blocks or examples in the split.
 """
 
 import math
-
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -109,6 +109,15 @@ def test_a_worker_that_is_killed_is_one_line_at_any_moment(monkeypatch, length, 
     assert not multiprocessing.active_children()
 
 
+def test_a_worker_never_hears_ctrl_c_not_even_while_it_starts():
+    worker = encode.Worker("bytes", np.dtype(np.uint16))
+    for _ in range(2):
+        os.kill(worker.process.pid, signal.SIGINT)
+        worker.give([Example("", ("xy",))])
+        assert worker.take().lengths == [(3,)]
+    worker.end()
+
+
 # ------------------------------------------------------------------------------------------
 # Killed and resumed
 

@@ -209,7 +209,7 @@ def test_what_lies_beyond_2_to_the_32_in_a_spool_is_copied(tmp_path):
     hollow(tmp_path / "spool.bin", N)
     (tmp_path / "spool.mask").touch()
     (tmp_path / "spool.json").write_text("{}")
-    rows = [(0, 3, 0, 2, 2), (0, 4, N - 100_000, N - 99_998, N - 99_998), (0, 2, N - 3, N - 1, N)]
+    rows = [(0, 3, 0, 2, 2, 0), (0, 4, N - 100_000, N - 99_998, N - 99_998, 0), (0, 2, N - 3, N - 1, N, 0)]
     np.array(rows, RECORD).tofile(tmp_path / "spool.rows")
     spool = Spool(tmp_path, np.dtype(np.uint16), {})
     assert (spool.done, spool.position) == (3, N)
