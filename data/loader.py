@@ -105,7 +105,8 @@ class Loader:
 
     def counts(self) -> np.ndarray:
         """How often each token of the vocabulary occurs in the split."""
-        parts = (self.tokens[i : i + 2**22] for i in range(0, len(self.column), 2**22))
+        tokens = self.tokens
+        parts = (tokens[i : i + 2**22] for i in range(0, len(tokens), 2**22))
         return sum(np.bincount(part, minlength=self.vocab_size) for part in parts)
 
     # Batches
