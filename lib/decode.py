@@ -30,9 +30,8 @@ from model import LM, Block, State, TimeMixer
 class Decoder:
     """tokens (B,), state -> logits (B, V), state: those of LM(tokens[:, None], state).
 
-    The state may come from any call of the model or of this. Holds copies of the
-    weights: change the model's afterwards, and it goes on with the old ones. A model
-    with attention, with rotary positions or norms in its RWKV heads, or in half
+    The state may come from any call of the model or of this. Holds weights as they were,
+    copied or not: change the model's, and make another. A model with attention, with rotary positions or norms in its RWKV heads, or in half
     precision goes through LM itself.
 
     `dtype`: of the matrices alone, None = the model's; all between them, the state too,
@@ -51,7 +50,7 @@ class Decoder:
         if by_model:
             return
         self.layers = [weights(block, dtype) for block in model.blocks]
-        self.head = Matvec(model.head.weight.T, dtype=dtype)
+        self.head = Matvec(model.head.weight, dtype=dtype)
         self.ln0 = norm(model.blocks[0].ln0) if cfg.ln0 else None
         self.ln_out = norm(model.ln_out)
         self.emb = model.emb.weight.detach()
@@ -72,7 +71,7 @@ class Decoder:
         if self.recorded:
             return self.recorded(tokens, state)
         threads = torch.get_num_threads()
-        if self.B == 1 and self.layers[0].output.parts == 1:
+        if self.B == 1 and self.layers[0].output.threads == 1:
             # one token of a small model is too little work to share: it would only wait
             torch.set_num_threads(1)
         try:
@@ -208,11 +207,11 @@ def weights(block: Block, dtype: torch.dtype | None) -> SimpleNamespace:
         minus=m.w0.new_tensor(-math.exp(-0.5)),           # a tensor: a number costs a microsecond more
         k_k=m.k_k.view(head).clone(), k_a=m.k_a.view(head).clone(), k_1=1 - m.k_a.view(head),
         r_k=m.r_k.view(head).clone(),
-        output=Matvec(m.output.weight.T, m.output.bias, dtype),
+        output=Matvec(m.output.weight, m.output.bias, dtype),
         x_k=f.x_k[0].clone() if cfg.ffn == "channelmix" else None,
-        ffn_key=Matvec(f.key.weight.T, f.key.bias, dtype),
-        ffn_gate=Matvec(f.gate.weight.T, f.gate.bias, dtype) if gated else None,
-        ffn_value=Matvec(f.value.weight.T, f.value.bias, dtype, sparse))
+        ffn_key=Matvec(f.key.weight, f.key.bias, dtype),
+        ffn_gate=Matvec(f.gate.weight, f.gate.bias, dtype) if gated else None,
+        ffn_value=Matvec(f.value.weight, f.value.bias, dtype, sparse))
 
 
 def receptance_key_value(m: TimeMixer, dtype: torch.dtype | None) -> dict:
@@ -222,7 +221,7 @@ def receptance_key_value(m: TimeMixer, dtype: torch.dtype | None) -> dict:
     if m.cfg.qkv_bias:
         bias = torch.stack([proj.bias for proj in projections])[:, None]                  # (3, 1, A)
     return {"mix": torch.cat([m.x_r, m.x_k, m.x_v, m.x_g, m.x_w, m.x_a, m.x_v]),          # (7, 1, C)
-            "rkv": Matvec(torch.stack([proj.weight.T for proj in projections]), dtype=dtype),
+            "rkv": Matvec(torch.stack([proj.weight for proj in projections]), dtype=dtype),
             "rkv_bias": bias}
 
 
@@ -240,8 +239,8 @@ def low_rank_maps(m: TimeMixer, dtype: torch.dtype | None) -> dict:
         v0, v1, v2 = m.v0, m.v1, m.v2
     # the same in every layer, for scratch is shared; without a gate g1 is cut to it
     rank = max(cfg.rank(kind) for kind in ("wavg" if cfg.gate else "wav"))
-    down = [F.pad(d, (0, rank - d.shape[1])) for d in (m.g1 / 2, m.w1, m.a1, v1)]         # each (C, rank)
-    up = [F.pad(u, (0, 0, 0, rank - len(u))) for u in (g2, m.w2, m.a2, v2)]               # each (rank, A)
+    down = [F.pad(d.T, (0, 0, 0, rank - d.shape[1])) for d in (m.g1 / 2, m.w1, m.a1, v1)] # each (rank, C)
+    up = [F.pad(u.T, (0, rank - len(u))) for u in (g2, m.w2, m.a2, v2)]                   # each (A, rank)
     gate_bias = g2.sum(0) if cfg.gate else m.w0.new_ones(A)
     biases = [gate_bias, m.w0.view(A), m.a0.view(A), v0.view(A)]
     return {"rank": rank, "down": Matvec(torch.stack(down), dtype=dtype),

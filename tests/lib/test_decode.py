@@ -73,13 +73,13 @@ def test_the_decoder_is_the_model(name, B, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-BY_ROWS = ((256, 1, None, 1e-5), (512, 2, None, 1e-5), (512, 3, None, 1e-5), (512, 2, torch.bfloat16, 3e-2),
-           (512, 3, torch.float16, 4e-3))
+LARGE = ((256, 1, None, 1e-5), (512, 2, None, 1e-5), (512, 3, None, 1e-5), (512, 2, torch.bfloat16, 3e-2),
+           (512, 3, torch.float16, 4e-3), (512, 2, torch.int8, 1e-1), (256, 1, torch.int8, 1e-1))
 
 
-@pytest.mark.parametrize("C, threads, dtype, limit", BY_ROWS)
-def test_the_decoder_is_the_model_where_weights_are_read_by_rows(C, threads, dtype, limit, threads_put_back):
-    """Also where each thread reads a part of them, and in 16 bits."""
+@pytest.mark.parametrize("C, threads, dtype, limit", LARGE)
+def test_the_decoder_is_the_model_where_its_matrices_are_large(C, threads, dtype, limit, threads_put_back):
+    """Also where each thread reads a part of them, in 16 bits and in 8."""
     model = random_rwkv(ModelConfig(n_layer=2, n_embd=C, mixer="r", ffn="channelmix", rwkv_head_size=64,
                                     vocab_size=1000))
     text = tokens(1, 40, 1000)
@@ -91,13 +91,14 @@ def test_the_decoder_is_the_model_where_weights_are_read_by_rows(C, threads, dty
         for i in range(20):
             logits, state = decoder(text[:, 20 + i], state)
             assert (logits - expected[:, i]).norm() < limit * expected[:, i].norm()
-    assert decoder.layers[0].ffn_key.parts == threads
+    assert decoder.layers[0].ffn_key.threads == threads
 
 
 @pytest.mark.parametrize("B", (1, 3))
-@pytest.mark.parametrize("dtype, limit", ((torch.bfloat16, 3e-2), (torch.float16, 4e-3), (None, 1e-5)))
+@pytest.mark.parametrize("dtype, limit", ((torch.bfloat16, 3e-2), (torch.float16, 4e-3), (torch.int8, 1e-1),
+                                          (None, 1e-5)))
 def test_the_decoder_says_what_the_model_says_as_well_as_its_matrices_can(dtype, limit, B):
-    """Matrices in 16 bits, all else in float32: the state too.
+    """Matrices in 16 or 8 bits, all else in float32: the state too.
 
     Without a dtype the logits are the model's, to 1e-5.
     """
