@@ -162,7 +162,7 @@ class Run:
         Every process must call it.
         """
         trainer = asdict(at) | {"optimizer": optimizer, "rng": torch.get_rng_state(),
-                                "states": loader.state_dict()}
+                                "states": loader.state_dict(), "threads": torch.get_num_threads()}
         if self.rank == 0 or is_sharded(self.model):
             save_checkpoint(self.out, self.model, self.meta, trainer, self.cfg.keep_last, loader.folder,
                             self.rank)
@@ -220,6 +220,7 @@ class Meter:
         run.say(
             f"{run.name}: {trained:,} of {total:,} parameters train, {loader.accum * loader.W * loader.B} x "
             f"{loader.T} tokens a step, {loader.W} x {self.device.type}"
+            + (f" with {threads} threads" if (threads := torch.get_num_threads()) > 1 else "")
             + (f", from step {at.step}" if at.step else "")
             + (": no step is left" if at.fraction(cfg) >= 1 else ""),
             *loader.introduction(),
@@ -472,6 +473,8 @@ def restore_trainer(
     loader.load_state_dict(states, trainer["step"], str(checkpoint))
     load_optimizer(optimizer, trainer["optimizer"], checkpoint)
     torch.set_rng_state(trainer["rng"])
+    if trainer["threads"] and "OMP_NUM_THREADS" not in os.environ:         # sums are rounded as before
+        torch.set_num_threads(trainer["threads"])
     return Progress(trainer["step"], trainer["tokens"], trainer["seconds"], trainer["loss"])
 
 
@@ -486,7 +489,8 @@ def load_trainer(folder: Path) -> dict:
                 raise ValueError(damaged)
         trainer = torch.load(folder / "trainer.pt", weights_only=True)
         needed = {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")}
-        return needed | {"states": trainer.get("states"), "loss": trainer.get("loss", math.inf)}
+        former = {"states": None, "loss": math.inf, "threads": None}        # checkpoints of before lack some
+        return needed | {key: trainer.get(key, missing) for key, missing in former.items()}
     except PermissionError:
         raise
     except Exception as e:  # torch raises many kinds here; each means the same to the user

@@ -155,3 +155,15 @@ def test_scripts_run_without_their_docstrings(tmp_path):
     run = start("-OO", "sample.py", "--ckpt", tmp_path / "none")
     out, err = run.communicate(timeout=120)
     assert run.returncode == 1 and one_line(err).startswith("sample.py: no model at") and not out
+
+
+@pytest.mark.parametrize("given, turns", (({}, 1000), ({"GOMP_SPINCOUNT": "5"}, 5),
+                                          ({"OMP_WAIT_POLICY": "passive"}, 0)), ids=str)
+def test_threads_that_wait_spin_for_a_while_unless_the_environment_says_otherwise(given, turns):
+    """As GNU's OpenMP understood it, when torch loaded it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP"))}
+    done = subprocess.run([sys.executable, "-m", "tools.plan", "--help"], cwd=REPO, capture_output=True,
+                          text=True, env=env | {"OMP_DISPLAY_ENV": "verbose"} | given)
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("PyTorch's OpenMP is not GNU's here")
+    assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr and done.returncode == 0

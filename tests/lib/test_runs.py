@@ -57,6 +57,26 @@ def test_a_finished_run_resumed_stays_as_it_is_and_with_more_steps_goes_on(tmp_p
     assert_same_run(out, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("asked, gets", ((None, 3), ("1", 1)))
+def test_a_run_goes_on_with_the_threads_it_had_unless_others_are_asked_for(tmp_path, tiny, monkeypatch, capsys,
+                                                                           asked, gets):
+    """Their number decides how sums are rounded."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        torch.set_num_threads(3)
+        run_fit(tmp_path, tiny.text, steps(2))
+        torch.set_num_threads(1)
+        if asked:
+            monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        run_fit(tmp_path, tiny.text, steps(3))
+        assert torch.get_num_threads() == gets
+        said = [line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line]
+        assert "1 x cpu with 3 threads" in said[0] and ("with" in said[1]) == (gets > 1)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_run_that_dies_between_its_last_checkpoint_and_publishing_it_publishes_when_resumed(
     tmp_path, tiny, monkeypatch
 ):
