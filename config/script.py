@@ -38,8 +38,8 @@ if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, leave)
 
 # OpenMP reads it when torch is imported. Threads that wait for others spin, by default
-# for as long as it takes: beside another process a step then lasts 2 to 50 times as long.
-# So many turns cost 6 % on a quiet machine, and half of a thread's time on a busy one
+# as long as it takes, and beside another process a step lasts 2 to 50 times as long. So
+# many turns cost 6 % on a quiet machine, and half of one thread's time on a busy one
 if is_script() and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -105,7 +105,7 @@ class Matvec:
 
 
 def in_parts(W: Tensor, threads: int) -> Tensor:
-    """W (A, C) as a batch (n, A / n, C), n at least 2; odd, with a row of zeros behind."""
+    """W (A, C) as a batch (n, A / n, C), n > 1; an odd A gets a row of zeros behind."""
     A, C = W.shape
     W = F.pad(W, (0, 0, 0, 1)) if A % 2 else W
     n = max(n for n in range(1, max(2, threads) + 1) if len(W) % n == 0)

@@ -30,9 +30,10 @@ from model import LM, Block, State, TimeMixer
 class Decoder:
     """tokens (B,), state -> logits (B, V), state: those of LM(tokens[:, None], state).
 
-    The state may come from any call of the model or of this. Holds weights as they were,
-    copied or not: change the model's, and make another. A model with attention, with rotary positions or norms in its RWKV heads, or in half
-    precision goes through LM itself.
+    The state may come from any call of the model or of this. Holds weights as they
+    were, copied or not: change the model's, and make another. A model with attention,
+    with rotary positions or norms in its RWKV heads, or in half precision goes through
+    LM itself.
 
     `dtype`: of the matrices alone, None = the model's; all between them, the state too,
     is float32. Raises ValueError for one where LM itself has to do the work.

@@ -1,9 +1,10 @@
 """Speed, each figure beside what it is compared with, measured in turns in one run.
 
-    python -m tools.bench                       all three, some minutes on two CPU cores
-    python -m tools.bench --only operator       wkv7 beside its loop and attention
-    python -m tools.bench --only train          a training step, GPT and RWKV-7
-    python -m tools.bench --only decode         beside the package `rwkv`, same weights
+    python -m tools.bench                    all three, some ten minutes on two cores
+    python -m tools.bench --only operator    wkv7 beside its loop and attention
+    python -m tools.bench --only train       a training step, GPT and RWKV-7
+    python -m tools.bench --only text        reading and writing beside the package
+                                             `rwkv` and llama.cpp, the same weights
     python -m tools.bench --json out/bench.json
 
 Medians of alternating repetitions, so that a busy machine slows both sides of a ratio.
@@ -12,11 +13,11 @@ a profiler, or a test (no test depends on a time).
 """
 
 import contextlib
-import io
-import os
+import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,20 +28,26 @@ import torch.nn.functional as F
 from lib.decode import Decoder
 from lib.hybrid import cache_bytes, remembered_bytes
 from model import LM, ModelConfig
-from tools.timing import TimingConfig, begin, cell, in_turns, operator_sides, save
+from tools.rivals import LlamaCpp, official, random_rwkv
+from tools.timing import TimingConfig, begin, cell, in_turns, operator_sides, save, stopwatch, turns
 
 
 # B, T, H, and how much faster than the loop
 SHAPES = ((16, 256, 4, 3.0), (4, 1024, 4, 4.0), (1, 4096, 4, 6.0))
-GPT, RWKV = ModelConfig(), ModelConfig(mixer="r", ffn="channelmix")
-DECODE = {  # a model, and how many tokens to time it with
-    "small": (replace(RWKV, n_layer=4, n_embd=128, n_head=2, rwkv_head_size=64), 200),
-    "large": (replace(RWKV, n_layer=12, n_embd=768, n_head=12, rwkv_head_size=64, vocab_size=4096), 16)}
+SMALL, MIDDLE = ModelConfig(), ModelConfig(n_layer=6, n_embd=384, n_head=6)
+TRAIN = ((SMALL, 8, 256), (MIDDLE, 4, 512), (MIDDLE, 1, 4096))     # a GPT, B, T
+LARGE = ModelConfig(mixer="r", ffn="channelmix", n_layer=12, n_embd=768, rwkv_head_size=64, vocab_size=4096)
+TEXT = {  # a model, and how many tokens to write
+    "small": (replace(LARGE, n_layer=4, n_embd=128, vocab_size=257), 200),
+    "large": (LARGE, 16),
+    "large, V 50,304": (replace(LARGE, vocab_size=50304), 16)}
+PROMPT, LENGTHS = 512, (1024, 8192, 65536)         # read for speed, and for bytes remembered
+LLAMA = {"float32": "float32", "bfloat16": "bfloat16", "8 bits": "q8_0"}
 
 
 @settings
 class BenchConfig(TimingConfig):
-    only: Literal["operator", "train", "decode"] | None = None     # None = all three
+    only: Literal["operator", "train", "text"] | None = None     # None = all three
 
 
 # ------------------------------------------------------------------------------------------
@@ -48,39 +55,19 @@ class BenchConfig(TimingConfig):
 
 def bench_operator(cfg: BenchConfig, device: str) -> list[dict]:
     dtype, rows = (torch.bfloat16 if device == "cuda" else torch.float32), []
-    print(
-        f"\nwkv7, forward and backward, N = 64, {device}, {str(dtype)[6:]}: milliseconds, and how many times"
-        " faster torch is"
-    )
+    print(f"\nwkv7, forward and backward, N = 64, {device}, {str(dtype)[6:]}: milliseconds, and how many"
+          " times faster torch is")
     print(f"{'':20}{'loop':>10}{'torch':>10}{'attention':>11}{'than the loop':>21}{'than attention':>21}")
     for B, T, H, goal in SHAPES:
-        sides = {
-            name: side.both
-            for name, side in operator_sides(B, T, H, 64, device, dtype).items()
-            if name not in ("triton", "chunk")
-        }
+        forms = operator_sides(B, T, H, 64, device, dtype)
+        sides = {name: forms[name].both for name in ("loop", "torch", "attention")}
         ms = {name: 1e3 * seconds for name, seconds in in_turns(sides, cfg.repeat).items()}
         than_loop, than_attention = ms["loop"] / ms["torch"], ms["attention"] / ms["torch"]
-        rows.append(
-            {
-                "B": B,
-                "T": T,
-                "H": H,
-                "ms": ms,
-                "than_loop": than_loop,
-                "goal": goal,
-                "than_attention": than_attention,
-            }
-        )
-        print(
-            f"B {B:<4}T {T:<6}H {H:<5}"
-            + cell(ms, "loop", 10, 1)
-            + cell(ms, "torch", 10, 1)
-            + cell(ms, "attention", 11, 1)
-            + f"{than_loop:12.2f} (goal {goal:.0f}){than_attention:{12 if T >= 4096 else 21}.2f}"
-            + " (goal 1)" * (T >= 4096),
-            flush=True,
-        )
+        rows.append({"B": B, "T": T, "H": H, "ms": ms, "than_loop": than_loop, "goal": goal,
+                     "than_attention": than_attention})
+        print(f"B {B:<4}T {T:<6}H {H:<5}{cell(ms, 'loop', 10, 1)}{cell(ms, 'torch', 10, 1)}"
+              f"{cell(ms, 'attention', 11, 1)}{than_loop:12.2f} (goal {goal:.0f})"
+              f"{than_attention:{12 if T >= 4096 else 21}.2f}" + " (goal 1)" * (T >= 4096), flush=True)
     return rows
 
 
@@ -101,166 +88,186 @@ def train_side(model: LM, tokens: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def bench_train(cfg: BenchConfig, device: str, B: int = 8, T: int = 256) -> list[dict]:
-    models, rows = {"GPT": LM(GPT).to(device), "RWKV-7": LM(RWKV).to(device)}, []
-    tokens = torch.randint(GPT.vocab_size, (B, T + 1), device=device)
-    seconds = in_turns({name: train_side(model, tokens) for name, model in models.items()}, cfg.repeat)
-    print(
-        f"\ntraining step, {GPT.n_layer} layers, C {GPT.n_embd}, {B} x {T} tokens,"
-        f" {device}\n{'':10}{'parameters':>12}{'tokens/s':>12}{'of GPT':>9}"
-    )
-    for name, model in models.items():
-        rows.append(
-            {
-                "model": name,
-                "parameters": model.n_params(),
-                "tokens_per_s": B * T / seconds[name],
-                "ratio": seconds["GPT"] / seconds[name],
-            }
-        )
-        print(
-            f"{name:10}{model.n_params():12,}{rows[-1]['tokens_per_s']:12,.0f}{rows[-1]['ratio']:9.2f}",
-            flush=True,
-        )
+def bench_train(cfg: BenchConfig, device: str) -> list[dict]:
+    rows = []
+    print(f"\ntraining step, {device}\n{'':32}{'parameters':>12}{'tokens/s':>12}{'of GPT':>9}")
+    for gpt, B, T in TRAIN:
+        rwkv = replace(gpt, mixer="r", ffn="channelmix", positions="none", rwkv_head_size=gpt.att_head_size)
+        models = {"GPT": LM(gpt).to(device), "RWKV-7": LM(rwkv).to(device)}
+        tokens = torch.randint(gpt.vocab_size, (B, T + 1), device=device)
+        seconds = in_turns({name: train_side(model, tokens) for name, model in models.items()}, cfg.repeat)
+        for name, model in models.items():
+            row = {"model": name, "n_layer": gpt.n_layer, "n_embd": gpt.n_embd, "B": B, "T": T,
+                   "parameters": model.n_params(), "tokens_per_s": B * T / seconds[name],
+                   "ratio": seconds["GPT"] / seconds[name]}
+            rows.append(row)
+            shape = f"L {gpt.n_layer} C {gpt.n_embd} {B} x {T}"
+            print(f"{name:10}{shape:22}{row['parameters']:12,}{row['tokens_per_s']:12,.0f}"
+                  f"{row['ratio']:9.2f}", flush=True)
     return rows
 
 
 # ------------------------------------------------------------------------------------------
-# Generation
+# One text: read at once, and written token by token
 
-def random_rwkv(cfg: ModelConfig) -> LM:
-    """RWKV-7 with noise in the matrices whose official initial values are zero or
-    nearly so: no branch is silent.
-    """
-    torch.manual_seed(0)
-    model = LM(cfg).eval().requires_grad_(False)
-    for p in model.parameters():
-        if p.ndim == 2 and p.abs().max() < 1e-3:
-            p.normal_(std=0.1)
-    return model
+@dataclass(frozen=True)
+class Side:
+    """A program with a model's weights, at a precision and a number of threads."""
 
-
-def official(model: LM, folder: str | Path) -> Callable:
-    """The PyPI package `rwkv` with this model's weights: forward(tokens, state) ->
-    (logits (V,), state). ImportError without it.
-    """
-    os.environ.update(RWKV_V7_ON="1", RWKV_CUDA_ON="0", RWKV_JIT_ON="1")  # read while it is imported
-    with contextlib.redirect_stdout(io.StringIO()):                       # it greets
-        from rwkv.model import RWKV as Official
-
-        torch.save({name: p.clone() for name, p in model.state_dict().items()}, Path(folder) / "official.pth")
-        return Official(model=str(Path(folder) / "official"), strategy="cpu fp32").forward
+    name: str
+    threads: int
+    write: Callable[[], float]                     # seconds for n single tokens
+    read: Callable[[], float] | None = None        # seconds for PROMPT tokens at once
+    logits: Callable[[], torch.Tensor] | None = None
 
 
-def decode_sides(model: LM, tokens: list[int], folder: str | Path) -> dict[str, Callable[[], torch.Tensor]]:
-    """Ways to read `tokens` one by one, after having read them at once; each returns
-    the last logits (V,).
-    """
+def text_sides(model: LM, n: int, folder: str | Path) -> list[Side]:
+    """Ways to read a prompt, and n more tokens one by one; each does the same work."""
+    device, most = model.emb.weight.device, torch.get_num_threads()
+    counts = sorted({1, most}) if device.type == "cpu" else [most]
+    return [side for threads in counts for side in our_sides(model, n, threads)] + (
+        [side for threads in counts for side in other_sides(model, n, threads, folder)]
+        if device.type == "cpu" else [])           # elsewhere their kernels are not compared
+
+
+def our_sides(model: LM, n: int, threads: int) -> list[Side]:
+    """Decoder in each precision, and LM itself; on a GPU also without a CUDA graph."""
+    device, cpu = model.emb.weight.device, model.emb.weight.device.type == "cpu"
+    prompt, tokens = prompt_and_tokens(model, n)
     with torch.no_grad():
-        _, start = model(torch.tensor([tokens], device=model.emb.weight.device))
-    decoder, threads = Decoder(model), torch.get_num_threads()
-    device = model.emb.weight.device
+        _, start = model(prompt)
 
     @torch.inference_mode()
-    def ours(step: Callable, shape: tuple[int, ...], n: int = threads):
-        torch.set_num_threads(n)
+    def write(step: Callable, shape: tuple[int, ...]) -> torch.Tensor:
         state = start
         for t in tokens:
             logits, state = step(torch.tensor(t, device=device).view(shape), state)
-        torch.set_num_threads(threads)
         return logits.flatten()
 
-    half = Decoder(model, torch.bfloat16)
-    sides = {
-        "ours": lambda: ours(decoder, (1,)),
-        "ours, 1 thread": lambda: ours(decoder, (1,), 1),
-        "ours, bfloat16": lambda: ours(half, (1,)),
-        "LM": lambda: ours(model, (1, 1)),
-    }
-    if device.type == "cuda":  # threads are the CPU's, and the package's kernels are not compared here
-        unrecorded = Decoder(model)
-        unrecorded.records = False
-        return {
-            "ours": sides["ours"],
-            "ours, no graph": lambda: ours(unrecorded, (1,)),
-            "ours, bfloat16": sides["ours, bfloat16"],
-            "LM": sides["LM"],
-        }
+    @torch.inference_mode()
+    def read() -> torch.Tensor:
+        return model.head(model.hidden(prompt)[0][:, -1])
+
+    steps = {"ours, LM": model}
+    with of_threads(threads):                      # which a Decoder divides its matrices by
+        steps |= {"ours, float32": Decoder(model), "ours, bfloat16": Decoder(model, torch.bfloat16)}
+        steps |= {"ours, int8": Decoder(model, torch.int8)} if cpu else {"ours, no graph": Decoder(model)}
+    if not cpu:
+        steps["ours, no graph"].records = False
+    sides = []
+    for name, step in steps.items():
+        run = of_threads(threads)(partial(write, step, (1, 1) if step is model else (1,)))
+        whole = of_threads(threads)(read)
+        sides.append(Side(name, threads, partial(stopwatch, run),
+                          partial(stopwatch, whole) if name == "ours, float32" else None, run))
+    return sides
+
+
+def other_sides(model: LM, n: int, threads: int, folder: str | Path) -> list[Side]:
+    """The package `rwkv` and llama.cpp, as far as they are installed."""
+    sides, missing = [], []
+    prompt, tokens = prompt_and_tokens(model, n)
     try:
         forward = official(model, folder)
+        read = forward(prompt[0].tolist(), None)[1]
+
+        @of_threads(threads)
+        def write() -> torch.Tensor:
+            state = [s.clone() for s in read]      # it changes its state in place
+            for t in tokens:
+                logits, state = forward([t], state)
+            return logits
+
+        whole = of_threads(threads)(lambda: forward(prompt[0].tolist(), None))
+        sides.append(Side("rwkv, float32", threads, partial(stopwatch, write), partial(stopwatch, whole),
+                          write))
     except ImportError:
-        print("rwkv is not installed, so there is nothing to compare with: pip install rwkv")
-        return sides
-    read = forward(tokens, None)[1]
-
-    def theirs(n: int):
-        torch.set_num_threads(n)
-        state = [s.clone() for s in read]  # it changes its state in place
-        for t in tokens:
-            logits, state = forward([t], state)
-        torch.set_num_threads(threads)
-        return logits
-
-    return sides | {"rwkv": lambda: theirs(threads), "rwkv, 1 thread": lambda: theirs(1)}
+        missing.append("rwkv")
+    try:
+        for name, dtype in LLAMA.items():
+            ask = LlamaCpp(model, folder, dtype, threads)
+            sides.append(Side(f"llama.cpp, {name}", threads, lambda ask=ask: ask(1, n)[1],
+                              lambda ask=ask: ask(PROMPT, 1)[0]))
+    except ImportError:
+        missing.append("xllamacpp")
+    if missing and threads == 1:
+        print(f"not installed, so not compared: {', '.join(missing)}")
+    return sides
 
 
-def bench_decode(cfg: BenchConfig, device: str) -> list[dict]:
-    print(
-        f"\none text, one token at a time, {device}: GB/s of weights, as if all were read for each token;"
-        " largest difference of logits / largest logit"
-    )
+def prompt_and_tokens(model: LM, n: int) -> tuple[torch.Tensor, list[int]]:
+    """The same in every call: (1, PROMPT), and n more."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.cfg.vocab_size, (PROMPT + n,), generator=generator)
+    return ids[None, :PROMPT].to(model.emb.weight.device), ids[PROMPT:].tolist()
+
+
+@contextlib.contextmanager
+def of_threads(n: int):
+    """As a decorator: a function that computes with n threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def bench_text(cfg: BenchConfig, device: str) -> list[dict]:
+    print(f"\none text, {device}: tokens/s one by one, and of {PROMPT} at once; the median, and the slowest"
+          " and fastest turn\ndiffer: largest difference of logits from float32's / largest logit")
     rows = []
-    for name, (shape, n) in DECODE.items():
+    for name, (shape, n) in TEXT.items():
         model = random_rwkv(shape).to(device)
         with tempfile.TemporaryDirectory() as folder:
-            sides = decode_sides(model, torch.randint(shape.vocab_size, (n,)).tolist(), folder)
-            speed = {side: n / seconds for side, seconds in in_turns(sides, cfg.repeat).items()}
-            logits = {side: run_side() for side, run_side in sides.items()}
-        read = 4 * (model.n_params() - model.emb.weight.numel())  # of the embedding it is one row
-        bandwidth = {
-            side: v * read / (2 if "bfloat16" in side else 1) / 1e9
-            for side, v in speed.items()
-            if side.startswith("ours")
-        }
-        difference = {
-            side: ((x - logits["ours"]).abs().max() / logits["ours"].abs().max()).item()
-            for side, x in logits.items()
-        }
-        row = {
-            "model": name,
-            "n_layer": shape.n_layer,
-            "n_embd": shape.n_embd,
-            "parameters": model.n_params(),
-            "tokens_per_s": speed,
-            "GB_per_s": bandwidth,
-            "difference": difference,
-        }
-        title = f"{name}: {shape.n_layer} layers, C {shape.n_embd}"
-        print(f"{title:25}{'tokens/s':>10}{'GB/s':>8}{'difference':>12}")
-        for side, v in speed.items():
-            print(f"  {side:23}{v:10,.0f}{cell(bandwidth, side, 8, 1)}{difference[side]:12.1e}")
-        if "rwkv" in sides:
-            theirs = max(speed["rwkv"], speed["rwkv, 1 thread"])
-            ours = max(speed["ours"], speed["ours, 1 thread"])
-            row["ratio"] = {"float32": ours / theirs, "bfloat16": speed["ours, bfloat16"] / theirs}
-            line = "  ours is {float32:.2f} times as fast as rwkv (goal 2), {bfloat16:.2f} times "
-            print((line + "with matrices in bfloat16").format(**row["ratio"]), flush=True)
-        row["state_bytes"] = remembered_bytes(shape, 1)
-        row["kv_bytes"] = {T: shape.n_layer * cache_bytes(shape, "a", T) for T in (1024, 8192, 65536)}
-        rows.append(row)
+            sides = text_sides(model, n, folder)
+            exact = next(side for side in sides if side.name == "ours, float32").logits()
+            written = turns([side.write for side in sides], cfg.repeat)
+            read = turns([side.read or (lambda: 1.0) for side in sides], cfg.repeat)
+            print(f"{name}: {shape.n_layer} layers, C {shape.n_embd}, {model.n_params():,} parameters")
+            print(f"  {'':22}{'threads':>8}{'one by one':>24}{'at once':>24}{'differ':>10}")
+            found = []
+            for side, w, r in zip(sides, written, read):
+                row = {"side": side.name, "threads": side.threads, "one_by_one": speeds(n, w)}
+                row |= {"at_once": speeds(PROMPT, r)} if side.read else {}
+                if side.logits:
+                    row["differ"] = ((side.logits() - exact).abs().max() / exact.abs().max()).item()
+                found.append(row)
+                print(f"  {side.name:22}{side.threads:8}{spread(row, 'one_by_one')}{spread(row, 'at_once')}"
+                      + (f"{row['differ']:10.1e}" if side.logits else f"{'-':>10}"), flush=True)
+            del sides                              # llama.cpp's servers
+        rows.append({"model": name, "n_layer": shape.n_layer, "n_embd": shape.n_embd,
+                     "vocab_size": shape.vocab_size, "parameters": model.n_params(), "sides": found,
+                     "state_bytes": remembered_bytes(shape, 1),
+                     "kv_bytes": {T: shape.n_layer * cache_bytes(shape, "a", T) for T in LENGTHS}})
 
     print(f"\nmemory of one text in bytes, float32\n{'':22}{'RWKV-7':>12}", end="")
     print("".join(f"{f'attention, {T}':>19}" for T in rows[0]["kv_bytes"]))
     for row in rows:
         caches = "".join(f"{b:19,}" for b in row["kv_bytes"].values())
-        print(f"{row['model']:8}L {row['n_layer']:<4}C {row['n_embd']:<6}{row['state_bytes']:12,}{caches}")
+        print(f"{row['model']:16}L {row['n_layer']:<4}C {row['n_embd']:<6}{row['state_bytes']:12,}{caches}")
     return rows
+
+
+def speeds(n: int, seconds: list[float]) -> dict[str, float]:
+    """Tokens/s: the median turn's, the slowest's, the fastest's."""
+    middle = statistics.median(seconds)
+    return {"median": n / middle, "slowest": n / max(seconds), "fastest": n / min(seconds)}
+
+
+def spread(row: dict, key: str) -> str:
+    if key not in row:
+        return f"{'-':>24}"
+    v = row[key]
+    digits = 0 if v["median"] >= 100 else 1
+    between = f"({v['slowest']:,.{digits}f} ... {v['fastest']:,.{digits}f})"
+    return f"{v['median']:8,.{digits}f}{between:>16}"
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(BenchConfig, argv)
     device, results = begin(cfg)
-    for name, measure in (("operator", bench_operator), ("train", bench_train), ("decode", bench_decode)):
+    for name, measure in (("operator", bench_operator), ("train", bench_train), ("text", bench_text)):
         if cfg.only in (None, name):
             results[name] = measure(cfg, device)
             save(cfg, results)                             # what follows may be interrupted

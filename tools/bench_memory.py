@@ -11,7 +11,6 @@ import resource
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.loader import Batch
 from lib.bptt import backward_in_pieces
-from model import LM
-from tools.bench import GPT, RWKV
+from model import LM, ModelConfig
 from tools.timing import TimingConfig, begin, save, stopwatch
 from train import Step, cross_entropy_loss
 
@@ -53,13 +51,9 @@ def length_side(name: str, T: int, cfg: MemoryConfig, device: str) -> dict[str, 
     The step before, on 16 tokens, has made gradients and moments: what is left are
     activations. For a process of its own.
     """
-    shape = replace(
-        GPT if SIDES[name] == "a" else RWKV,
-        n_layer=cfg.layers,
-        n_embd=cfg.embd,
-        n_head=max(1, cfg.embd // 32),
-        block_size=T,
-    )
+    attention = SIDES[name] == "a"
+    shape = ModelConfig(mixer=SIDES[name], ffn="relu2" if attention else "channelmix", n_layer=cfg.layers,
+                        n_embd=cfg.embd, n_head=max(1, cfg.embd // 32), block_size=T)
     torch.manual_seed(0)
     model = LM(shape).to(device)
     if name.endswith("checkpointed"):

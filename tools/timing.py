@@ -1,5 +1,6 @@
 """What the benchmarks share: clocks, sides timed in turns, settings, and files."""
 
+import os
 import platform
 import statistics
 import time
@@ -41,10 +42,11 @@ def begin(cfg: TimingConfig, device: str | None = None) -> tuple[str, dict]:
         check_place([Path(cfg.json)], is_benchmark, "--json")
     device = device or pick_device(cfg.device).type
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {machine}, {threads} CPU threads, medians of {cfg.repeat}", flush=True)
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    print(f"torch {torch.__version__}, {machine}, {threads} CPU threads, load {load:.1f}, "
+          f"medians of {cfg.repeat}", flush=True)
     return device, {"torch": torch.__version__, "device": device, "machine": machine, "threads": threads,
-                    "repeat": cfg.repeat}
+                    "load": load, "repeat": cfg.repeat}
 
 
 def save(cfg: TimingConfig, results: dict) -> None:
@@ -66,17 +68,18 @@ def stopwatch(side: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(sides: dict, repeat: int, clock: Callable[[Callable[[], object]], float] = stopwatch) -> dict:
-    """Median seconds of each side, all sides run one after the other `repeat` times,
-    after one run to warm up.
+def turns(sides: list[Callable[[], float]], repeat: int) -> list[list[float]]:
+    """The seconds that each side says it took, all sides run one after the other
+    `repeat` times, after one run to warm up.
     """
-    seconds: dict[object, list[float]] = {name: [] for name in sides}
-    for i in range(repeat + 1):
-        for name, side in sides.items():
-            took = clock(side)
-            if i:
-                seconds[name].append(took)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    rounds = [[side() for side in sides] for _ in range(repeat + 1)]
+    return [list(times) for times in zip(*rounds[1:])]
+
+
+def in_turns(sides: dict, repeat: int, clock: Callable[[Callable[[], object]], float] = stopwatch) -> dict:
+    """Median seconds of each side by the clock, run in turns."""
+    times = turns([partial(clock, side) for side in sides.values()], repeat)
+    return dict(zip(sides, map(statistics.median, times)))
 
 
 def cell(values: dict[str, float], name: str, width: int, digits: int = 0) -> str:

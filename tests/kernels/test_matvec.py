@@ -47,7 +47,7 @@ def test_a_product_is_w_times_x_plus_what_is_added(shape, sparse, dtype, limit, 
 
 
 def test_eight_bits_are_as_near_as_their_scales_allow_row_by_row():
-    """A row of large numbers does not harm the others, and a row of zeros stays zero."""
+    """A row of large numbers harms no other, and a row of zeros stays zero."""
     torch.manual_seed(0)
     W = torch.randn(400, 512) * torch.logspace(-6, 6, 400)[:, None]
     W[7] = 0

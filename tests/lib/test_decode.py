@@ -13,7 +13,7 @@ from lib.decode import Decoder
 from lib.states import nbytes, tensors
 from model import ModelConfig
 from sample import generate
-from tools.bench import official, random_rwkv
+from tools.rivals import official, random_rwkv
 
 SWITCHES = {
     "official": {"ffn": "channelmix"},

@@ -58,8 +58,9 @@ def test_a_finished_run_resumed_stays_as_it_is_and_with_more_steps_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("asked, gets", ((None, 3), ("1", 1)))
-def test_a_run_goes_on_with_the_threads_it_had_unless_others_are_asked_for(tmp_path, tiny, monkeypatch, capsys,
-                                                                           asked, gets):
+def test_a_run_goes_on_with_the_threads_it_had_unless_others_are_asked_for(
+    tmp_path, tiny, monkeypatch, capsys, asked, gets
+):
     """Their number decides how sums are rounded."""
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

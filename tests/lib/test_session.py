@@ -106,7 +106,7 @@ def test_files_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path):
                           ({"save_state": ""}, "save_state is empty .*: name one, or omit it"),
                           ({"save_state": str(tmp_path)}, "is a folder: name a file"),
                           ({"state_dtype": "int4"}, "state_dtype = 'int4': choose one of float32"),
-                          ({"dtype": "int4"}, "dtype = 'int4': choose one of float32, float16, bfloat16, int8")):
+                          ({"dtype": "int4"}, "dtype = 'int4': choose one of float32, .*, int8")):
         with pytest.raises(ValueError, match=words) as e:
             SessionConfig(**change)
         one_line(e.value)

@@ -14,9 +14,10 @@ import torch
 
 from common import one_line, start, tiny_model
 from model import LM, ModelConfig
-from tools import bench, bench_kernels, bench_memory, timing
-from tools.bench import decode_sides, main, random_rwkv, train_side
+from tools import bench, bench_kernels, bench_memory, rivals, timing
+from tools.bench import main, speeds, text_sides, train_side
 from tools.bench_kernels import errors, fla_side, least_bytes
+from tools.rivals import random_rwkv
 from tools.timing import in_turns, operator_sides
 
 TINY = ModelConfig(
@@ -76,16 +77,29 @@ def test_the_model_to_generate_with_has_no_silent_branch():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_every_way_to_decode_ends_with_the_same_logits(tmp_path):
-    sides = decode_sides(random_rwkv(TINY), list(range(30)), tmp_path)
-    logits = {name: side() for name, side in sides.items()}
-    assert {"ours", "LM"} <= logits.keys()
-    for name, side in sides.items():
-        assert logits[name].shape == (50,) and torch.equal(
-            side(), logits[name]
-        ), f"{name} is another the second time"
-        most = 3e-2 if "bfloat16" in name else 1e-4
-        assert (logits[name] - logits["LM"]).norm() < most * logits["LM"].norm(), name
+def test_every_way_to_write_ends_with_the_same_logits(tmp_path):
+    sides = text_sides(random_rwkv(replace(TINY, vocab_size=300)), 30, tmp_path)
+    logits = {side.name: side.logits() for side in sides if side.logits}
+    assert {"ours, float32", "ours, bfloat16", "ours, int8", "ours, LM"} <= logits.keys()
+    for side in sides:
+        assert side.write() > 0 and (side.read is None or side.read() > 0)
+        if side.logits:
+            assert logits[side.name].shape == (300,) and torch.equal(side.logits(), logits[side.name])
+            most = {"ours, bfloat16": 3e-2, "ours, int8": 1e-1}.get(side.name, 1e-4)
+            difference = (logits[side.name] - logits["ours, LM"]).norm()
+            assert difference < most * logits["ours, LM"].norm(), side.name
+
+
+def test_llama_cpp_reads_and_writes_what_it_is_asked_to(tmp_path):
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    model = random_rwkv(replace(TINY, rwkv_head_size=64, n_embd=64, vocab_size=300))
+    ask = rivals.LlamaCpp(model, tmp_path, "float32", 1)          # it asserts how many tokens there were
+    assert min(ask(5, 3)) > 0
+
+
+def test_speeds_are_of_the_median_turn_and_the_extremes():
+    assert speeds(6, [1.0, 3.0, 2.0]) == {"median": 3, "slowest": 2, "fastest": 6}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -98,46 +112,31 @@ def test_the_script_prints_tables_and_writes_what_they_say(installed, tmp_path, 
         pytest.importorskip("rwkv")
     else:
         monkeypatch.setattr(bench, "official", missing)
+    monkeypatch.setattr(bench, "LlamaCpp", missing)
     monkeypatch.setattr(bench, "SHAPES", ((1, 20, 1, 3.0),))
-    monkeypatch.setattr(bench, "GPT", ModelConfig(n_layer=1, n_embd=32, n_head=1))
-    monkeypatch.setattr(bench, "RWKV", ModelConfig(n_layer=1, n_embd=32, mixer="r", ffn="channelmix"))
-    monkeypatch.setattr(bench, "DECODE", {"tiny": (TINY, 5)})
+    monkeypatch.setattr(bench, "TRAIN", ((ModelConfig(n_layer=1, n_embd=32, n_head=1), 2, 20),))
+    monkeypatch.setattr(bench, "TEXT", {"tiny": (TINY, 5)})
     main(["--repeat", "1", "--device", "cpu", "--json", str(tmp_path / "new" / "b.json")])
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "new" / "b.json").read_text())
-    operator, (gpt, rwkv), decode = results["operator"][0], results["train"], results["decode"][0]
-    assert (
-        operator["than_loop"] == pytest.approx(operator["ms"]["loop"] / operator["ms"]["torch"])
-        and operator["goal"] == 3
-    )
-    assert "(goal 3)" in out and f"{operator['ms']['attention']:.1f}" in out
+    operator, (gpt, rwkv), text = results["operator"][0], results["train"], results["text"][0]
+    assert operator["than_loop"] == pytest.approx(operator["ms"]["loop"] / operator["ms"]["torch"])
+    assert operator["goal"] == 3 and "(goal 3)" in out and f"{operator['ms']['attention']:.1f}" in out
     assert gpt["ratio"] == 1 and rwkv["ratio"] == pytest.approx(rwkv["tokens_per_s"] / gpt["tokens_per_s"])
-    assert gpt["parameters"] == LM(bench.GPT).n_params() and f"{rwkv['tokens_per_s']:,.0f}" in out
-    assert (
-        decode["state_bytes"] == 4 * 2 * (2 * 32 * 32 + 64 + 64)
-        and decode["kv_bytes"]["65536"] == 2 * 65536 * 2 * 4 * TINY.n_embd
-    )
-    speed = decode["tokens_per_s"]
-    read = decode["parameters"] - TINY.vocab_size * TINY.n_embd  # the embedding is one row
-    assert (
-        decode["GB_per_s"]["ours"] == pytest.approx(4e-9 * read * speed["ours"])
-        and "LM" not in decode["GB_per_s"]
-    )
-    assert decode["GB_per_s"]["ours, bfloat16"] == pytest.approx(2e-9 * read * speed["ours, bfloat16"])
-    sides, most = {"ours", "ours, 1 thread", "ours, bfloat16", "LM"}, {"ours": 0, "ours, bfloat16": 0.1}
-    if installed:
-        ours, theirs = (max(speed[who], speed[f"{who}, 1 thread"]) for who in ("ours", "rwkv"))
-        assert decode["ratio"] == {
-            "float32": pytest.approx(ours / theirs),
-            "bfloat16": pytest.approx(speed["ours, bfloat16"] / theirs),
-        }
-        assert "(goal 2)" in out
-        sides |= {"rwkv", "rwkv, 1 thread"}
-    else:
-        assert "ratio" not in decode and out.count("rwkv is not installed") == 1
-    assert speed.keys() == sides and all(
-        x <= most.get(side, 1e-4) for side, x in decode["difference"].items()
-    )
+    assert gpt["parameters"] == LM(bench.TRAIN[0][0]).n_params() and f"{rwkv['tokens_per_s']:,.0f}" in out
+    assert text["state_bytes"] == 4 * 2 * (2 * 32 * 32 + 64 + 64)
+    assert text["kv_bytes"]["65536"] == 2 * 65536 * 2 * 4 * TINY.n_embd
+    rows = {row["side"]: row for row in text["sides"]}
+    names = {"ours, float32", "ours, bfloat16", "ours, int8", "ours, LM"}
+    names |= {"rwkv, float32"} if installed else set()
+    assert rows.keys() == names and {row["threads"] for row in rows.values()} == {1}
+    assert all(row["one_by_one"]["slowest"] <= row["one_by_one"]["fastest"] for row in rows.values())
+    read = {name for name, row in rows.items() if "at_once" in row}
+    assert read == names & {"ours, float32", "rwkv, float32"}
+    assert all(row["differ"] < {"ours, bfloat16": 0.1, "ours, int8": 0.2}.get(name, 1e-4)
+               for name, row in rows.items())
+    absent = "xllamacpp" if installed else "rwkv, xllamacpp"
+    assert out.count(f"not installed, so not compared: {absent}\n") == 1
 
 
 def test_one_part_alone_and_bad_options_in_one_line(tmp_path, capsys, monkeypatch):

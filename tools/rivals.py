@@ -1,0 +1,79 @@
+"""Other programs with a model's weights: the PyPI package `rwkv`, and llama.cpp.
+
+For the benchmark (tools/bench.py), and as oracles for tests. Both are optional; without
+one of them there is an ImportError.
+"""
+
+import contextlib
+import io
+import json
+import os
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import get_tokenizer
+from lib.folders import save_model
+from model import LM, ModelConfig
+from tools.gguf_tokenizer import tokenizer_settings
+from tools.to_gguf import KINDS, open_source, write_file
+
+BYTES = 256                     # tokens that llama.cpp is asked to read, all of them bytes
+
+
+def random_rwkv(cfg: ModelConfig) -> LM:
+    """RWKV-7 with noise in the matrices whose official initial values are zero or
+    nearly so: no branch is silent.
+    """
+    torch.manual_seed(0)
+    model = LM(cfg).eval().requires_grad_(False)
+    for p in model.parameters():
+        if p.ndim == 2 and p.abs().max() < 1e-3:
+            p.normal_(std=0.1)
+    return model
+
+
+def official(model: LM, folder: str | Path) -> Callable:
+    """The package `rwkv` on a model: forward(tokens, state) -> (logits (V,), state)."""
+    os.environ.update(RWKV_V7_ON="1", RWKV_CUDA_ON="0", RWKV_JIT_ON="1")  # read while it is imported
+    with contextlib.redirect_stdout(io.StringIO()):                       # it greets
+        from rwkv.model import RWKV as Official
+
+        torch.save({name: p.clone() for name, p in model.state_dict().items()}, Path(folder) / "official.pth")
+        return Official(model=str(Path(folder) / "official"), strategy="cpu fp32").forward
+
+
+class LlamaCpp:
+    """llama.cpp (the package `xllamacpp`) on our own GGUF export of a model.
+
+    Called with numbers of tokens to read and to write: the seconds that each took.
+    `dtype` is that of the matrices: float32, bfloat16, float16 or q8_0.
+    """
+
+    def __init__(self, model: LM, folder: str | Path, dtype: str, threads: int):
+        import xllamacpp
+
+        folder = Path(folder)
+        file = folder / f"{dtype}.gguf"
+        if not file.exists():
+            save_model(model, folder, {})
+            tokens = tokenizer_settings(get_tokenizer("bytes"), model.cfg.vocab_size)
+            write_file(file, open_source(folder)[0], KINDS[dtype], tokens)
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 1024, 1, False, 0
+        params.verbosity = -1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        self.server = xllamacpp.Server(params)
+
+    def __call__(self, read: int, write: int) -> tuple[float, float]:
+        job = {"prompt": [7 * i % BYTES for i in range(read)], "n_predict": write + 1, "temperature": 0,
+               "cache_prompt": False, "ignore_eos": True}
+        request = urllib.request.Request(self.server.listening_address + "/completion",
+                                         json.dumps(job).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as reply:
+            took = json.load(reply)["timings"]
+        assert (took["prompt_n"], took["predicted_n"]) == (read, write + 1), took
+        return took["prompt_ms"] / 1e3, took["predicted_ms"] / 1e3         # the first token cost no step
