@@ -20,7 +20,8 @@ class Matvec:
     """x, add -> x W^T + add + bias, for x (B, C) and W (A, C), as nn.Linear has it.
 
     G of them at once: x (G, B, C) and W (G, A, C). `dtype` is W's: x is converted to it
-    and the result back. In int8 each of W's rows has a scale, and x is in bfloat16.
+    and the result back. In int8 each of W's rows has a scale, and x and the result
+    are in bfloat16.
 
     `sparse`, for a single product: what meets a zero of x is not read. After relu that
     is half of W, in trained models nine tenths.
@@ -76,7 +77,7 @@ class Matvec:
 
     def in_batch(self, x: Tensor) -> Tensor:
         """The parts of W, or the G, each times x as a column."""
-        y = torch.bmm(self.batch, x.expand(self.n, 1, -1).mT)
+        y = torch.bmm(self.batch, x.to(self.dtype).expand(self.n, 1, -1).mT).to(x.dtype)
         return y.view(self.shape) if self.even else y.view(1, -1)[:, : self.shape[1]]
 
     def sum_of_columns(self, x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class Matvec:
 
     def by_scales(self, x: Tensor) -> Tensor:
         """x W^T with W in int8."""
-        x16 = F.pad(x.to(torch.bfloat16), (0, -x.shape[-1] % WIDTH))
+        x16 = F.pad(x.to(torch.bfloat16), (0, -x.shape[-1] % WIDTH)).contiguous()
         if len(self.shape) == 2:
             return torch._weight_int8pack_mm(x16, *self.scaled[0]).to(x.dtype)
         return torch.stack([torch._weight_int8pack_mm(g, *w) for g, w in zip(x16, self.scaled)]).to(x.dtype)
@@ -114,6 +115,9 @@ def in_parts(W: Tensor, threads: int) -> Tensor:
 
 def in_8_bits(W: Tensor) -> tuple[Tensor, Tensor]:
     """W (A, C) as int8, zeros behind, and a scale in bfloat16 for each of its rows."""
-    scale = (W.abs().amax(1) / 127).clamp(min=1e-30).to(torch.bfloat16)
-    whole = (W / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return F.pad(whole, (0, -W.shape[1] % WIDTH)).contiguous(), scale
+    A, C = W.shape
+    scale = (torch.linalg.vector_norm(W, torch.inf, 1) / 127).clamp(min=1e-30).to(torch.bfloat16)
+    whole = torch.zeros(A, C + -C % WIDTH, dtype=torch.int8)
+    for rows in torch.arange(A).split(256):                                 # no copy of all of W
+        whole[rows, :C] = (W[rows] / scale[rows, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return whole, scale

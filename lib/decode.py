@@ -30,10 +30,10 @@ from model import LM, Block, State, TimeMixer
 class Decoder:
     """tokens (B,), state -> logits (B, V), state: those of LM(tokens[:, None], state).
 
-    The state may come from any call of the model or of this. Holds weights as they
-    were, copied or not: change the model's, and make another. A model with attention,
-    with rotary positions or norms in its RWKV heads, or in half precision goes through
-    LM itself.
+    The state may come from any call of the model or of this. Reads some of the weights
+    where they lie, and copies of others: after a change of the model make another. A
+    model with attention, with rotary positions or norms in its RWKV heads, or in half
+    precision goes through LM itself.
 
     `dtype`: of the matrices alone, None = the model's; all between them, the state too,
     is float32. Raises ValueError for one where LM itself has to do the work.
@@ -46,8 +46,8 @@ class Decoder:
         self.layers, self.B = None, 0                                 # B: texts that scratch has room for
         by_model = "a" in cfg.mixers or cfg.rwkv_rope or cfg.qk_norm or model.emb.weight.dtype.itemsize < 4
         if by_model and dtype is not None:
-            raise ValueError(f"dtype = {dtype}: only a pure RWKV-7 model in float32, without rwkv_rope and "
-                             "qk_norm, takes another; keep float32 for this one, or use model.to(dtype)")
+            raise ValueError(f"dtype = {str(dtype)[6:]}: only a pure RWKV-7 model in float32, without "
+                             "rwkv_rope and qk_norm, takes another; keep float32 for this one")
         if by_model:
             return
         self.layers = [weights(block, dtype) for block in model.blocks]

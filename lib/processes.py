@@ -46,11 +46,11 @@ def keep_memory() -> None:
     """What tensors free stays with the process, for the next ones of that size.
 
     Else glibc gives it back and asks for it again in every step, which two threads pay
-    with an eighth of RWKV-7's speed. The peak is the same.
+    with an eighth of RWKV-7's speed. The peak of training is the same.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):          # no glibc: nothing to set
         mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)                                       # never
         mallopt(mmap_max, 0)
 
 

@@ -215,12 +215,13 @@ class Meter:
         self.ends = self.stops = self.late = False
         self.passed = 0                         # steps between the last two looks
         self.interrupt = Interrupt()
+        threads = torch.get_num_threads()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
         run.say(
             f"{run.name}: {trained:,} of {total:,} parameters train, {loader.accum * loader.W * loader.B} x "
             f"{loader.T} tokens a step, {loader.W} x {self.device.type}"
-            + (f" with {threads} threads" if (threads := torch.get_num_threads()) > 1 else "")
+            + (f" with {threads} threads" if self.device.type == "cpu" and threads > 1 else "")
             + (f", from step {at.step}" if at.step else "")
             + (": no step is left" if at.fraction(cfg) >= 1 else ""),
             *loader.introduction(),
@@ -473,8 +474,8 @@ def restore_trainer(
     loader.load_state_dict(states, trainer["step"], str(checkpoint))
     load_optimizer(optimizer, trainer["optimizer"], checkpoint)
     torch.set_rng_state(trainer["rng"])
-    if trainer["threads"] and "OMP_NUM_THREADS" not in os.environ:         # sums are rounded as before
-        torch.set_num_threads(trainer["threads"])
+    if trainer["threads"] and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(trainer["threads"], os.cpu_count() or 1))    # sums are rounded as before
     return Progress(trainer["step"], trainer["tokens"], trainer["seconds"], trainer["loss"])
 
 

@@ -31,8 +31,8 @@ class SessionConfig:
     save_state: str | None = None          # write what the model remembers in the end, for --load_state
     # of the state in a file, and in a chat while it waits
     state_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    # of a pure RWKV-7's matrices while it generates: 16 bits take half the memory, int8
-    # a quarter (on CPUs), and large models gain speed by it on several threads
+    # of a pure RWKV-7's matrices while it generates: a token reads half as much in 16
+    # bits, a quarter in int8 (on CPUs), which large models gain by on several threads
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     device: str = "auto"                   # auto, cpu, cuda
 

@@ -235,7 +235,7 @@ def bench_text(cfg: BenchConfig, device: str) -> list[dict]:
                 found.append(row)
                 print(f"  {side.name:22}{side.threads:8}{spread(row, 'one_by_one')}{spread(row, 'at_once')}"
                       + (f"{row['differ']:10.1e}" if side.logits else f"{'-':>10}"), flush=True)
-            del sides                              # llama.cpp's servers
+            del sides, side                        # llama.cpp's servers
         rows.append({"model": name, "n_layer": shape.n_layer, "n_embd": shape.n_embd,
                      "vocab_size": shape.vocab_size, "parameters": model.n_params(), "sides": found,
                      "state_bytes": remembered_bytes(shape, 1),

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.loader import Batch
 from lib.bptt import backward_in_pieces
+from lib.processes import pick_device
 from model import LM, ModelConfig
 from tools.timing import TimingConfig, begin, save, stopwatch
 from train import Step, cross_entropy_loss
@@ -55,7 +56,7 @@ def length_side(name: str, T: int, cfg: MemoryConfig, device: str) -> dict[str, 
     shape = ModelConfig(mixer=SIDES[name], ffn="relu2" if attention else "channelmix", n_layer=cfg.layers,
                         n_embd=cfg.embd, n_head=max(1, cfg.embd // 32), block_size=T)
     torch.manual_seed(0)
-    model = LM(shape).to(device)
+    model = LM(shape).to(pick_device(device))          # whose memory stays, as in training
     if name.endswith("checkpointed"):
         for block in model.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -53,6 +53,7 @@ class LlamaCpp:
     """
 
     def __init__(self, model: LM, folder: str | Path, dtype: str, threads: int):
+        import gguf  # noqa: F401   (which the export needs)
         import xllamacpp
 
         folder = Path(folder)

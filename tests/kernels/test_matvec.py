@@ -9,8 +9,9 @@ from kernels.matvec import LARGE, Matvec
 # large enough for each of the ways or not, with odd numbers in every place
 SHAPES = (((600, 300), False), ((3, 200, 300), False), ((300, 600), True), ((601, 301), False),
           ((301, 601), True), ((3, 203, 301), False), ((7, 5), False), ((5, 3), True), ((2, 3, 5), False))
-DTYPES = ((None, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 1e-2), (torch.float16, 2e-3),
-          (torch.int8, 2e-2))
+DTYPES = ((torch.float32, None, 1e-6), (torch.float64, None, 1e-14), (torch.float32, torch.float64, 1e-6),
+          (torch.float64, torch.float32, 1e-6), (torch.float32, torch.bfloat16, 1e-2),
+          (torch.float32, torch.float16, 2e-3), (torch.float32, torch.int8, 2e-2))
 
 
 @pytest.fixture(params=(1, 2, 3))
@@ -22,8 +23,8 @@ def threads(request):
 
 
 @pytest.mark.parametrize("shape, sparse", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype, limit", DTYPES)
-def test_a_product_is_w_times_x_plus_what_is_added(shape, sparse, dtype, limit, threads):
+@pytest.mark.parametrize("wide, dtype, limit", DTYPES)
+def test_a_product_is_w_times_x_plus_what_is_added(shape, sparse, wide, dtype, limit, threads):
     """For one text and for several, which read W in other ways.
 
     Where columns that meet zeros are skipped, also with only zeros, and with a single
@@ -31,7 +32,6 @@ def test_a_product_is_w_times_x_plus_what_is_added(shape, sparse, dtype, limit, 
     """
     torch.manual_seed(0)
     *G, A, C = shape
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     W, bias = torch.randn(shape, dtype=wide), torch.randn(*G, 1, A, dtype=wide)
     product = Matvec(W, bias, dtype, sparse=sparse)
     assert product.threads == (threads if W.numel() >= LARGE else 1)

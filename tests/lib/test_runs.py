@@ -57,13 +57,14 @@ def test_a_finished_run_resumed_stays_as_it_is_and_with_more_steps_goes_on(tmp_p
     assert_same_run(out, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("asked, gets", ((None, 3), ("1", 1)))
+@pytest.mark.parametrize("cores, asked, gets", ((4, None, 3), (2, None, 2), (4, "1", 1)))
 def test_a_run_goes_on_with_the_threads_it_had_unless_others_are_asked_for(
-    tmp_path, tiny, monkeypatch, capsys, asked, gets
+    tmp_path, tiny, monkeypatch, capsys, cores, asked, gets
 ):
-    """Their number decides how sums are rounded."""
+    """Their number decides how sums are rounded. Never more than there are cores."""
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(lib.runs.os, "cpu_count", lambda: cores)
     try:
         torch.set_num_threads(3)
         run_fit(tmp_path, tiny.text, steps(2))
