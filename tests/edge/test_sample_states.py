@@ -214,7 +214,7 @@ def test_bad_states_of_the_scripts_are_one_line(folder, talker, tmp_path, monkey
         (main, ["--load_state", p], "damaged or no state"),
         (main, ["--load_state", "none"], "no state at"),
         (main, ["--state_dtype", "int4"], "int4.*--state.dtype.*" + choices),
-        (main, ["--dtype", "int8"], "int8.*--dtype.*" + choices),
+        (main, ["--dtype", "int4"], "int4.*--dtype.*" + choices),
         (main, ["--save_state", s, "--num_samples", "2"], "num_samples"),
         (batch.main, ["--save_state", s, "--prompts", p], "state of one text"),
         (batch.main, ["--state_dtype", "int8", "--prompts", p], "int8 is for the --save_state of"),
