@@ -37,9 +37,10 @@ def is_script() -> bool:
 if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave)
 
-# OpenMP reads it when torch is imported. Threads that wait for others spin, by default
-# as long as it takes, and beside another process a step lasts 2 to 50 times as long. So
-# many turns cost 6 % on a quiet machine, and half of one thread's time on a busy one
+# GNU's OpenMP reads this when torch is imported. A thread that waits for another spins
+# first, by default for 300,000 turns, then sleeps; beside another process that makes
+# steps many times as long. With 1,000 turns a step takes 6 % longer on a quiet machine,
+# and on a busy one about 1.5 times as long as with one thread (docs/log.md)
 if is_script() and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -2,12 +2,13 @@
 
 A step costs reading every weight once, and a microsecond or two for each operation,
 view and new tensor. LM, written to be read and trained, takes 71 operations and 62
-views for a layer; here they are 36 and 4, on weights that lie ready, in memory that is
-allocated once. What can be computed once is: ln0 of the embedding, -e^-0.5, 1 - k_a,
-the gate's maps, halved; r, k and v are one product, and so is each half of the four
-low-rank maps. On a GPU all of it is one launch, a CUDA graph. The numbers are the same
-up to rounding, and model.py is the place to understand them. What it is not: another
-model, or faster for more than one token at a time.
+views for a layer; here they are 36 and 4 (some more for large matrices), on weights
+that lie ready, and most results go to memory that is allocated once. What can be
+computed once is: ln0 of the embedding, -e^-0.5, 1 - k_a, the gate's maps, halved; r, k
+and v are one product, and so is each half of the four low-rank maps. On a GPU all of it
+is one launch, a CUDA graph. The numbers are the same up to rounding, and model.py is
+the place to understand them. What it is not: another model, or faster for more than one
+token at a time.
 
 Names beyond model.py's: nu = sigmoid(v0 + x_v v1 v2), how much of v_first goes into v;
 stored = S kk, what S holds at kk.
@@ -73,7 +74,7 @@ class Decoder:
             return self.recorded(tokens, state)
         threads = torch.get_num_threads()
         if self.B == 1 and self.layers[0].output.threads == 1:
-            # one token of a small model is too little work to share: it would only wait
+            # matrices too small to divide: a second thread would only wait
             torch.set_num_threads(1)
         try:
             return self.step(tokens, state)

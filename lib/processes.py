@@ -31,7 +31,10 @@ def setup(device: str = "auto") -> tuple[int, int, torch.device]:
 
 
 def pick_device(device: str = "auto", local: int = 0) -> torch.device:
-    """The device called so; auto is this process's GPU, or the CPU if there is none."""
+    """The device called so; auto is this process's GPU, or the CPU if there is none.
+
+    On the CPU it also sets how memory is freed.
+    """
     gpu = torch.cuda.is_available()
     if device not in ("auto", "cpu") and not (gpu and device.startswith("cuda")):
         raise ValueError(f"device = {device!r}: choose auto, cpu"
@@ -43,15 +46,16 @@ def pick_device(device: str = "auto", local: int = 0) -> torch.device:
 
 
 def keep_memory() -> None:
-    """What tensors free stays with the process, for the next ones of that size.
+    """Memory that tensors free stays with the process, for later tensors.
 
-    Else glibc gives it back and asks for it again in every step, which two threads pay
-    with an eighth of RWKV-7's speed. The peak of training is the same.
+    Otherwise glibc returns it and asks for it again in every step. Without that, two
+    threads train RWKV-7 an eighth faster, and the peak is the same (docs/log.md).
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):          # no glibc: nothing to set
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
-        mallopt(trim_threshold, -1)                                       # never
-        mallopt(mmap_max, 0)
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                                 # as in glibc's malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):         # no glibc: nothing to set
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, -1)                                     # never return the free end
+        mallopt(M_MMAP_MAX, 0)                                            # no blocks that free() returns
 
 
 def world_size() -> int:

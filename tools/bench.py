@@ -29,10 +29,11 @@ from lib.decode import Decoder
 from lib.hybrid import cache_bytes, remembered_bytes
 from model import LM, ModelConfig
 from tools.rivals import LlamaCpp, official, random_rwkv
-from tools.timing import TimingConfig, begin, cell, in_turns, operator_sides, save, stopwatch, turns
+from tools.timing import (TimingConfig, begin, cell, in_turns, operator_sides, save, seconds_in_turns,
+                          stopwatch)
 
 
-# B, T, H, and how much faster than the loop
+# B, T, H, and the goal: how many times as fast as the loop
 SHAPES = ((16, 256, 4, 3.0), (4, 1024, 4, 4.0), (1, 4096, 4, 6.0))
 SMALL, MIDDLE = ModelConfig(), ModelConfig(n_layer=6, n_embd=384, n_head=6)
 TRAIN = ((SMALL, 8, 256), (MIDDLE, 4, 512), (MIDDLE, 1, 4096))     # a GPT, B, T
@@ -111,8 +112,8 @@ def bench_train(cfg: BenchConfig, device: str) -> list[dict]:
 # One text: read at once, and written token by token
 
 @dataclass(frozen=True)
-class Side:
-    """A program with a model's weights, at a precision and a number of threads."""
+class Program:
+    """A way to read and write a text: whose, its precision, its number of threads."""
 
     name: str
     threads: int
@@ -121,16 +122,20 @@ class Side:
     logits: Callable[[], torch.Tensor] | None = None
 
 
-def text_sides(model: LM, n: int, folder: str | Path) -> list[Side]:
-    """Ways to read a prompt, and n more tokens one by one; each does the same work."""
+def text_sides(model: LM, n: int, folder: str | Path) -> list[Program]:
+    """Ways to read a prompt, and n more tokens one by one.
+
+    llama.cpp chooses those tokens, the others are given them.
+    """
     device, most = model.emb.weight.device, torch.get_num_threads()
     counts = sorted({1, most}) if device.type == "cpu" else [most]
-    return [side for threads in counts for side in our_sides(model, n, threads)] + (
-        [side for threads in counts for side in other_sides(model, n, threads, folder)]
-        if device.type == "cpu" else [])           # elsewhere their kernels are not compared
+    sides = [side for threads in counts for side in our_sides(model, n, threads)]
+    if device.type == "cpu":                       # on a GPU the others' kernels are not compared
+        sides += [side for threads in counts for side in other_sides(model, n, threads, folder)]
+    return sides
 
 
-def our_sides(model: LM, n: int, threads: int) -> list[Side]:
+def our_sides(model: LM, n: int, threads: int) -> list[Program]:
     """Decoder in each precision, and LM itself; on a GPU also without a CUDA graph."""
     device, cpu = model.emb.weight.device, model.emb.weight.device.type == "cpu"
     prompt, tokens = prompt_and_tokens(model, n)
@@ -149,44 +154,45 @@ def our_sides(model: LM, n: int, threads: int) -> list[Side]:
         return model.head(model.hidden(prompt)[0][:, -1])
 
     steps = {"ours, LM": model}
-    with of_threads(threads):                      # which a Decoder divides its matrices by
+    with using_threads(threads):                   # a Decoder divides its matrices among them
         steps |= {"ours, float32": Decoder(model), "ours, bfloat16": Decoder(model, torch.bfloat16)}
-        steps |= {"ours, int8": Decoder(model, torch.int8)} if cpu else {"ours, no graph": Decoder(model)}
-    if not cpu:
-        steps["ours, no graph"].records = False
+        if cpu:
+            steps["ours, int8"] = Decoder(model, torch.int8)
+        else:
+            steps["ours, no graph"] = Decoder(model)
+            steps["ours, no graph"].records = False
     sides = []
     for name, step in steps.items():
-        run = of_threads(threads)(partial(write, step, (1, 1) if step is model else (1,)))
-        whole = of_threads(threads)(read)
-        sides.append(Side(name, threads, partial(stopwatch, run),
-                          partial(stopwatch, whole) if name == "ours, float32" else None, run))
+        written = using_threads(threads)(partial(write, step, (1, 1) if step is model else (1,)))
+        whole = partial(stopwatch, using_threads(threads)(read)) if step is model else None
+        sides.append(Program(name, threads, partial(stopwatch, written), whole, written))
     return sides
 
 
-def other_sides(model: LM, n: int, threads: int, folder: str | Path) -> list[Side]:
+def other_sides(model: LM, n: int, threads: int, folder: str | Path) -> list[Program]:
     """The package `rwkv` and llama.cpp, as far as they are installed."""
     sides, missing = [], []
     prompt, tokens = prompt_and_tokens(model, n)
     try:
         forward = official(model, folder)
-        read = forward(prompt[0].tolist(), None)[1]
+        start = forward(prompt[0].tolist(), None)[1]
 
-        @of_threads(threads)
+        @using_threads(threads)
         def write() -> torch.Tensor:
-            state = [s.clone() for s in read]      # it changes its state in place
+            state = [s.clone() for s in start]     # it changes its state in place
             for t in tokens:
                 logits, state = forward([t], state)
             return logits
 
-        whole = of_threads(threads)(lambda: forward(prompt[0].tolist(), None))
-        sides.append(Side("rwkv, float32", threads, partial(stopwatch, write), partial(stopwatch, whole),
+        whole = using_threads(threads)(lambda: forward(prompt[0].tolist(), None))
+        sides.append(Program("rwkv, float32", threads, partial(stopwatch, write), partial(stopwatch, whole),
                           write))
     except ImportError:
         missing.append("rwkv")
     try:
         for name, dtype in LLAMA.items():
             ask = LlamaCpp(model, folder, dtype, threads)
-            sides.append(Side(f"llama.cpp, {name}", threads, lambda ask=ask: ask(1, n)[1],
+            sides.append(Program(f"llama.cpp, {name}", threads, lambda ask=ask: ask(1, n)[1],
                               lambda ask=ask: ask(PROMPT, 1)[0]))
     except ImportError:
         missing.append("xllamacpp")
@@ -203,8 +209,8 @@ def prompt_and_tokens(model: LM, n: int) -> tuple[torch.Tensor, list[int]]:
 
 
 @contextlib.contextmanager
-def of_threads(n: int):
-    """As a decorator: a function that computes with n threads."""
+def using_threads(n: int):
+    """In the block, or in a function decorated with it, PyTorch has n threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -219,23 +225,10 @@ def bench_text(cfg: BenchConfig, device: str) -> list[dict]:
     rows = []
     for name, (shape, n) in TEXT.items():
         model = random_rwkv(shape).to(device)
+        print(f"{name}: {shape.n_layer} layers, C {shape.n_embd}, {model.n_params():,} parameters")
+        print(f"  {'':22}{'threads':>8}{'one by one':>24}{'at once':>24}{'differ':>10}")
         with tempfile.TemporaryDirectory() as folder:
-            sides = text_sides(model, n, folder)
-            exact = next(side for side in sides if side.name == "ours, float32").logits()
-            written = turns([side.write for side in sides], cfg.repeat)
-            read = turns([side.read or (lambda: 1.0) for side in sides], cfg.repeat)
-            print(f"{name}: {shape.n_layer} layers, C {shape.n_embd}, {model.n_params():,} parameters")
-            print(f"  {'':22}{'threads':>8}{'one by one':>24}{'at once':>24}{'differ':>10}")
-            found = []
-            for side, w, r in zip(sides, written, read):
-                row = {"side": side.name, "threads": side.threads, "one_by_one": speeds(n, w)}
-                row |= {"at_once": speeds(PROMPT, r)} if side.read else {}
-                if side.logits:
-                    row["differ"] = ((side.logits() - exact).abs().max() / exact.abs().max()).item()
-                found.append(row)
-                print(f"  {side.name:22}{side.threads:8}{spread(row, 'one_by_one')}{spread(row, 'at_once')}"
-                      + (f"{row['differ']:10.1e}" if side.logits else f"{'-':>10}"), flush=True)
-            del sides, side                        # llama.cpp's servers
+            found = measure_text(model, n, folder, cfg.repeat)
         rows.append({"model": name, "n_layer": shape.n_layer, "n_embd": shape.n_embd,
                      "vocab_size": shape.vocab_size, "parameters": model.n_params(), "sides": found,
                      "state_bytes": remembered_bytes(shape, 1),
@@ -246,6 +239,24 @@ def bench_text(cfg: BenchConfig, device: str) -> list[dict]:
     for row in rows:
         caches = "".join(f"{b:19,}" for b in row["kv_bytes"].values())
         print(f"{row['model']:16}L {row['n_layer']:<4}C {row['n_embd']:<6}{row['state_bytes']:12,}{caches}")
+    return rows
+
+
+def measure_text(model: LM, n: int, folder: str | Path, repeat: int) -> list[dict]:
+    """A row for each program. At the end they all go, llama.cpp's servers too."""
+    sides, rows = text_sides(model, n, folder), []
+    readers = [side for side in sides if side.read]
+    exact = next(side for side in sides if side.name == "ours, float32").logits()
+    written = seconds_in_turns([side.write for side in sides], repeat)
+    read = dict(zip(readers, seconds_in_turns([side.read for side in readers], repeat)))
+    for side, seconds in zip(sides, written):
+        row = {"side": side.name, "threads": side.threads, "one_by_one": speeds(n, seconds)}
+        row |= {"at_once": speeds(PROMPT, read[side])} if side in read else {}
+        if side.logits:
+            row["differ"] = ((side.logits() - exact).abs().max() / exact.abs().max()).item()
+        rows.append(row)
+        print(f"  {side.name:22}{side.threads:8}{spread(row, 'one_by_one')}{spread(row, 'at_once')}"
+              + (f"{row['differ']:10.1e}" if side.logits else f"{'-':>10}"), flush=True)
     return rows
 
 

@@ -1,7 +1,7 @@
 """Other programs with a model's weights: the PyPI package `rwkv`, and llama.cpp.
 
-For the benchmark (tools/bench.py), and as oracles for tests. Both are optional; without
-one of them there is an ImportError.
+For the benchmark (tools/bench.py), and as oracles for tests. Both are optional: without
+its package, making one raises ImportError.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from model import LM, ModelConfig
 from tools.gguf_tokenizer import tokenizer_settings
 from tools.to_gguf import KINDS, open_source, write_file
 
-BYTES = 256                     # tokens that llama.cpp is asked to read, all of them bytes
+BYTES = 256                     # llama.cpp's prompt has only tokens below this, the bytes
 
 
 def random_rwkv(cfg: ModelConfig) -> LM:
@@ -49,7 +49,8 @@ class LlamaCpp:
     """llama.cpp (the package `xllamacpp`) on our own GGUF export of a model.
 
     Called with numbers of tokens to read and to write: the seconds that each took.
-    `dtype` is that of the matrices: float32, bfloat16, float16 or q8_0.
+    `dtype` is that of the matrices: float32, bfloat16, float16 or q8_0. The export is
+    kept in `folder`, which is for one model. At most 1,024 tokens in all.
     """
 
     def __init__(self, model: LM, folder: str | Path, dtype: str, threads: int):
@@ -77,4 +78,4 @@ class LlamaCpp:
         with urllib.request.urlopen(request) as reply:
             took = json.load(reply)["timings"]
         assert (took["prompt_n"], took["predicted_n"]) == (read, write + 1), took
-        return took["prompt_ms"] / 1e3, took["predicted_ms"] / 1e3         # the first token cost no step
+        return took["prompt_ms"] / 1e3, took["predicted_ms"] / 1e3         # the first came with the prompt

@@ -38,7 +38,7 @@ def begin(cfg: TimingConfig, device: str | None = None) -> tuple[str, dict]:
 
     Raises ValueError where the results would replace what is none of a benchmark's.
     """
-    if cfg.json:                                           # before all the measuring, not after it
+    if cfg.json:
         check_place([Path(cfg.json)], is_benchmark, "--json")
     device = device or pick_device(cfg.device).type
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
@@ -68,9 +68,10 @@ def stopwatch(side: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def turns(sides: list[Callable[[], float]], repeat: int) -> list[list[float]]:
-    """The seconds that each side says it took, all sides run one after the other
-    `repeat` times, after one run to warm up.
+def seconds_in_turns(sides: list[Callable[[], float]], repeat: int) -> list[list[float]]:
+    """For each side the seconds of `repeat` runs, as the side itself says them.
+
+    All sides run once, then again; a first round, to warm up, does not count.
     """
     rounds = [[side() for side in sides] for _ in range(repeat + 1)]
     return [list(times) for times in zip(*rounds[1:])]
@@ -78,7 +79,7 @@ def turns(sides: list[Callable[[], float]], repeat: int) -> list[list[float]]:
 
 def in_turns(sides: dict, repeat: int, clock: Callable[[Callable[[], object]], float] = stopwatch) -> dict:
     """Median seconds of each side by the clock, run in turns."""
-    times = turns([partial(clock, side) for side in sides.values()], repeat)
+    times = seconds_in_turns([partial(clock, side) for side in sides.values()], repeat)
     return dict(zip(sides, map(statistics.median, times)))
 
 
