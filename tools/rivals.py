@@ -5,9 +5,12 @@ its package, making one raises ImportError.
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from tools.gguf_tokenizer import tokenizer_settings
 from tools.to_gguf import KINDS, open_source, write_file
 
 BYTES = 256                     # llama.cpp's prompt has only tokens below this, the bytes
+ANSWER = "seconds:"
 
 
 def random_rwkv(cfg: ModelConfig) -> LM:
@@ -46,7 +50,10 @@ def official(model: LM, folder: str | Path) -> Callable:
 
 
 class LlamaCpp:
-    """llama.cpp (the package `xllamacpp`) on our own GGUF export of a model.
+    """llama.cpp (the package `xllamacpp`) on our own GGUF export, in its own process.
+
+    In one process its threads and PyTorch's are too many for their OpenMP, which then
+    makes both slower.
 
     Called with numbers of tokens to read and to write: the seconds that each took.
     `dtype` is that of the matrices: float32, bfloat16, float16 or q8_0. The export is
@@ -54,28 +61,50 @@ class LlamaCpp:
     """
 
     def __init__(self, model: LM, folder: str | Path, dtype: str, threads: int):
-        import gguf  # noqa: F401   (which the export needs)
-        import xllamacpp
-
+        for package in ("gguf", "xllamacpp"):
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(package)
         folder = Path(folder)
         file = folder / f"{dtype}.gguf"
         if not file.exists():
             save_model(model, folder, {})
             tokens = tokenizer_settings(get_tokenizer("bytes"), model.cfg.vocab_size)
             write_file(file, open_source(folder)[0], KINDS[dtype], tokens)
-        params = xllamacpp.CommonParams()
-        params.model.path = str(file)
-        params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 1024, 1, False, 0
-        params.verbosity = -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        self.server = xllamacpp.Server(params)
+        command = [sys.executable, "-c", "from tools.rivals import serve; serve()", str(file), str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True)
 
     def __call__(self, read: int, write: int) -> tuple[float, float]:
+        print(read, write, file=self.process.stdin, flush=True)
+        for line in self.process.stdout:                   # llama.cpp may say something as well
+            if line.startswith(ANSWER):
+                return tuple(map(float, line.split()[1:]))
+        raise RuntimeError(f"llama.cpp ended with status {self.process.wait()}")
+
+    def __del__(self):
+        if hasattr(self, "process"):
+            self.process.kill()
+            self.process.wait()
+
+
+def serve() -> None:
+    """What a LlamaCpp's process does: a server, asked over its own port."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = sys.argv[1]
+    params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 1024, 1, False, 0
+    params.verbosity = -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[2])
+    server = xllamacpp.Server(params)
+    for line in sys.stdin:
+        read, write = map(int, line.split())
         job = {"prompt": [7 * i % BYTES for i in range(read)], "n_predict": write + 1, "temperature": 0,
                "cache_prompt": False, "ignore_eos": True}
-        request = urllib.request.Request(self.server.listening_address + "/completion",
-                                         json.dumps(job).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(server.listening_address + "/completion", json.dumps(job).encode(),
+                                         {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as reply:
             took = json.load(reply)["timings"]
         assert (took["prompt_n"], took["predicted_n"]) == (read, write + 1), took
-        return took["prompt_ms"] / 1e3, took["predicted_ms"] / 1e3         # the first came with the prompt
+        # of write + 1 tokens the first came with the prompt
+        print(f"\n{ANSWER} {took['prompt_ms'] / 1e3} {took['predicted_ms'] / 1e3}", flush=True)
