@@ -93,9 +93,10 @@ class Matvec:
             factors = factors[index]
         factors = factors.to(self.dtype)
         y = torch.embedding_bag(self.columns, index, starts, mode=0, per_sample_weights=factors)[0]  # a sum
+        y = y.to(x.dtype)
         if self.threads > 1:
-            y = y.to(x.dtype).unflatten(0, (-1, self.threads)).sum(1)
-        return y.to(x.dtype).view(self.shape)
+            y = y.unflatten(0, (-1, self.threads)).sum(1)
+        return y.view(self.shape)
 
     def shares(self, n: int) -> Tensor:
         """Where each thread's share of n begins."""

@@ -193,7 +193,7 @@ def other_sides(model: LM, n: int, threads: int, folder: str | Path) -> list[Pro
         for name, dtype in LLAMA.items():
             ask = LlamaCpp(model, folder, dtype, threads)
             sides.append(Program(f"llama.cpp, {name}", threads, lambda ask=ask: ask(1, n)[1],
-                              lambda ask=ask: ask(PROMPT, 1)[0]))
+                                 lambda ask=ask: ask(PROMPT, 1)[0]))
     except ImportError:
         missing.append("xllamacpp")
     if missing and threads == 1:

@@ -67,7 +67,8 @@ class LlamaCpp:
         folder = Path(folder)
         file = folder / f"{dtype}.gguf"
         if not file.exists():
-            save_model(model, folder, {})
+            if not (folder / "model.safetensors").exists():        # one for all precisions
+                save_model(model, folder, {})
             tokens = tokenizer_settings(get_tokenizer("bytes"), model.cfg.vocab_size)
             write_file(file, open_source(folder)[0], KINDS[dtype], tokens)
         command = [sys.executable, "-c", "from tools.rivals import serve; serve()", str(file), str(threads)]
