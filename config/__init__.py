@@ -12,6 +12,7 @@ The room's law: settings and presets; it imports nothing of ours, and all may im
 from config.script import hush, run  # noqa: F401   (before all that takes long, for Ctrl-C: see there)
 
 import contextlib
+import copy
 import difflib
 import io
 import math
@@ -20,7 +21,7 @@ import re
 import stat
 import sys
 import tomllib
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -242,9 +243,21 @@ def apply(default, values: dict, where: str = ""):
             changed[key] = apply(current, value, f"{where}{key}.")
         else:
             changed[key] = as_type(value, hints[key], f"{where}{key}")
-    for home, together in at_home.items():             # checked as a whole, in whatever order they stand
+    for home, together in at_home.items():
         changed[home] = apply(changed.get(home, getattr(default, home)), together, where)
-    return replace(default, **changed)
+    return with_values(default, changed)
+
+
+def with_values(default, changed: dict):
+    """dataclasses.replace that checks each value alone: flags may still make the whole
+    right.
+    """
+    result, hints = copy.copy(default), get_type_hints(type(default))
+    for f in fields(result):
+        if f.name in changed:
+            check_field(f, changed[f.name], hints[f.name])
+            object.__setattr__(result, f.name, changed[f.name])
+    return result
 
 
 def flat_settings(default) -> dict[str, str]:

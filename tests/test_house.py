@@ -158,6 +158,7 @@ def test_every_command_of_the_documents_parses(document):
         check_line(line)
 
 
+PYTHON = ".venv/bin/python "
 WRONG = ["make nothing", "python train.py --nonsense 3", "python train.py config/none.toml",
          "python nothing.py", "torchrun --nproc_per_node=2 distill.py --lr 3", "python -m data.prepare a b c",
          "python tools/plan.py", "python wkv.py --fast", "python -m tools.nothing", "rm -r out",
@@ -168,6 +169,17 @@ WRONG = ["make nothing", "python train.py --nonsense 3", "python train.py config
 def test_the_commands_that_should_not_parse_do_not(line):
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_line(line)
+
+
+@pytest.mark.parametrize("target", re.findall(r"^([\w-]+):", read("Makefile"), re.M))
+def test_the_commands_of_every_target_parse(target):
+    recipe = subprocess.run(["make", "-n", "-B", target], cwd=REPO, capture_output=True, text=True, check=True)
+    lines = recipe.stdout.replace("\\\n", "").replace("$seed", "0").splitlines()
+    scripts = [line[line.index(PYTHON):].partition(" || ")[0] for line in lines if PYTHON in line]
+    assert scripts
+    for line in scripts:
+        if "$" not in line:
+            check_line(line)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

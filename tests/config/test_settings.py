@@ -317,6 +317,17 @@ def test_flat_settings_of_a_preset_are_checked_together_in_whatever_order_they_s
     assert config.cli(TrainConfig, [str(tmp_path / "a.toml")]).model.n_embd == 16
 
 
+def test_what_a_preset_and_flags_make_together_is_checked_not_the_preset_alone(tmp_path):
+    path = preset(tmp_path, "count = 9\n")
+    with pytest.raises(ValueError, match="count is for cosine"):
+        config.cli(Checked, [path, "--kind", "linear"])
+    assert config.cli(Checked, [path, "--kind", "linear", "--count", "1"]) == Checked("linear", count=1)
+    alone = preset(tmp_path, "n_embd = 16\n")
+    with pytest.raises(ValueError, match="n_embd = 16 is not divisible"):
+        config.cli(TrainConfig, [alone, "--n_head", "3"])
+    assert config.cli(TrainConfig, [alone, "--n_head", "2"]).model.n_embd == 16
+
+
 def test_a_text_of_any_size_is_read_whole_up_to_its_limit_and_takes_no_more_memory(tmp_path):
     for n in (0, 3, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE):
         (tmp_path / "a.txt").write_text("x" * n)
