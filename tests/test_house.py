@@ -173,8 +173,9 @@ def test_the_commands_that_should_not_parse_do_not(line):
 
 @pytest.mark.parametrize("target", re.findall(r"^([\w-]+):", read("Makefile"), re.M))
 def test_the_commands_of_every_target_parse(target):
-    recipe = subprocess.run(["make", "-n", "-B", target], cwd=REPO, capture_output=True, text=True, check=True)
-    lines = recipe.stdout.replace("\\\n", "").replace("$seed", "0").splitlines()
+    make = ["make", "-n", "-B", target]
+    recipe = subprocess.run(make, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    lines = recipe.replace("\\\n", "").replace("$seed", "0").splitlines()
     scripts = [line[line.index(PYTHON):].partition(" || ")[0] for line in lines if PYTHON in line]
     assert scripts
     for line in scripts:
