@@ -23,7 +23,8 @@ def ask(job: dict[Path, list]) -> list[list]:
         pytest.skip("the package xllamacpp is not installed")
     text = json.dumps({str(file): questions for file, questions in job.items()})
     server = Path(__file__).with_name("llama_server.py")
-    done = subprocess.run([sys.executable, server], input=text, capture_output=True, text=True)
+    command = [sys.executable, "-P", server]               # -P: tests/tools is not its tools
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return list(json.loads(done.stdout.splitlines()[-1]).values())
 

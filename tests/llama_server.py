@@ -8,22 +8,16 @@ so many likeliest.
 
 import json
 import sys
-import urllib.request
+
+from tools.rivals import ask, llama_server
 
 SPACE = 32  # what is generated where only the probabilities matter: a whole character
 
 
 def main() -> None:
-    import xllamacpp
-
     answers = {}
     for file, questions in json.load(sys.stdin).items():
-        params = xllamacpp.CommonParams()
-        params.model.path = file
-        params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 1024, 1, False, 0
-        params.verbosity = -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        server = xllamacpp.Server(params)
+        server = llama_server(file, threads=1)
         answers[file] = [answer(server.listening_address, *question) for question in questions]
         del server
     print("\n" + json.dumps(answers), flush=True)
@@ -34,10 +28,7 @@ def answer(address: str, path: str, job: dict) -> dict:
         requests = [job["request"] | {"prompt": job["tokens"][:n]} for n in range(1, len(job["tokens"]) + 1)]
         rows = [answer(address, "/completion", request) for request in requests]
         return {key: [row[key][0] for row in rows] for key in ("ids", "logprobs")}
-    request = urllib.request.Request(address + path, json.dumps(job).encode(),
-                                     {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as reply:
-        whole = json.load(reply)
+    whole = ask(address + path, job)
     if not job.get("n_probs"):
         return whole
     rows = [row["top_logprobs"] for row in whole["completion_probabilities"]]

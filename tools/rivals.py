@@ -90,22 +90,30 @@ class LlamaCpp:
 
 def serve() -> None:
     """What a LlamaCpp's process does: a server, asked over its own port."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = sys.argv[1]
-    params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 1024, 1, False, 0
-    params.verbosity = -1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[2])
-    server = xllamacpp.Server(params)
+    server = llama_server(sys.argv[1], int(sys.argv[2]))
     for line in sys.stdin:
         read, write = map(int, line.split())
         job = {"prompt": [7 * i % BYTES for i in range(read)], "n_predict": write + 1, "temperature": 0,
                "cache_prompt": False, "ignore_eos": True}
-        request = urllib.request.Request(server.listening_address + "/completion", json.dumps(job).encode(),
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as reply:
-            took = json.load(reply)["timings"]
+        took = ask(server.listening_address + "/completion", job)["timings"]
         assert (took["prompt_n"], took["predicted_n"]) == (read, write + 1), took
         # of write + 1 tokens the first came with the prompt
         print(f"\n{ANSWER} {took['prompt_ms'] / 1e3} {took['predicted_ms'] / 1e3}", flush=True)
+
+
+def llama_server(file: str, threads: int):
+    """llama.cpp on a GGUF file, listening as long as the object lives."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = file
+    params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 1024, 1, False, 0
+    params.verbosity = -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    return xllamacpp.Server(params)
+
+
+def ask(url: str, job: dict) -> dict:
+    request = urllib.request.Request(url, json.dumps(job).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        return json.load(reply)
