@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import REPO
 from common_convert import relative
 from llama_server import SPACE
 from model import LM
@@ -22,9 +23,8 @@ def ask(job: dict[Path, list]) -> list[list]:
     if not importlib.util.find_spec("xllamacpp"):
         pytest.skip("the package xllamacpp is not installed")
     text = json.dumps({str(file): questions for file, questions in job.items()})
-    server = Path(__file__).with_name("llama_server.py")
-    command = [sys.executable, "-P", server]               # -P: tests/tools is not its tools
-    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.llama_server"]
+    done = subprocess.run(command, cwd=REPO, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return list(json.loads(done.stdout.splitlines()[-1]).values())
 
