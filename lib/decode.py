@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.matvec import Matvec
+from lib.processes import using_threads
 from lib.states import tensors, tree_map
 from model import LM, Block, State, TimeMixer
 
@@ -72,14 +73,10 @@ class Decoder:
             self.make_room(tokens, state)
         if self.recorded:
             return self.recorded(tokens, state)
-        threads = torch.get_num_threads()
-        if self.B == 1 and self.layers[0].output.threads == 1:
-            # matrices too small to divide: a second thread would only wait
-            torch.set_num_threads(1)
-        try:
+        # matrices too small to divide: a second thread would only wait
+        alone = self.B == 1 and self.layers[0].output.threads == 1
+        with using_threads(1 if alone else torch.get_num_threads()):
             return self.step(tokens, state)
-        finally:
-            torch.set_num_threads(threads)
 
     def make_room(self, tokens: Tensor, state: State) -> None:
         """For steps of as many texts as there are tokens."""

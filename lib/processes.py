@@ -58,6 +58,17 @@ def keep_memory() -> None:
         mallopt(M_MMAP_MAX, 0)                                            # no blocks that free() returns
 
 
+@contextlib.contextmanager
+def using_threads(n: int):
+    """In the block, or in a function decorated with it, PyTorch has n threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -12,7 +12,6 @@ Memory: tools/bench_memory.py; the GPU kernels: tools/bench_kernels.py. What it 
 a profiler, or a test (no test depends on a time).
 """
 
-import contextlib
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 
 from lib.decode import Decoder
 from lib.hybrid import cache_bytes, remembered_bytes
+from lib.processes import using_threads
 from model import LM, ModelConfig
 from tools.rivals import LlamaCpp, official, random_rwkv
 from tools.timing import (TimingConfig, begin, cell, in_turns, operator_sides, save, seconds_in_turns,
@@ -206,17 +206,6 @@ def prompt_and_tokens(model: LM, n: int) -> tuple[torch.Tensor, list[int]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.cfg.vocab_size, (PROMPT + n,), generator=generator)
     return ids[None, :PROMPT].to(model.emb.weight.device), ids[PROMPT:].tolist()
-
-
-@contextlib.contextmanager
-def using_threads(n: int):
-    """In the block, or in a function decorated with it, PyTorch has n threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def bench_text(cfg: BenchConfig, device: str) -> list[dict]:

@@ -5,6 +5,7 @@ import torch
 
 from common import one_line
 from kernels.matvec import LARGE, Matvec
+from lib.processes import using_threads
 
 # large enough for each of the ways or not, with odd numbers in every place
 SHAPES = (((600, 300), False), ((3, 200, 300), False), ((300, 600), True), ((601, 301), False),
@@ -16,10 +17,8 @@ DTYPES = ((torch.float32, None, 1e-6), (torch.float64, None, 1e-14), (torch.floa
 
 @pytest.fixture(params=(1, 2, 3))
 def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with using_threads(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("shape, sparse", SHAPES, ids=str)

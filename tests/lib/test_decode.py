@@ -10,6 +10,7 @@ from common import one_line, tiny_model
 from common_sample import tokens
 from lib import decode
 from lib.decode import Decoder
+from lib.processes import using_threads
 from lib.states import nbytes, tensors
 from model import ModelConfig
 from sample import generate
@@ -36,9 +37,8 @@ SWITCHES = {
 
 @pytest.fixture
 def threads_put_back():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    with using_threads(torch.get_num_threads()):
+        yield
 
 
 def positions(state) -> list[int]:

@@ -13,6 +13,7 @@ from common import T, assert_same_run, metrics, newest, one_line, tiny_model
 from common_train import META, QUIET, Killed, open_run, run_fit
 from lib.folders import save_model
 from lib.home import TRAIN, check_free, take_over_former_names
+from lib.processes import using_threads
 from lib.runs import Interrupt, Progress, RunConfig, read_metrics, read_row
 from train import FitConfig, cross_entropy_loss
 
@@ -62,11 +63,9 @@ def test_a_run_goes_on_with_the_threads_it_had_unless_others_are_asked_for(
     tmp_path, tiny, monkeypatch, capsys, cores, asked, gets
 ):
     """Their number decides how sums are rounded. Never more than there are cores."""
-    before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(lib.runs.os, "cpu_count", lambda: cores)
-    try:
-        torch.set_num_threads(3)
+    with using_threads(3):
         run_fit(tmp_path, tiny.text, steps(2))
         torch.set_num_threads(1)
         if asked:
@@ -75,8 +74,6 @@ def test_a_run_goes_on_with_the_threads_it_had_unless_others_are_asked_for(
         assert torch.get_num_threads() == gets
         said = [line for line in capsys.readouterr().out.splitlines() if "1 x cpu" in line]
         assert "1 x cpu with 3 threads" in said[0] and ("with" in said[1]) == (gets > 1)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_run_that_dies_between_its_last_checkpoint_and_publishing_it_publishes_when_resumed(
