@@ -168,12 +168,12 @@ def speeds(report: dict) -> list[str]:
 def scores(report: dict) -> dict[str, tuple[str, str]]:
     """What there is to tell: key -> title and format."""
     pairs = {"recall": (f"answers right of {report['pairs']} pairs", ".1%")} if "pairs" in report else {}
-    return {"kl": ("KL", ".4f"), "top1": ("top-1", ".1%")} | pairs
+    return {"kl": ("KL", ".4f"), "gap": ("gap", ".4f"), "top1": ("top-1", ".1%")} | pairs
 
 
 def plot(report: dict, path: Path) -> None:
     """KL, and recall where asked for, against layers kept and against bytes."""
-    shown_scores = [key for key in scores(report) if key != "top1"]
+    shown_scores = [key for key in scores(report) if key in ("kl", "recall")]
     with figure(path, 2 * len(shown_scores)) as panels:
         titles = {"kept": "layers kept attention", "bytes": f"bytes of {report['memory_of']:,} tokens"}
         for i, key in enumerate(shown_scores if panels is not None else []):
