@@ -274,7 +274,7 @@ def _foreign(folder: Path) -> str:
 @contextlib.contextmanager
 def staging_folder(out: Path, resume: bool = False) -> Iterator[Path]:
     """A new folder beside `out`, which is removed in the end unless it was renamed; to
-    `resume`, what a process that was killed left there.
+    `resume`, what a process that was killed left there, which then stays for the next.
 
     It is locked as long as we live: a folder like it without a lock is a leftover.
     """
@@ -290,7 +290,8 @@ def staging_folder(out: Path, resume: bool = False) -> Iterator[Path]:
                 stack.enter_context(_locked(staging))
             yield staging
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not (resume and (staging / RESUMABLE).exists()):
+            shutil.rmtree(staging, ignore_errors=True)
         with contextlib.suppress(OSError):      # not empty: the data set is in it
             for parent in made:
                 parent.rmdir()

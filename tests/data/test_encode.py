@@ -1,8 +1,10 @@
 """Workers and killed preparations: the same bytes, whoever tokenizes and whenever."""
 
+import errno
 import gzip
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from data.folder import recover
 from data.prepare import ensure_prepared, prepare
 from data.records import Example
 from data.sources import How, read, total_bytes
+from data.spool import Spool
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -234,6 +237,28 @@ def test_without_resume_what_a_killed_preparation_left_is_removed(tmp_path, corp
     prepare(corpus, tmp_path / "out")
     prepare(corpus, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "no space"), KeyboardInterrupt()], ids=repr)
+def test_a_resume_that_fails_loses_nothing_of_what_was_left(tmp_path, monkeypatch, corpus, capsys, failure):
+    kill_midway(tmp_path, corpus)
+    add = Spool.add
+
+    def add_some(spool, *batch):
+        if spool.done > 200:
+            raise failure
+        return add(spool, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises((ValueError, KeyboardInterrupt)):
+        patch.setattr(encode, "BATCH", 1000)
+        patch.setattr(Spool, "add", add_some)
+        prepare(corpus, tmp_path / "out", resume=True)
+    capsys.readouterr()
+    prepare(corpus, tmp_path / "out", resume=True)
+    done, = re.findall(r"going on after (\d+) documents", capsys.readouterr().err)
+    prepare(corpus, tmp_path / "whole")
+    assert int(done) > 200 and contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not list(tmp_path.glob(".*.partial"))
 
 
