@@ -353,7 +353,8 @@ class Stage:
         """The student, wrapped; only what this stage trains requires gradients."""
         model = wrap(student, self.teacher)
         for name, p in model.named_parameters():
-            trains, frozen = (any(part in name for part in parts) for parts in (self.trains, self.frozen))
+            trains = any(part in name for part in self.trains)
+            frozen = any(part in name.replace(".att.student.", ".att.") for part in self.frozen)
             p.requires_grad_(trains and not frozen)
         return model
 

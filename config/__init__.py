@@ -21,6 +21,7 @@ import re
 import stat
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from itertools import islice
@@ -49,13 +50,20 @@ def narrow(cfg, cls: type, **changes):
     return cls(**{f.name: getattr(cfg, f.name) for f in fields(cls)} | changes)
 
 
+class Refusal(ValueError):
+    """Why values cannot be, in a line for the user."""
+
+
 def check(self) -> None:
     """What every instance of a settings class goes through."""
     hints = get_type_hints(type(self))
-    for f in fields(self):
-        check_field(f, getattr(self, f.name), hints[f.name])
-    for cls in reversed(type(self).__mro__):
-        cls.__dict__.get("relations", lambda self: None)(self)
+    try:
+        for f in fields(self):
+            check_field(f, getattr(self, f.name), hints[f.name])
+        for cls in reversed(type(self).__mro__):
+            cls.__dict__.get("relations", lambda self: None)(self)
+    except ValueError as e:
+        raise Refusal(*e.args) from None
 
 
 def at_least(least: float, default, below: float = math.inf):
@@ -150,7 +158,18 @@ def cli(cls: type, argv: list[str] | None = None):
     except SystemExit as e:
         if not e.code or os.environ.get("RANK", "0") != "0":           # --help; under torchrun one speaks
             raise
+        chain = list(causes(e))
+        if ours := next((cause for cause in chain if isinstance(cause, Refusal)), None):
+            tables = [cause.arg for cause in chain if isinstance(getattr(cause, "arg", None), str)]
+            raise ValueError(": ".join([*filter(None, tables), str(ours)])) from None     # in one line
         raise ValueError(without_frame(box.getvalue()) + "; --help lists all settings") from None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it was raised in the handling of."""
+    while error:
+        yield error
+        error = error.__context__
 
 
 def switches(default, prefix: str = "") -> set[str]:
@@ -244,18 +263,23 @@ def apply(default, values: dict, where: str = ""):
         else:
             changed[key] = as_type(value, hints[key], f"{where}{key}")
     for home, together in at_home.items():
+        if twice := together.keys() & values.get(home, {}).keys():
+            raise ValueError(f"{where}{min(twice)} is also in the table {where}{home}: set it once")
         changed[home] = apply(changed.get(home, getattr(default, home)), together, where)
-    return with_values(default, changed)
+    return with_values(default, changed, where)
 
 
-def with_values(default, changed: dict):
+def with_values(default, changed: dict, where: str):
     """dataclasses.replace that checks each value alone: flags may still make the whole
     right.
     """
     result, hints = copy.copy(default), get_type_hints(type(default))
     for f in fields(result):
         if f.name in changed:
-            check_field(f, changed[f.name], hints[f.name])
+            try:
+                check_field(f, changed[f.name], hints[f.name])
+            except ValueError as e:
+                raise ValueError(f"{where[:-1]}: {e}" if where else str(e)) from None
             object.__setattr__(result, f.name, changed[f.name])
     return result
 

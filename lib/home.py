@@ -122,7 +122,8 @@ def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], 
         raise ValueError(f"{out} holds a run of another script: choose another --out")
     present = [name for name in writes if name != "settings.json" and is_full(out / name)]
     moving = (out / NEW).exists() or (out / OLD).exists()      # a killed process had one replaced
-    if resume and "model.safetensors" in present and not any(out.glob("**/checkpoints")):
+    empty = not any(out.glob("**/checkpoints")) and not (out / "start.json").exists()     # not a stage before
+    if resume and "model.safetensors" in present and empty:
         raise ValueError(f"{out} holds a model but no checkpoints: there is nothing to resume; choose "
                          "another --out, or start from it with --init")
     if present and not moving and all(name in MODEL for name in present):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.foreign import read_json
 from data.loader import Batch, Loader
 from data.mixture import open_half
 from lib.folders import write_json, write_text
@@ -94,6 +95,7 @@ def report_stages(run: Run, teacher: LM, rows: list[dict], cfg, val: Loader) -> 
     report = make_report(teacher, student, train, val, cfg.eval_tokens, cfg.match.bptt_chunk)
     report["student"]["stage"] = described
     report["stages"] = rows
+    report |= controls_of(run.out / "report.json", rows)
     if run.rank == 0:
         curves = {"teacher": Path(cfg.teacher)} | {name: run.out / name for name in cfg.named}
         write_report(run.out, report, {name: folder / "metrics.jsonl" for name, folder in curves.items()})
@@ -101,6 +103,19 @@ def report_stages(run: Run, teacher: LM, rows: list[dict], cfg, val: Loader) -> 
                 f"{run.out}: model, report.json, report.md, report.png. "
                 f"Now: python sample.py --ckpt {run.out} --prompt \"The \"")
     return report
+
+
+def controls_of(path: Path, rows: list[dict]) -> dict:
+    """The controls in a report whose stages up to `match` are these rows: they stay."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        before = read_json(path, "")
+        if upto_match(before.get("stages", [])) == upto_match(rows) and "controls" in before:
+            return {"controls": before["controls"]}
+    return {}
+
+
+def upto_match(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["name"] != "finish"]
 
 
 def table_rows(report: dict) -> list[dict]:

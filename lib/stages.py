@@ -65,7 +65,8 @@ def check_student(cfg, student: LM) -> None:
         if not any(part in name for name in names):
             raise ValueError(f"freeze = {cfg.freeze!r}: no parameter has {part!r} in its name; try emb, att, "
                              "ffn, ln or head")
-    if all(any(part in name for part in frozen_parts(cfg, student)) for name in names):
+    parts = frozen_parts(cfg, student)
+    if all(any(part in name for part in parts) for name, _ in student.named_parameters()):
         raise ValueError(f"freeze = {cfg.freeze!r}: nothing would be left to train")
     for name in ("align", "finish"):
         loop = getattr(cfg, name)

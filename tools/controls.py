@@ -20,10 +20,11 @@ from lib.folders import load_model, open_model
 from lib.home import check_same, lock
 from lib.hybrid import mixer_letters
 from lib.processes import joined, main_first, setup
-from lib.report import as_markdown, write_report
-from lib.runs import RunConfig
+from lib.report import as_markdown, table_rows, upto_match, write_report
+from lib.runs import RunConfig, read_row
 from lib.scores import measure
 from model import ModelConfig
+from tools.results import read_report
 from train import FitConfig, TrainConfig, train
 
 SCRATCH = "RWKV-7 from scratch"
@@ -37,6 +38,9 @@ class ControlsConfig(DistillConfig):
     scratch_rate: float = at_least(0.0, 2e-3)      # learning rate of RWKV-7 from scratch: the teacher's
 
     def __post_init__(self):
+        if self.run.overwrite:
+            raise ValueError(f"overwrite: what is in {self.run.out} is read back; to run some of it anew, "
+                             "remove its folder there")
         if set(self.asked) - set(CONTROLS):
             raise ValueError(f"only = {shown(self.only)}: name some of {','.join(CONTROLS)}")
 
@@ -56,6 +60,14 @@ def check_stages(cfg: DistillConfig) -> None:
     if cfg.named[:2] != ["align", "match"]:
         raise ValueError(f"controls compare with the stages align,match, but stages = {cfg.stages!r}: add "
                          "them")
+    for name, loop in (("align", cfg.align), ("match", cfg.match)):
+        for limit in ("max_tokens", "max_minutes", "terminate_at_loss"):
+            if getattr(loop, limit) is not None:
+                raise ValueError(f"{name}.{limit} = {getattr(loop, limit)}: controls add up steps; distil "
+                                 f"with {name}.max_steps alone")
+    if cfg.student.aligned:
+        raise ValueError("aligned: this student's mixers had another's stage 1, which no control has; "
+                         "distil without it")
 
 
 def run_controls(cfg: ControlsConfig) -> dict:
@@ -74,7 +86,7 @@ def run_controls(cfg: ControlsConfig) -> dict:
     by_adamw = replace(cfg.alone, optimizer="adamw")
     alone = {SCRATCH: from_scratch(cfg, teacher, cfg.alone),
              SCRATCH + " by AdamW": from_scratch(cfg, teacher, by_adamw),
-             "teacher trained on": {"init": cfg.teacher, "fit": cfg.alone}}
+             "teacher trained on": {"init": cfg.teacher, "fit": trained_on(cfg, teacher)}}
     for name in filter(alone.get, cfg.asked):
         rows[name] = {"name": name} | trained_alone(cfg, place(cfg.run, name), **alone[name])
     return rows
@@ -82,7 +94,7 @@ def run_controls(cfg: ControlsConfig) -> dict:
 
 def together(stages: list[dict]) -> dict:
     """Both stages as one row: where the last one ended, and what they took together."""
-    rows = [row for row in stages if row["name"] != "finish"]
+    rows = upto_match(stages)
     return rows[-1] | {key: sum(row[key] for row in rows) for key in ("tokens", "minutes")}
 
 
@@ -93,6 +105,12 @@ def from_scratch(cfg: ControlsConfig, t: ModelConfig, loop: FitConfig) -> dict:
                     rwkv_size=t.n_head * N, block_size=T)
     loop = replace(loop, learning_rate=cfg.scratch_rate, rwkv_lr_multiplier=1.0)
     return {"model": shape, "fit": loop}
+
+
+def trained_on(cfg: ControlsConfig, t: ModelConfig) -> FitConfig:
+    """As many tokens for the teacher, in sequences of its own length."""
+    steps = cfg.alone.max_steps * (cfg.block_size or t.block_size) // t.block_size
+    return replace(cfg.alone, max_steps=max(1, steps))
 
 
 def trained_alone(cfg: ControlsConfig, run: RunConfig, **how) -> dict:
@@ -110,13 +128,21 @@ def place(run: RunConfig, name: str) -> RunConfig:
 
 
 def check_distilled(cfg: ControlsConfig, out: Path, world: int) -> None:
-    """Raises ValueError where `out` has no distillation with these settings."""
-    if not (out / "report.json").exists():
+    """Raises ValueError where `out` has no finished distillation of these settings."""
+    path = out / "report.json"
+    if not path.exists():
         raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
     t = open_model(cfg.teacher)[0].cfg
     shape = replace(t, rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
     settings = asdict(replace(cfg, block_size=cfg.block_size or t.block_size))
     check_same(out, settings, world, mixer_letters(shape, cfg.student.mixer))
+    report = read_report(path)
+    told = {row["name"]: row["tokens"] for row in table_rows(report or {})}
+    for name in ("align", "match"):
+        row = out / name / "stage.json"
+        if not row.exists() or read_row(row)["tokens"] != told.get(name):
+            raise ValueError(f"{path} is not of the stage {name} as it is now: go on with python distill.py "
+                             f"--resume --out {out}, and the same settings")
 
 
 def add_controls(cfg: ControlsConfig) -> dict:

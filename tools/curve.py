@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     check_distilled(cfg, out, 1)
     held = lock(out)
     points = curve(cfg)
+    (out / "curve").mkdir(exist_ok=True)                   # all shares may be 1
     write_json(out / "curve" / "curve.json", points)
     plot(points, out / "curve" / "curve.svg")
     print(as_text(points) + f"{out}/curve: curve.json, curve.svg")

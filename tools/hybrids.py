@@ -25,7 +25,7 @@ from tyro.conf import OmitArgPrefixes, Suppress
 
 from distill import DistillConfig, distill
 from lib.folders import load_model, write_json, write_text
-from lib.home import lock
+from lib.home import LENGTHS, lock, read_settings
 from lib.hybrid import evenly, letters, remembered_bytes
 from lib.owned import check_place, contents
 from lib.processes import setup
@@ -49,10 +49,12 @@ class HybridsConfig(DistillConfig):
     run: Annotated[RunConfig, OmitArgPrefixes] = RunConfig(out="out/hybrids")
 
     def __post_init__(self):
+        if self.run.overwrite:
+            raise ValueError(f"overwrite: what is in {self.run.out} is read back; choose another --out")
         names = self.rules.split(",")
         if set(names) - set(RULES) or len(set(names)) < len(names):
             raise ValueError(f"rules = {shown(self.rules)}: name some of {','.join(RULES)}, each once")
-        if any(not n.isdecimal() for n in (self.kept or "0").split(",")):
+        if any(not n.isdecimal() or len(n) > 9 for n in (self.kept or "0").split(",")):
             raise ValueError(f"kept = {shown(self.kept)}: write numbers of layers with commas")
         if self.student.mixer not in ("r", "all"):
             raise ValueError(f"mixer = {self.student.mixer!r}: the rules say which layers, so omit --mixer")
@@ -65,10 +67,11 @@ def hybrids(cfg: HybridsConfig) -> dict:
     kept = [int(n) for n in cfg.kept.split(",")] if cfg.kept else list(range(L))
     if max(kept) >= L:
         raise ValueError(f"kept = {cfg.kept}: of {L} layers 0 to {L - 1} can stay attention")
+    check_length(cfg)
     n = cfg.memory_of or T
     rate = speed(teacher, cfg.match.batch_size, T)
     everywhere = cfg.run.within("everywhere")
-    align = distill(narrow(cfg, DistillConfig, stages="align", run=everywhere))["stages"][-1]
+    align = stage_rows(narrow(cfg, DistillConfig, stages="align", run=everywhere))["align"]
     cfg = replace(cfg, student=replace(cfg.student, aligned=f"{everywhere.out}/align"))
     first = {"bytes": remembered_bytes(teacher.cfg, n), "tokens_per_s": rate}
     if has_pairs(cfg):
@@ -80,6 +83,21 @@ def hybrids(cfg: HybridsConfig) -> dict:
             rows.append({"rule": rule, "kept": number} | students[mixer])
     pairs = {"pairs": cfg.pairs} if has_pairs(cfg) else {}
     return {"n_layer": L, "memory_of": n, "teacher": first, "rows": rows} | pairs
+
+
+def check_length(cfg: HybridsConfig) -> None:
+    """Raises ValueError for another stage 1 than the one that students stand on."""
+    before = read_settings(Path(cfg.run.within("everywhere").out) / "settings.json")
+    for name in LENGTHS:
+        old, new = before.get(f"align.{name}"), getattr(cfg.align, name)
+        if before and old != new:
+            raise ValueError(f"{cfg.run.out} was begun with align.{name} = {old}, not {new}: repeat it, or "
+                             "choose another --out")
+
+
+def stage_rows(cfg: DistillConfig) -> dict[str, dict]:
+    """Distil, or read back; the rows of the report by their names."""
+    return {row["name"]: row for row in distill(cfg)["stages"]}
 
 
 @torch.no_grad()
@@ -115,8 +133,9 @@ def student_row(cfg: HybridsConfig, mixer: str, n: int, align: dict) -> dict:
     """
     run = cfg.run.within(mixer)
     student = replace(cfg.student, mixer=mixer)
-    start, match = distill(narrow(cfg, DistillConfig, stages="match", student=student, run=run))["stages"]
-    model = load_model(run.out, setup(cfg.run.device)[2]).eval()
+    rows = stage_rows(narrow(cfg, DistillConfig, stages="match", student=student, run=run))
+    start, match = rows["start"], rows["match"]
+    model = load_model(f"{run.out}/match", setup(cfg.run.device)[2]).eval()       # OUT may be further
     row = {"mixer": mixer, "bytes": remembered_bytes(model.cfg, n)}
     row |= {key: match[key] for key in ("kl", "gap", "top1")}
     start |= {key: align[key] for key in ("tokens", "minutes")}

@@ -13,7 +13,6 @@ A state of N x N can keep N orthogonal keys per head; attention keeps every key,
 price of a memory that grows. It trains its own models; for others, tools/passkey.py.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +61,14 @@ class RecallConfig:
             raise ValueError(f"{longest} pairs, asked once each, take {3 * longest} tokens, but "
                              f"model.block_size = {self.model.block_size}: ask for fewer, or raise it")
         for mixer in self.mixers.split():
-            replace(self.model, mixer=mixer_letters(self.model, mixer))    # raises for what does not fit
+            letters = mixer_letters(self.model, mixer)
+            replace(self.model, mixer=letters)                             # raises for what does not fit
+            if "r" not in letters:
+                raise ValueError(f"mixers: {shown(mixer)} replaces no layer: put an r where RWKV-7 is to "
+                                 "stand")
+        if "r" in self.model.mixers:
+            raise ValueError(f"model.mixer = {shown(self.model.mixer)}: the teacher is all attention; omit it")
+        DistillConfig(align=self.align, match=self.match)                  # raises for what no stage can have
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -94,6 +100,9 @@ def pairs_sequence(n: int, rng: np.random.Generator) -> tuple[list[int], list[in
 def write_pairs(folder: Path, cfg: RecallConfig) -> None:
     """A prepared data folder of such sequences, as data/prepare.py would write it."""
     folder.mkdir(parents=True, exist_ok=True)
+    meta = {"kind": "supervised", "tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16",
+            "source": "recall.py"}
+    write_json(folder / "meta.json", meta)                 # first: a folder that is not whole is ours, too
     counts = {}
     for half, n, stream in (("train", cfg.examples, 0), ("val", max(64, cfg.asked), 1)):
         rng = np.random.default_rng([cfg.seed, stream])
@@ -105,9 +114,7 @@ def write_pairs(folder: Path, cfg: RecallConfig) -> None:
         lengths = [len(row) for row, _ in rows]
         np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / f"{half}.idx.bin")
         counts[half] = len(tokens)
-    meta = {"kind": "supervised", "tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16",
-            "source": "recall.py", "tokens": counts}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    write_json(folder / "meta.json", meta | {"tokens": counts})
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def read_report(path: Path) -> dict | None:
         for x in (*numbers, report["teacher"]["val_loss"]):
             format(x, ",.4f")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): make results anew") from None
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): remove it and make it anew") from None
     return report
 
 

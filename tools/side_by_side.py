@@ -16,11 +16,12 @@ import tiktoken
 import torch
 
 from data.chat import encode_turns
-from data.tokenizer import load_tokenizer, opening, stops
+from data.tokenizer import TextStream, load_tokenizer, opening, stops
 from lib.decode import Decoder
 from lib.folders import load_model, write_json, write_text
 from lib.owned import check_place, contents
 from lib.processes import pick_device
+from lib.scores import readable
 from model import LM
 from sample import generate
 from tools.batch import read_prompts
@@ -49,6 +50,11 @@ def answer(decoder: Decoder, prompt: list[int], n: int, stop: tuple[int, ...]) -
     return [token.item() for token, _ in generate(decoder, tokens, n, stop=stop, temperature=0.0)]
 
 
+def spoken(enc: tiktoken.Encoding, tokens: list[int]) -> str:
+    """An answer's text, up to a token that ends it."""
+    return "".join(map(TextStream(enc, stops(enc)), [*tokens, None]))
+
+
 @torch.no_grad()
 def agreement(student: LM, prompt: list[int], said: list[int]) -> int:
     """How many tokens of what was `said` the student would choose in their places."""
@@ -62,16 +68,20 @@ def side_by_side(cfg: SideBySideConfig, prompts: list[str]) -> dict:
     device = pick_device(cfg.device)
     teacher, student = (load_model(folder, device).eval() for folder in (cfg.teacher, cfg.student))
     enc, rows = load_tokenizer(cfg.teacher), []
-    if student.cfg.vocab_size < enc.n_vocab or load_tokenizer(cfg.student).name != enc.name:
+    if student.cfg.vocab_size < teacher.cfg.vocab_size or load_tokenizer(cfg.student).name != enc.name:
         raise ValueError(f"{cfg.student} reads other tokens than {cfg.teacher}: name a student of it")
+    questions = [question(enc, text) for text in prompts]
+    longest = max(map(len, questions)) + cfg.max_tokens - 1
+    for folder, model in ((cfg.teacher, teacher), (cfg.student, student)):
+        if readable(model, longest) < longest:
+            raise ValueError(f"prompts and max_tokens need {longest} positions, {folder} has learned "
+                             f"{model.cfg.longest}: shorten one of them")
     decoders, stop = (Decoder(teacher), Decoder(student)), stops(enc)
-    for text in prompts:
-        prompt = question(enc, text)
+    for text, prompt in zip(prompts, questions):
         t, s = (answer(decoder, prompt, cfg.max_tokens, stop) for decoder in decoders)
         first = next((i for i, (a, b) in enumerate(zip(t, s)) if a != b), min(len(t), len(s)))
         row = {"prompt": text, "tokens": len(t), "agrees": agreement(student, prompt, t), "first": first}
-        spoken = (enc.decode([token for token in tokens if token not in stop]) for tokens in (t, s))
-        rows.append(row | dict(zip(("teacher", "student"), spoken)))
+        rows.append(row | {"teacher": spoken(enc, t), "student": spoken(enc, s)})
     said = sum(row["tokens"] for row in rows)
     shares = {key: sum(row[key] for row in rows) / said for key in ("agrees", "first")}
     return shares | {"tokens": said, "rows": rows}
