@@ -251,9 +251,9 @@ def contents(folder: str) -> int | None:
 def go_on(out: Path, values: dict) -> dict:
     """The settings of a resumed run: `values`, which are those of its start.
 
-    A stage that has not begun may have others, and the last one that has begun goes on
-    with a greater length although it was finished. Raises ValueError for any other
-    difference.
+    A stage that has not begun, or comes after all that are asked for, may have others,
+    and the last one that has begun goes on with a greater length although it was
+    finished. Raises ValueError for any other difference.
     """
     before = read_settings(out / "settings.json")
     begun = [stage for stage in STAGES if (out / stage / "checkpoints").exists()]
@@ -266,7 +266,9 @@ def go_on(out: Path, values: dict) -> dict:
         stage, last = owner(name), name.rpartition(".")[2]
         if same(before[name], values[name]) or stage and stage not in begun:
             continue
-        if last == "block_size" and stage in done and (stage != begun[-1] or not complete):
+        if stage and asked[-1] in STAGES and STAGES.index(stage) > STAGES.index(asked[-1]):
+            values[name] = before[name]            # of a stage behind those that are asked for
+        elif last == "block_size" and stage in done and (stage != begun[-1] or not complete):
             values[name] = before[name]            # the others may have a longer one
         elif last in LENGTHS and stage in done and stage not in asked:
             values[name] = before[name]

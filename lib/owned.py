@@ -12,12 +12,12 @@ from pathlib import Path
 
 def check_place(files: Sequence[Path], is_own: Callable[[Path], bool], flag: str) -> None:
     """Make the folders of `files`, which are to be written later; the first of them
-    tells whose they are. An empty folder is nobody's.
+    tells whose they are.
 
     Raises ValueError where one exists and the first is not our own, and OSError where
     nothing can be written.
     """
-    taken = next((file for file in files if os.path.lexists(file) and not is_empty(file)), None)
+    taken = next(filter(os.path.lexists, files), None)
     if taken and not (files[0].is_file() and is_own(files[0])):
         raise ValueError(f"{flag}: {taken} exists, and this command did not write it: choose another name, "
                          "or move it away")
@@ -25,10 +25,6 @@ def check_place(files: Sequence[Path], is_own: Callable[[Path], bool], flag: str
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-
-
-def is_empty(file: Path) -> bool:
-    return file.is_dir() and not any(file.iterdir())
 
 
 def contents(file: Path, most: int = 2**28) -> dict:

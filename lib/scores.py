@@ -1,6 +1,6 @@
 """Losses on held-out text, of one model and of teacher and student side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from data.loader import Batch, Loader
 from lib.processes import global_sum
 from model import LM
+
+LOGITS = 2**24  # of one model that exist at once
 
 
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:
@@ -23,6 +25,17 @@ def token_losses(logits: Tensor, batch: Batch) -> Tensor:
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Sum over the targets of -log p(target)."""
     return token_losses(logits, batch).sum()
+
+
+def logits_in_parts(batch: Batch, *sides: tuple[LM, Tensor]) -> Iterator[tuple]:
+    """(part of the batch, each side's logits of it), for models and what their `hidden`
+    gave: those of all positions never exist together.
+    """
+    n = max(1, LOGITS // (len(batch.x) * max(model.cfg.vocab_size for model, _ in sides)))
+    for part, *rows in zip(batch.split(n), *(h.split(n, 1) for _, h in sides)):
+        # a sharded model's h may be in 16 bits
+        yield part, *(model.head(h.to(torch.promote_types(h.dtype, torch.float32)))
+                      for (model, _), h in zip(sides, rows))
 
 
 @torch.no_grad()
@@ -39,9 +52,10 @@ def loss_by_position(model: LM, loader: Loader, max_tokens: int | None = None, c
     for batch in loader.windows(max_tokens):
         state = None
         for piece in batch.to(device).split(reach)[0].split(chunk):
-            logits, state = model(piece.x, state)
+            h, state = model.hidden(piece.x, state)
             here = slice(state.position - piece.x.shape[1], state.position)
-            sums[:, here] += torch.stack([token_losses(logits, piece).sum(0), piece.mask.sum(0)])
+            losses = [token_losses(logits, part) for part, logits in logits_in_parts(piece, (model, h))]
+            sums[:, here] += torch.stack([torch.cat(losses, 1).sum(0), piece.mask.sum(0)])
     return global_sum(sums)
 
 
@@ -88,10 +102,12 @@ def compare(teacher: LM, student: LM, loader: Loader, max_tokens: int | None = N
     for batch in loader.windows(max_tokens):
         teacher_state, student_state = None, None
         for piece in batch.to(device).split(chunk):
-            t, teacher_state = teacher(piece.x, teacher_state)
-            s, student_state = student(piece.x, student_state)
+            ht, teacher_state = teacher.hidden(piece.x, teacher_state)
+            hs, student_state = student.hidden(piece.x, student_state)
             here = slice(student_state.position - piece.x.shape[1], student_state.position)
-            sums[:, here] += (token_scores(t, s, piece.y) * piece.mask).sum(1)
+            parts = logits_in_parts(piece, (teacher, ht), (student, hs))
+            scores = torch.cat([token_scores(t, s, part.y) for part, t, s in parts], 2)
+            sums[:, here] += (scores * piece.mask).sum(1)
             count[here] += piece.mask.sum(0)
     sums, count = global_sum(sums), global_sum(count)
     teacher_loss, student_loss, kl, top1, top5 = (sums.sum(1) / count.sum().clamp(min=1)).tolist()

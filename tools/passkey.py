@@ -190,10 +190,10 @@ def measure(cfg: PasskeyConfig) -> dict:
     same_tokenizer(val, *folders.values())
     if val.kind != "text":
         raise ValueError(f"{cfg.data} holds {val.kind} examples: --longest and --passkey read text")
-    if teacher.cfg.longest and T > teacher.cfg.longest:
-        raise ValueError(f"block_size = {T}: {cfg.teacher} has learned {teacher.cfg.longest} positions; lower "
-                         "it")
     stretches = max(readable(model, (cfg.longest or 1) * T) for model in models.values()) // T
+    if not stretches:
+        raise ValueError(f"block_size = {T}: {cfg.teacher} has learned {teacher.cfg.longest} positions: "
+                         "lower it")
     lengths = [T * 2**i for i in range(stretches.bit_length())] if cfg.passkey else []
     enc = load_tokenizer(cfg.data)
     texts = {n: passkey_texts(enc, val.tokens, n, cfg.passkey, cfg.depths) for n in lengths}    # may raise

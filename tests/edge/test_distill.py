@@ -5,6 +5,7 @@ processes, refused in one line.
 import json
 import re
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -356,9 +357,28 @@ def test_students_that_their_teacher_does_not_allow_are_refused():
         one_line(error.value)
 
 
-def test_a_freeze_that_names_nothing_is_refused(job):
-    with pytest.raises(ValueError, match="fnn"):
-        distill.distill(job("out", stages="match", freeze="fnn"))
+def test_a_freeze_that_names_nothing_or_leaves_nothing_is_refused(job, tmp_path):
+    """Before stage 1; a tied head is frozen with its embedding."""
+    save_model(tiny_model(tied=True), tmp_path / "tied", META)
+    tied = {"teacher": str(tmp_path / "tied")}
+    for freeze, how, says in (("fnn", {}, "fnn"), ("emb,head,att,ffn,ln", {}, "nothing would be left"),
+                              ("emb,att,ffn,ln", tied, "nothing would be left")):
+        with pytest.raises(ValueError, match=says):
+            distill.distill(job("out", freeze=freeze, **how))
+    assert not (tmp_path / "out" / "align").exists()
+
+
+def test_a_stage_whose_damaged_folder_was_removed_is_run_again(job, tmp_path):
+    """As the message says: also the first one."""
+    cfg, out = {"align": loop(2), "match": loop(2), "stages": "align,match"}, tmp_path / "out"
+    report = distill.distill(job("out", **cfg))
+    before = (out / "model.safetensors").read_bytes()
+    for stages in (["match"], ["match", "align"]):
+        for stage in stages:
+            shutil.rmtree(out / stage)
+        again = distill.distill(job("out", **cfg, resume=True))
+        assert (out / "model.safetensors").read_bytes() == before
+        assert [row["kl"] for row in again["stages"]] == [row["kl"] for row in report["stages"]]
 
 
 def test_a_damaged_stage_file_is_named_and_overwriting_keeps_the_teacher(job, tmp_path):

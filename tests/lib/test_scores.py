@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import lib.scores
 from common import T, padded, random_batch, tiny_model
 from data.loader import Loader
 from lib.scores import compare, cross_entropy, loss_by_position, mean_loss, measure, readable
@@ -120,6 +121,25 @@ def test_loss_by_position_is_compares_and_reads_no_further_than_it_is_told(tiny)
         short = loss_by_position(model, loader, 200, 5, reach=7)
         torch.testing.assert_close(short[:, :7], torch.stack([sums, counts])[:, :7])
         assert counts[7:].any() and not short[:, 7:].any()
+
+
+@pytest.mark.parametrize("most", [1, 257 * 3, 257 * 3 * 5 + 1, 2**24])
+def test_logits_in_parts_give_the_same_and_are_never_more_than_so_many(tiny, monkeypatch, most):
+    teacher, student = tiny_model(1).eval(), tiny_model(mixer="ra").eval()
+    loader = Loader(tiny.sft, "val", 3, T)
+    whole = compare(teacher, student, loader, 200)
+    sums = loss_by_position(student, loader, 200, 7)
+    monkeypatch.setattr(lib.scores, "LOGITS", most)
+    sizes = []
+    for model in (teacher, student):
+        model.head.register_forward_hook(lambda head, args, logits: sizes.append(logits.numel()))
+    parts = compare(teacher, student, loader, 200)
+    assert max(sizes) <= max(most, 3 * 257)                  # at least a position of every row
+    by_position = [parts.pop("by_position"), whole.pop("by_position")]
+    assert parts == pytest.approx(whole, rel=1e-6)
+    for who in ("teacher", "student"):
+        assert by_position[0][who] == pytest.approx(by_position[1][who], rel=1e-6)
+    torch.testing.assert_close(loss_by_position(student, loader, 200, 7), sums)
 
 
 def test_only_attention_with_learned_positions_has_an_end_and_whole_texts_are_not_cut_in_silence(tiny):

@@ -10,7 +10,7 @@ import pytest
 import tools.controls
 from common import one_line
 from common_distill import job, loop, teacher  # noqa: F401   (fixtures)
-from distill import DistillConfig, distill
+from distill import DistillConfig, StudentConfig, distill
 from lib.folders import load_model
 from tools.controls import CONTROLS, SCRATCH, ControlsConfig, add_controls, run_controls
 
@@ -47,6 +47,61 @@ def test_every_control_sees_the_students_tokens_without_one_idea(job, tmp_path, 
     again = add_controls(controls_of(cfg))["controls"]
     assert {p: p.read_bytes() for p in out.rglob("*.safetensors")} == files
     assert again == rows
+
+
+def test_a_teacher_trained_on_reads_as_many_tokens_whatever_its_length(job):
+    cfg = job("out", stages="align,match", block_size=8, align=loop(4), match=loop(4))
+    distill(cfg)
+    rows = add_controls(controls_of(cfg, only=f"teacher trained on,{SCRATCH}"))["controls"]
+    assert {row["tokens"] for row in rows.values()} == {(4 + 4) * 2 * 8}
+
+
+def test_a_distillation_resumed_for_more_keeps_its_controls_until_a_stage_changes(job):
+    cfg = job("out", stages="align,match", align=loop(2), match=loop(2))
+    distill(cfg)
+    controls = add_controls(controls_of(cfg, only=SCRATCH))["controls"]
+    again = replace(cfg, run=replace(cfg.run, resume=True))
+    assert distill(again)["controls"] == controls
+    assert "controls" not in distill(replace(again, match=loop(4)))
+
+
+def test_a_student_that_is_being_trained_on_has_no_controls(job, tmp_path):
+    """As a process that was killed leaves it: a report of before, stages of now."""
+    cfg, out = job("out", stages="align,match", align=loop(2), match=loop(2)), tmp_path / "out"
+    distill(cfg)
+    before = (out / "report.json").read_text()
+    longer = replace(cfg, match=loop(4), run=replace(cfg.run, resume=True))
+    distill(longer)
+    (out / "report.json").write_text(before)
+    for i in range(2):
+        with pytest.raises(ValueError, match="not of the stage match as it is now: .*--resume") as error:
+            add_controls(controls_of(longer, only=SCRATCH))
+        one_line(error.value)
+        (out / "match" / "stage.json").unlink(missing_ok=True)
+    (out / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="not of the stage align"):
+        add_controls(controls_of(longer, only=SCRATCH))
+    (out / "report.json").write_text('{"stages": [')
+    with pytest.raises(ValueError, match="report.json is damaged"):
+        add_controls(controls_of(longer, only=SCRATCH))
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"match": replace(loop(4), max_tokens=64)}, "match.max_tokens = 64: .*match.max_steps alone"),
+    ({"align": replace(loop(4), max_minutes=1.0)}, "align.max_minutes = 1.0: .*align.max_steps alone"),
+    ({"student": StudentConfig(aligned="out/x/align")}, "aligned: .* distil without it"),
+])
+def test_what_controls_cannot_equal_is_one_line(job, change, says):
+    with pytest.raises(ValueError, match=says) as error:
+        add_controls(controls_of(job("out", stages="align,match", **change)))
+    one_line(error.value)
+
+
+def test_controls_are_not_overwritten(job):
+    cfg = job("out", stages="align,match")
+    with pytest.raises(ValueError, match="overwrite: .* remove its folder") as error:
+        controls_of(replace(cfg, run=replace(cfg.run, overwrite=True)))
+    one_line(error.value)
 
 
 def test_controls_without_their_run_or_its_stages_are_refused_in_one_line(job):

@@ -41,6 +41,13 @@ def test_each_point_is_a_run_with_its_share_of_the_steps(job, tmp_path, capsys, 
     assert (out / "curve" / "curve.svg").read_bytes() == picture
 
 
+def test_a_curve_of_what_is_there_alone(job, tmp_path, capsys):
+    cfg = job("out", stages="align,match", align=loop(2), match=loop(2))
+    distill(cfg)
+    main([*flags(cfg), "--stages", "align,match", "--student_shares", "1", "--scratch_shares", "1"])
+    assert (tmp_path / "out" / "curve" / "curve.svg").exists()
+
+
 def test_where_from_scratch_catches_up_is_read_between_two_points():
     rows = [{"tokens": n, "val_loss": loss} for n, loss in ((100, 3.0), (200, 2.0), (800, 1.0))]
     assert catch_up(2.0, rows) == 200

@@ -1,12 +1,14 @@
 """Rules side by side: patterns, one student for equal ones, rows that add up."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import tools.hybrids
 from common import one_line, tiny_model
 from common_distill import META, flags, job, loop, teacher  # noqa: F401   (fixtures)
+from distill import StudentConfig, distill
 from lib.folders import save_model
 from lib.hybrid import letters, remembered_bytes
 from tools.hybrids import HybridsConfig, as_markdown, by_place, main
@@ -59,9 +61,31 @@ def test_on_pairs_the_students_and_the_teacher_are_asked(job, tmp_path, capsys):
     assert "answers right of 4 pairs" in capsys.readouterr().out
 
 
+def test_students_stand_on_one_stage_1_and_may_be_taken_further(job, tmp_path, capsys):
+    cfg = job("out", stages="align,match", align=loop(2), match=loop(2))
+    words = [*flags(cfg), "--rules", "last", "--kept", "0"]
+    main(words)
+    report = json.loads((tmp_path / "out" / "hybrids.json").read_text())
+    before = (tmp_path / "out" / "everywhere" / "align" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="align.max_steps = 2, not 3: repeat it") as error:
+        main([*words, "--align.max_steps", "3"])
+    one_line(error.value)
+    assert (tmp_path / "out" / "everywhere" / "align" / "model.safetensors").read_bytes() == before
+    row = StudentConfig(mixer="rr", decay="lookback", calibrate=True,
+                        aligned=str(tmp_path / "out" / "everywhere" / "align"))
+    further = job("out/rr", stages="match,finish", align=loop(2), match=loop(2), student=row)
+    distill(replace(further, run=replace(further.run, resume=True)))
+    main(words)
+    again = json.loads((tmp_path / "out" / "hybrids.json").read_text())
+    assert again["rows"] == report["rows"]
+    with pytest.raises(ValueError, match="overwrite") as error:
+        main([*words, "--overwrite"])
+    one_line(error.value)
+
+
 def test_what_cannot_be_compared_is_one_line(job, tmp_path):
     for change in ({"rules": "best"}, {"rules": ""}, {"rules": "first,first"}, {"kept": "x"},
-                   {"kept": "1,,2"}, {"pairs": 0}, {"pairs": 33}):
+                   {"kept": "1,,2"}, {"kept": "9" * 5000}, {"pairs": 0}, {"pairs": 33}):
         with pytest.raises(ValueError, match=next(iter(change))) as error:
             HybridsConfig(**change)
         one_line(error.value)

@@ -135,6 +135,14 @@ def test_the_script_reads_on_and_asks_for_the_passkey(mixer, tiny, tmp_path, cap
     assert printed.count("| student | 512 |") == 1
 
 
+def test_a_length_that_no_model_can_read_is_one_line(tiny, tmp_path):
+    save_model(tiny_model(positions="learned", block_size=32), tmp_path / "m", {"tokenizer": "bytes"})
+    with pytest.raises(ValueError, match="block_size = 64: .* has learned 32 positions: lower it") as error:
+        main(["--teacher", str(tmp_path / "m"), "--student", "None", "--data", str(tiny.text),
+              "--block_size", "64", "--longest", "4", "--passkey", "None"])
+    one_line(error.value)
+
+
 def test_each_measure_is_made_alone_too_and_of_the_teacher_alone(tiny, tmp_path, capsys):
     save_model(tiny_model(block_size=128), tmp_path / "m", {"tokenizer": "bytes"})
     flags = ["--teacher", tmp_path / "m", "--student", "None", "--data", tiny.text, "--max_tokens", 1500]

@@ -13,6 +13,7 @@ from data.loader import Loader
 from model import ModelConfig
 from tools.recall import (KEYS, VALUES, RecallConfig, as_markdown, pairs_accuracy, pairs_sequence,
                           write_pairs)
+from train import FitConfig
 
 
 def key_of(pair: int) -> int:
@@ -85,6 +86,22 @@ def test_the_script_trains_distils_asks_and_writes_its_report(tmp_path, capsys):
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_data_that_a_killed_process_was_writing_are_written_again(tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    cfg = RecallConfig(pairs="2", examples=8, asked=4)
+    write_pairs(tmp_path / "whole", cfg)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tools.recall, "pairs_sequence", killed)
+        write_pairs(tmp_path / "data", cfg)
+    assert tools.recall.is_recall(tmp_path / "data" / "meta.json")        # so that the place is ours
+    write_pairs(tmp_path / "data", cfg)
+    whole, data = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+                   for name in ("whole", "data"))
+    assert data == whole
+
+
 def test_bad_input_ends_in_one_clear_line():
     """Before the first step of training: also a width that no student could have."""
     for change, words in (({"pairs": "0"}, "from 1 to 32"), ({"pairs": "33"}, "from 1 to 32"),
@@ -92,7 +109,10 @@ def test_bad_input_ends_in_one_clear_line():
                           ({"mixers": ""}, "mixers is empty"),
                           ({"model": ModelConfig(n_layer=2, block_size=16)}, "block_size"),
                           ({"model": ModelConfig(n_layer=2, n_embd=96, rwkv_head_size=64)}, "rwkv_head_size"),
-                          ({"mixers": "most"}, "first:K"), ({"examples": 0}, "at least 1"),
+                          ({"mixers": "most"}, "first:K"), ({"mixers": "a"}, "replaces no layer"),
+                          ({"model": ModelConfig(mixer="r")}, "the teacher is all attention, so omit it"),
+                          ({"align": FitConfig(bptt_chunk=4)}, "align.bptt_chunk"),
+                          ({"examples": 0}, "at least 1"),
                           ({"asked": 0}, "at least 1"), ({"seed": -1}, "at least 0")):
         with pytest.raises(ValueError, match=words) as e:
             RecallConfig(**change)

@@ -61,6 +61,28 @@ def test_an_answer_ends_at_its_end():
     assert answer(Decoder(constant_model(always)), [65], 5, (256,)) == [256]
 
 
+def test_rows_that_no_token_has_are_shown_as_unknown(folders, tmp_path):
+    always = [0.0] * 300
+    always[290] = 1.0
+    for name in ("wide", "wider"):
+        save_model(constant_model(always), tmp_path / name, META)
+    main(folders("wide", "wider", out=tmp_path / "out"))
+    rows = json.loads((tmp_path / "out" / "answers.json").read_text())["rows"]
+    assert all(row["teacher"] == row["student"] == "\ufffd" * 12 and row["agrees"] == 12 for row in rows)
+    with pytest.raises(ValueError, match="reads other tokens"):
+        main(folders("wide", "student"))
+
+
+def test_prompts_beyond_learned_positions_are_refused_before_any_is_answered(folders, tmp_path, monkeypatch):
+    save_model(tiny_model(positions="learned", block_size=16), tmp_path / "short", META)
+    (tmp_path / "prompts.txt").write_text("The\n" + "x" * 40)
+    monkeypatch.setattr("tools.side_by_side.answer", None)
+    for names in (("short", "student"), ("teacher", "short")):
+        with pytest.raises(ValueError, match="need 52 positions, .*short has learned 16") as error:
+            main(folders(*names))
+        one_line(error.value)
+
+
 def test_what_cannot_be_laid_side_by_side_is_one_line(folders, tmp_path):
     save_model(tiny_model(vocab_size=200), tmp_path / "small", META)
     (tmp_path / "foreign").mkdir()
