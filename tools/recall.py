@@ -67,8 +67,8 @@ class RecallConfig:
                 raise ValueError(f"mixers: {shown(mixer)} replaces no layer: put an r where RWKV-7 is to "
                                  "stand")
         if "r" in self.model.mixers:
-            raise ValueError(f"model.mixer = {shown(self.model.mixer)}: the teacher is all attention, so omit "
-                             "it")
+            raise ValueError(f"model.mixer = {shown(self.model.mixer)}: the teacher is all attention, so "
+                             "omit it")
         DistillConfig(align=self.align, match=self.match)                  # raises for what no stage can have
 
     @property
