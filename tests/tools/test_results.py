@@ -43,6 +43,6 @@ def test_a_damaged_report_is_one_line_that_names_it(tmp_path):
                  json.dumps(good | {"stages": 3}), json.dumps(good | {"stages": [{"name": []}]}),
                  json.dumps(good | {"teacher": None}), json.dumps(good | {"controls": [1]})):
         file.write_text(text)
-        with pytest.raises(ValueError, match="seed0.json is damaged .*: make results anew") as e:
+        with pytest.raises(ValueError, match="seed0.json is damaged .*: remove it and make it anew") as e:
             main([str(tmp_path)])
         one_line(e.value)
