@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.loader import Batch, Loader
 from lib.processes import global_sum
+from lib.shard import is_sharded
 from model import LM
 
 LOGITS = 2**24  # of one model that exist at once
@@ -36,6 +37,9 @@ def logits_in_parts(batch: Batch, *sides: tuple[LM, Tensor]) -> Iterator[tuple]:
         # a sharded model's h may be in 16 bits
         yield part, *(model.head(h.to(torch.promote_types(h.dtype, torch.float32)))
                       for (model, _), h in zip(sides, rows))
+    for model, _ in sides:
+        if is_sharded(model):
+            model.reshard()                # only its forward does that itself
 
 
 @torch.no_grad()

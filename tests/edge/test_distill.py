@@ -31,7 +31,7 @@ from common_distill import META, check_gather, job, loop, rerun, teacher, weight
 from common_train import Killed, dies_at_call, two_processes, wait_for
 from config import cli
 from data.loader import Loader
-from distill import DistillConfig, StudentConfig, make_student, open_stage
+from distill import DistillConfig, Stage, StudentConfig, make_student, open_stage
 from lib import stages
 from lib.folders import load_model, save_model
 from lib.runs import checkpoints
@@ -355,6 +355,15 @@ def test_students_that_their_teacher_does_not_allow_are_refused():
         with pytest.raises(ValueError, match=says) as error:
             make_student(teacher, StudentConfig(**changes))
         one_line(error.value)
+
+
+def test_freeze_knows_the_names_of_the_models_own_parameters():
+    student = make_student(tiny_model().requires_grad_(False), StudentConfig())
+    names = [name for name, _ in student.named_parameters()]
+    for part in ("att.receptance", "att.w0", "blocks.1.att", "x_k", "ln1.weight"):
+        model = Stage(None, frozen=(part,)).model(student)
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert len(frozen) == sum(part in name for name in names) > 0, part
 
 
 def test_a_freeze_that_names_nothing_or_leaves_nothing_is_refused(job, tmp_path):
