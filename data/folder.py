@@ -283,6 +283,7 @@ def staging_folder(out: Path, resume: bool = False) -> Iterator[Path]:
     try:
         with contextlib.ExitStack() as stack:
             left = leftovers(out) if resume else []
+            left.sort(key=lambda path: path != staging)                     # a name that we need first
             if free := next((path for path in left if stack.enter_context(_locked(path))), None):
                 free.rename(staging)
             else:

@@ -122,7 +122,8 @@ def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], 
         raise ValueError(f"{out} holds a run of another script: choose another --out")
     present = [name for name in writes if name != "settings.json" and is_full(out / name)]
     moving = (out / NEW).exists() or (out / OLD).exists()      # a killed process had one replaced
-    empty = not any(out.glob("**/checkpoints")) and not (out / "start.json").exists()     # not a stage before
+    # a distillation whose first stage was removed has its start.json
+    empty = not any(out.glob("**/checkpoints")) and not (out / "start.json").exists()
     if resume and "model.safetensors" in present and empty:
         raise ValueError(f"{out} holds a model but no checkpoints: there is nothing to resume; choose "
                          "another --out, or start from it with --init")

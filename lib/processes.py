@@ -49,8 +49,8 @@ def keep_memory() -> None:
     """Memory that tensors free stays with the process, for later tensors.
 
     Otherwise glibc returns it and asks for it again in every step. Without that, two
-    threads train RWKV-7 an eighth faster, and large vocabularies nearly twice as fast,
-    at a peak that is the same, or with these a quarter higher (docs/log.md).
+    threads train RWKV-7 an eighth faster, with a large vocabulary nearly twice as fast.
+    The peak is the same, but with a large vocabulary a quarter higher (docs/log.md).
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                                 # as in glibc's malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):         # no glibc: nothing to set

@@ -62,7 +62,7 @@ def check_stages(cfg: DistillConfig) -> None:
                          "them")
     for name, loop in (("align", cfg.align), ("match", cfg.match)):
         for limit in ("max_tokens", "max_minutes", "terminate_at_loss"):
-            if getattr(loop, limit) is not None:
+            if getattr(loop, limit):
                 raise ValueError(f"{name}.{limit} = {getattr(loop, limit)}: controls add up steps; distil "
                                  f"with {name}.max_steps alone")
     if cfg.student.aligned:
@@ -108,7 +108,7 @@ def from_scratch(cfg: ControlsConfig, t: ModelConfig, loop: FitConfig) -> dict:
 
 
 def trained_on(cfg: ControlsConfig, t: ModelConfig) -> FitConfig:
-    """As many tokens for the teacher, in sequences of its own length."""
+    """As many tokens for the teacher, in whole sequences of its own length."""
     steps = cfg.alone.max_steps * (cfg.block_size or t.block_size) // t.block_size
     return replace(cfg.alone, max_steps=max(1, steps))
 

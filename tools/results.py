@@ -1,6 +1,6 @@
 """The table over seeds: what `make results` reached, from the report of each seed.
 
-    python -m tools.results docs/results
+    python -m tools.results docs/results/costly
 """
 
 import json
@@ -15,7 +15,7 @@ from lib.report import table_rows
 
 @settings
 class ResultsConfig:
-    folder: Positional[str] = "docs/results"       # with a report.json of each seed, as NAME.json
+    folder: Positional[str] = "docs/results/costly"       # with a report.json of each seed, as NAME.json
 
 
 FORMS = {"val_loss": ".4f", "gap": ".4f", "kl": ".4f", "top1": ".1%"}

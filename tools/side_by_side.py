@@ -69,7 +69,8 @@ def side_by_side(cfg: SideBySideConfig, prompts: list[str]) -> dict:
     teacher, student = (load_model(folder, device).eval() for folder in (cfg.teacher, cfg.student))
     enc, rows = load_tokenizer(cfg.teacher), []
     if student.cfg.vocab_size < teacher.cfg.vocab_size or load_tokenizer(cfg.student).name != enc.name:
-        raise ValueError(f"{cfg.student} reads other tokens than {cfg.teacher}: name a student of it")
+        raise ValueError(f"{cfg.student} reads other tokens than {cfg.teacher}, or fewer: name a student of "
+                         "it")
     questions = [question(enc, text) for text in prompts]
     longest = max(map(len, questions)) + cfg.max_tokens - 1
     for folder, model in ((cfg.teacher, teacher), (cfg.student, student)):
