@@ -17,7 +17,7 @@ from data.foreign import read_json
 from data.mixture import open_half
 from distill import DistillConfig, distill
 from lib.folders import load_model, open_model
-from lib.home import check_same, lock
+from lib.home import LENGTHS, check_same, lock
 from lib.hybrid import mixer_letters
 from lib.processes import joined, main_first, setup
 from lib.report import as_markdown, table_rows, upto_match, write_report
@@ -61,7 +61,7 @@ def check_stages(cfg: DistillConfig) -> None:
         raise ValueError(f"controls compare with the stages align,match, but stages = {cfg.stages!r}: add "
                          "them")
     for name, loop in (("align", cfg.align), ("match", cfg.match)):
-        for limit in ("max_tokens", "max_minutes", "terminate_at_loss"):
+        for limit in LENGTHS[1:]:                              # all but max_steps
             if getattr(loop, limit):
                 raise ValueError(f"{name}.{limit} = {getattr(loop, limit)}: controls add up steps; distil "
                                  f"with {name}.max_steps alone")
