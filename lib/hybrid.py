@@ -1,6 +1,7 @@
 """Which layers are attention, and what each kind of layer remembers.
 
-    a, r, ra, rrra ...    by letter, repeated over the layers (r: RWKV-7, a: attention)
+    a, r, ra, rrra ...    by letter, repeated over the layers (r: RWKV-7, a: attention);
+                          more than 8 letters only as a whole
     all                   every layer is RWKV-7; the names below say which are, the
                           others are attention
     every:K, alternate    0, K, 2K, ...; alternate is every:2
@@ -17,6 +18,7 @@ from config import shown
 from model import LM, ModelConfig
 
 MOST_LAYERS = 1024      # of a pattern; every known model has fewer
+MOST_CUT = 8            # letters whose last repetition may be cut: of more, one was left out
 
 
 def is_letters(pattern: str) -> bool:
@@ -31,6 +33,9 @@ def mixer_letters(cfg: ModelConfig, pattern: str) -> str:
     L = cfg.n_layer
     if L > MOST_LAYERS or len(pattern) > 8 * MOST_LAYERS:
         raise ValueError(f"n_layer = {L}, mixer = {shown(pattern)}: a model has at most {MOST_LAYERS} layers")
+    if is_letters(pattern) and MOST_CUT < len(pattern) < L and L % len(pattern):
+        raise ValueError(f"mixer = {pattern!r} has {len(pattern)} letters, the model {L} layers: write one "
+                         "for each layer, or so few that all are repeated as a whole")
     if is_letters(pattern) and len(pattern) <= L:
         return (pattern * L)[:L]
     layers = named_layers(cfg, pattern)

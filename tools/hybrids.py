@@ -3,11 +3,12 @@
     python -m tools.hybrids --teacher out/deep --out out/hybrids
     python -m tools.hybrids --teacher out/pairs/teacher --data out/pairs/data
 
-Stage 1 is run once, for all layers, as no mixer in it hears of another. From there each
-rule and number of layers kept has a student of its --mixer, taken through stage 2 and
-compared with the teacher: OUT/hybrids.json, .md and .svg. On tools/recall.py's data all
-are also asked for pairs. Its settings are distill.py's; students that are there already
-are read back, so that an interrupted run goes on.
+Stage 1 is run once, for all layers. From there each rule and number of layers kept has
+a student of its --mixer, taken through stage 2 and compared with the teacher:
+OUT/hybrids.json, .md and .svg. With --own_steps the students start anew, with a stage 1
+of their own; the one for all layers only serves the rules. On the data of
+tools/recall.py all are also asked for pairs. Its settings are distill.py's; students
+that are there already are read back, so that an interrupted run goes on.
 
     restore, replace    by tools/rank_layers.py
     uniform             spread evenly, the last layer among them
@@ -44,6 +45,7 @@ class HybridsConfig(DistillConfig):
     stages: Annotated[str, Suppress] = "align,match"
     rules: str = ",".join(RULES)
     kept: str | None = None                # numbers of layers, with commas; None = all
+    own_steps: int | None = at_least(1, None)  # of each student's own stage 1; None: all share one
     memory_of: int | None = at_least(1, None)  # tokens whose bytes are told; None = block_size
     pairs: int = at_least(1, 16, below=33)     # asked for, where the data are pairs
     run: Annotated[RunConfig, OmitArgPrefixes] = RunConfig(out="out/hybrids")
@@ -82,20 +84,26 @@ def hybrids(cfg: HybridsConfig) -> dict:
             students[mixer] = students.get(mixer) or student_row(cfg, mixer, n, align)
             rows.append({"rule": rule, "kept": number} | students[mixer])
     pairs = {"pairs": cfg.pairs} if has_pairs(cfg) else {}
-    return {"n_layer": L, "memory_of": n, "teacher": first, "rows": rows} | pairs
+    return {"n_layer": L, "memory_of": n, "own_steps": cfg.own_steps, "teacher": first, "rows": rows} | pairs
 
 
 def check_length(cfg: HybridsConfig) -> None:
     """Raises ValueError for another stage 1 than the one that students stand on."""
     out = Path(cfg.run.out)
-    if {path.parent.name for path in out.glob("*/settings.json")} <= {"everywhere"}:
-        return
-    before = read_settings(out / "everywhere" / "settings.json")
-    for name in LENGTHS:
-        old, new = before.get(f"align.{name}"), getattr(cfg.align, name)
-        if before and old != new:
-            raise ValueError(f"{out} was begun with align.{name} = {old}, not {new}: repeat it, or "
-                             "choose another --out")
+    students = {path.parent for path in out.glob("*/settings.json")} - {out / "everywhere"}
+    for folder in students:
+        own = read_settings(folder / "settings.json").get("align.max_steps")
+        differs("own_steps", own if (folder / "align").exists() else None, cfg.own_steps, out)
+    before = read_settings(out / "everywhere" / "settings.json") if students else {}
+    for name in LENGTHS if before else ():
+        differs(f"align.{name}", before.get(f"align.{name}"), getattr(cfg.align, name), out)
+
+
+def differs(name: str, old, new, out: Path) -> None:
+    """Raises ValueError where `out` was begun with another value."""
+    if old != new:
+        raise ValueError(f"{out} was begun with {name} = {old}, not {new}: repeat it, or choose another "
+                         "--out")
 
 
 def stage_rows(cfg: DistillConfig) -> dict[str, dict]:
@@ -130,21 +138,29 @@ def by_place(rule: str, L: int, n: int) -> set[int]:
 
 
 def student_row(cfg: HybridsConfig, mixer: str, n: int, align: dict) -> dict:
-    """Take a pattern's student through stage 2, or read it back, and say how it does.
+    """Take a pattern's student through its stages, or read it back; how it does then.
 
-    `bytes` are what it remembers of n tokens; `align` is the stage 1 that all share.
+    `bytes` are what it remembers of n tokens; `align` is the stage 1 for all layers,
+    where it stands on that.
     """
-    run = cfg.run.within(mixer)
-    student = replace(cfg.student, mixer=mixer)
-    rows = stage_rows(narrow(cfg, DistillConfig, stages="match", student=student, run=run))
-    start, match = rows["start"], rows["match"]
-    model = load_model(f"{run.out}/match", setup(cfg.run.device)[2]).eval()       # OUT may be further
+    rows = stage_rows(student_settings(cfg, mixer))
+    match, shared = rows["match"], {key: align[key] for key in ("tokens", "minutes")}
+    folder = Path(cfg.run.out) / mixer / "match"         # OUT/mixer itself may be further
+    model = load_model(folder, setup(cfg.run.device)[2]).eval()
     row = {"mixer": mixer, "bytes": remembered_bytes(model.cfg, n)}
     row |= {key: match[key] for key in ("kl", "gap", "top1")}
-    start |= {key: align[key] for key in ("tokens", "minutes")}
-    for name, stage in (("align", start), ("match", match)):
+    for name, stage in (("align", rows.get("align") or rows["start"] | shared), ("match", match)):
         row[name] = {key: stage[key] for key in ("tokens", "minutes", "kl", "gap", "top1")}
     return row | ({"recall": pairs_accuracy(model, cfg.pairs, ASKED)} if has_pairs(cfg) else {})
+
+
+def student_settings(cfg: HybridsConfig, mixer: str) -> DistillConfig:
+    """distill.py's, for a pattern's student."""
+    run, student = cfg.run.within(mixer), replace(cfg.student, mixer=mixer)
+    if not cfg.own_steps:
+        return narrow(cfg, DistillConfig, stages="match", student=student, run=run)
+    align = replace(cfg.align, max_steps=cfg.own_steps)
+    return narrow(cfg, DistillConfig, student=replace(student, aligned=None), align=align, run=run)
 
 
 def has_pairs(cfg: HybridsConfig) -> bool:
@@ -177,9 +193,11 @@ def speeds(report: dict) -> list[str]:
     """A table of what the stages took; the teacher reads each token once."""
     lines = ["| student | stage | tokens | minutes | tokens/s | teacher's share |",
              "|---|---|---:|---:|---:|---:|"]
-    took = [("all", "align", report["rows"][0]["align"])]
-    took += {row["mixer"]: (row["mixer"], "match", row["match"]) for row in report["rows"]}.values()
-    for student, stage, row in took:
+    took = {}
+    for row in report["rows"]:
+        aligned = row["mixer"] if report["own_steps"] else "all"
+        took |= {(aligned, "align"): row["align"], (row["mixer"], "match"): row["match"]}
+    for (student, stage), row in took.items():
         rate = row["tokens"] / max(row["minutes"] * 60, 1e-9)
         share = rate / report["teacher"]["tokens_per_s"]
         lines.append(f"| {student} | {stage} | {row['tokens']:,} | {row['minutes']:.1f} | {rate:,.0f} "

@@ -138,6 +138,19 @@ def test_any_other_pattern_is_refused_in_one_line_that_says_what_there_is(patter
     assert repr(pattern) in one_line(e.value) and "n_layer = 6" in str(e.value)
 
 
+def test_a_long_pattern_with_a_letter_left_out_is_refused():
+    """29 letters for 30 layers once trained the wrong layers for hours."""
+    layers = "aaaaaaaaaaaraaaraaaaaaaaararar"
+    cfg = ModelConfig(n_layer=30)
+    assert mixer_letters(cfg, layers) == layers
+    assert mixer_letters(cfg, layers[:15]) == 2 * layers[:15]
+    assert mixer_letters(cfg, "rrrarrrr") == (4 * "rrrarrrr")[:30]
+    for pattern in (layers[1:], layers[:9]):
+        with pytest.raises(ValueError, match=f"has {len(pattern)} letters, the model 30 layers") as e:
+            mixer_letters(cfg, pattern)
+        one_line(e.value)
+
+
 # ------------------------------------------------------------------------------------------
 # Bytes
 

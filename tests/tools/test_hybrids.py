@@ -83,6 +83,28 @@ def test_students_stand_on_one_stage_1_and_may_be_taken_further(job, tmp_path, c
     one_line(error.value)
 
 
+def test_students_with_a_stage_1_of_their_own(job, tmp_path, capsys):
+    """Byte for byte what distill.py makes of the pattern, and told as such."""
+    cfg, out = job("out", stages="align,match", align=loop(2), match=loop(2)), tmp_path / "out"
+    words = [*flags(cfg), "--rules", "first", "--kept", "0,1"]
+    main([*words, "--own_steps", "3"])
+    report = json.loads((out / "hybrids.json").read_text())
+    assert [row["align"]["tokens"] for row in report["rows"]] == [3 * 2 * 16] * 2
+    student = StudentConfig(mixer="ar", decay="lookback", calibrate=True)
+    distill(job("alone", stages="align,match", align=loop(3), match=loop(2), student=student))
+    for stage in ("align", "match"):
+        mine, its = (folder / stage / "model.safetensors" for folder in (tmp_path / "alone", out / "ar"))
+        assert mine.read_bytes() == its.read_bytes()
+    table = as_markdown(report)
+    assert "| ar | align |" in table and "| rr | align |" in table and "| all |" not in table
+    for other, message in ((["--own_steps", "4"], "own_steps = 3, not 4"), ([], "own_steps = 3, not None")):
+        with pytest.raises(ValueError, match=message) as error:
+            main([*words, *other])
+        one_line(error.value)
+    main([*words, "--own_steps", "3"])                    # reads the students back
+    assert json.loads((out / "hybrids.json").read_text())["rows"] == report["rows"]
+
+
 def test_what_cannot_be_compared_is_one_line(job, tmp_path):
     for change in ({"rules": "best"}, {"rules": ""}, {"rules": "first,first"}, {"kept": "x"},
                    {"kept": "1,,2"}, {"kept": "9" * 5000}, {"pairs": 0}, {"pairs": 33}):
