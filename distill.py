@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tyro.conf import OmitArgPrefixes
 
 from data.loader import Batch, Loader
+from lib.home import STAGES
 from lib.hybrid import mixer_letters
 from lib.preference import dpo_loss
 from lib.processes import joined, setup
@@ -44,13 +45,11 @@ from lib.report import report_stages
 from lib.runs import Run, RunConfig, restore
 from lib.scores import HeldOut, mean_terms
 from lib.shard import frozen_copy, in_turn, new_like
-from lib.stages import (check_student, first_tokens, frozen_parts, introduce, load_teacher, open_loaders,
-                        prepare_data)
+from lib.stages import (check_settings, check_student, first_tokens, frozen_parts, introduce, load_teacher,
+                        open_loaders, prepare_data)
 from lib.start import copy_linear, tune_mixers
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
 from train import FitConfig, cross_entropy_loss, fit
-
-STAGES = ("align", "match", "finish")
 
 
 # ------------------------------------------------------------------------------------------
@@ -326,15 +325,7 @@ class DistillConfig:
     run: Annotated[RunConfig, OmitArgPrefixes] = RunConfig(out="out/rwkv")
 
     def __post_init__(self):
-        if self.align.bptt_chunk is not None:
-            raise ValueError(f"align.bptt_chunk = {self.align.bptt_chunk}: stage 1 has no loss by pieces; "
-                             "run it alone at a shorter block_size, then the others with --resume")
-        if any(loop.bptt_truncate for loop in (self.align, self.match, self.finish)):
-            raise ValueError("bptt_truncate: a teacher's cache cannot go on for ever; it is for train.py")
-        if self.kl_weight == self.ce_weight == 0:
-            raise ValueError("kl_weight and ce_weight are both 0: stage 2 would learn nothing")
-        if not self.stages or [name for name in STAGES if name in self.named] != self.named:
-            raise ValueError(f"stages = {self.stages!r}: name some of {','.join(STAGES)}, in this order")
+        check_settings(self)
 
     @property
     def named(self) -> list[str]:

@@ -13,10 +13,28 @@ from data.loader import Loader
 from data.mixture import open_half
 from data.prepare import ensure_prepared
 from lib.folders import check_vocabulary, same_tokenizer
+from lib.home import STAGES
 from lib.hybrid import describe
 from lib.processes import main_first
 from lib.shard import load
 from model import LM
+
+
+def check_settings(cfg) -> None:
+    """Raises ValueError for settings that no distillation can have."""
+    if cfg.align.bptt_chunk is not None:
+        raise ValueError(f"align.bptt_chunk = {cfg.align.bptt_chunk}: stage 1 has no loss by pieces; "
+                         "run it alone at a shorter block_size, then the others with --resume")
+    if any(loop.bptt_truncate for loop in (cfg.align, cfg.match, cfg.finish)):
+        raise ValueError("bptt_truncate: a teacher's cache cannot go on for ever; it is for train.py")
+    for name in ("align", "finish"):
+        loop = getattr(cfg, name)
+        if loop.eval_every not in (None, type(loop)().eval_every):
+            raise ValueError(f"{name}.eval_every: only match is evaluated while it trains; omit it")
+    if cfg.kl_weight == cfg.ce_weight == 0:
+        raise ValueError("kl_weight and ce_weight are both 0: stage 2 would learn nothing")
+    if not cfg.stages or [name for name in STAGES if name in cfg.named] != cfg.named:
+        raise ValueError(f"stages = {cfg.stages!r}: name some of {','.join(STAGES)}, in this order")
 
 
 def load_teacher(folder: str, device: torch.device, shard: bool) -> LM:
@@ -68,10 +86,6 @@ def check_student(cfg, student: LM) -> None:
     parts = frozen_parts(cfg, student)
     if all(any(part in name for part in parts) for name, _ in student.named_parameters()):
         raise ValueError(f"freeze = {cfg.freeze!r}: nothing would be left to train")
-    for name in ("align", "finish"):
-        loop = getattr(cfg, name)
-        if loop.eval_every not in (None, type(loop)().eval_every):
-            raise ValueError(f"{name}.eval_every: only match is evaluated while it trains; omit it")
 
 
 def frozen_parts(cfg, student: LM) -> tuple[str, ...]:

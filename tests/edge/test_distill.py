@@ -463,6 +463,8 @@ def test_resuming_with_another_student_is_refused_in_one_line(job):
         (["--stages", "match,align"], "name some of align, ?match, ?finish, in this order"),
         (["--stages", "align,distil"], "name some of align, ?match, ?finish"),
         (["--kl_weight", "0"], "both 0"),
+        (["--align.eval_every", "5"], "align.eval_every: only match is evaluated"),
+        (["--finish.eval_every", "5"], "finish.eval_every: only match is evaluated"),
         (["--dpo_smoothing", "0.5"], "below 0.5"),
         (["--kl_kind", "both"], "forward"),
         (["--eval_tokens", "0"], "at least 1"),
