@@ -29,6 +29,7 @@ What it is not: tools, documents, hidden reasoning.
 """
 
 import re
+from collections.abc import Collection
 from itertools import groupby
 
 Turns = list[tuple[str, str]]  # (role, text) of each message
@@ -60,6 +61,15 @@ def encode_turns(enc, turns: Turns, opens: bool = True, reply: bool = False) -> 
         new = enc.encode_parts([(text, template) for text, template, _ in group])
         ids, learnt = ids + new, learnt + [to_learn] * len(new)
     return ids, learnt
+
+
+def texts_that_end(enc, ends: Collection[int]) -> tuple[str, ...]:
+    """The template's end of an answer, to be looked for where it has no token of `ends`.
+    """
+    if not getattr(enc, "chat", None):
+        return ()
+    _, end, between = enc.chat["assistant"]
+    return () if {*enc.encode(end + between, allowed_special="all")} & {*ends} else (end,)
 
 
 def _parts(chat: dict, turns: Turns, opens: bool) -> list[tuple[str, bool, bool]]:

@@ -14,7 +14,7 @@ from config import at_least, cli, run, settings
 import torch
 from tyro.conf import OmitArgPrefixes
 
-from data.chat import encode_turns
+from data.chat import encode_turns, texts_that_end
 from data.tokenizer import TextStream, read_prompt, stops
 from lib.session import Session, SessionConfig, check_stop, hush, session
 from lib.state_file import compress, expand
@@ -68,8 +68,6 @@ def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Genera
     enc, stop, limit = here.enc, stops(here.enc), here.decoder.cfg.longest
     _, end, between = enc.chat["assistant"]
     closing, after_end = (enc.encode(text, allowed_special="all") for text in (end + between, between))
-    # a template's end that is no token of its own is looked for in what is said
-    texts = cfg.stop if {*closing} & {*stop} else (end, *cfg.stop)
     ids, _ = encode_turns(enc, [("user", message)], opens=here.state is None, reply=True)
     prompt, n = here.unread + ids, cfg.max_tokens
     if limit is not None:
@@ -79,7 +77,7 @@ def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Genera
               "new one", file=sys.stderr)
         return False
     tokens = torch.tensor([prompt], device=here.decoder.device)
-    stream, state = TextStream(enc, stop, texts), here.state and expand(here.state)
+    stream, state = TextStream(enc, stop, (*texts_that_end(enc, stop), *cfg.stop)), here.state and expand(here.state)
     lead = enc.chat.get("lead", "")
     for tokens, after in generate(here.decoder, tokens, n, state=state, stop=stop,
                                   generator=generator, **vars(cfg.how)):

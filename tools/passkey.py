@@ -29,7 +29,7 @@ from lib.states import process_rows
 from model import LM
 
 
-TOLD = " The pass key is {key}. Remember it: {key} is the pass key. "
+TOLD = " The pass key is ", ". Remember it: ", " is the pass key. "     # the key stands between
 ASKED = " What is the pass key? The pass key is "
 Texts = list[tuple[list[int], list[int]]]      # (prompt, answer)
 
@@ -50,11 +50,15 @@ def passkey_texts(enc: tiktoken.Encoding, text: np.ndarray, T: int, n: int, dept
     """(prompt, answer) of T tokens: n different numbers told at each depth, then not.
 
     Depth is the share of the filler, a stretch of the tokens `text`, that comes first:
-    from 0 to 1, just before the question. Raises ValueError for too small a T or text.
+    from 0 to 1, just before the question. What is told and asked for are the same tokens,
+    though a tokenizer may have others for a number behind a space. Raises ValueError for
+    too small a T or text.
     """
     rng, start, ask, texts = random.Random(0), opening(enc), enc.encode_ordinary(ASKED), []
+    before, between_keys, after = map(enc.encode_ordinary, TOLD)
     for key in rng.sample(range(10000, 100000), n):
-        told, answer = enc.encode_ordinary(TOLD.format(key=key)), enc.encode_ordinary(str(key))
+        answer = enc.encode_ordinary(str(key))
+        told = before + answer + between_keys + answer + after
         between = T - len(start + ask + answer)                    # tokens from the start to the question
         room = between - len(told)
         if room < 0:

@@ -15,7 +15,7 @@ from config import at_least, cli, run, settings
 import tiktoken
 import torch
 
-from data.chat import encode_turns
+from data.chat import encode_turns, texts_that_end
 from data.tokenizer import TextStream, load_tokenizer, opening, stops
 from lib.decode import Decoder
 from lib.folders import load_model, write_json, write_text
@@ -44,15 +44,18 @@ def question(enc: tiktoken.Encoding, text: str) -> list[int]:
     return opening(enc) + enc.encode_ordinary(text)
 
 
-def answer(decoder: Decoder, prompt: list[int], n: int, stop: tuple[int, ...]) -> list[int]:
-    """The n likeliest tokens after the prompt, one by one, up to one of `stop`."""
-    tokens = torch.tensor([prompt], device=decoder.device)
-    return [token.item() for token, _ in generate(decoder, tokens, n, stop=stop, temperature=0.0)]
-
-
-def spoken(enc: tiktoken.Encoding, tokens: list[int]) -> str:
-    """An answer's text, up to a token that ends it."""
-    return "".join(map(TextStream(enc, stops(enc)), [*tokens, None]))
+def answer(decoder: Decoder, enc: tiktoken.Encoding, prompt: list[int], n: int) -> tuple[list[int], str]:
+    """The n likeliest tokens after the prompt, one by one, up to what ends an answer;
+    and their text, without that.
+    """
+    tokens, stop = torch.tensor([prompt], device=decoder.device), stops(enc)
+    stream, said, text = TextStream(enc, stop, texts_that_end(enc, stop)), [], ""
+    for token, _ in generate(decoder, tokens, n, stop=stop, temperature=0.0):
+        said.append(token.item())
+        text += stream(said[-1])
+        if stream.ended:
+            break
+    return said, text + stream(None)
 
 
 @torch.no_grad()
@@ -77,15 +80,15 @@ def side_by_side(cfg: SideBySideConfig, prompts: list[str]) -> dict:
         if readable(model, longest) < longest:
             raise ValueError(f"prompts and max_tokens need {longest} positions, {folder} has learned "
                              f"{model.cfg.longest}: shorten one of them")
-    decoders, stop = (Decoder(teacher), Decoder(student)), stops(enc)
+    decoders = Decoder(teacher), Decoder(student)
     for text, prompt in zip(prompts, questions):
-        t, s = (answer(decoder, prompt, cfg.max_tokens, stop) for decoder in decoders)
+        (t, said), (s, said_too) = (answer(decoder, enc, prompt, cfg.max_tokens) for decoder in decoders)
         first = next((i for i, (a, b) in enumerate(zip(t, s)) if a != b), min(len(t), len(s)))
         row = {"prompt": text, "tokens": len(t), "agrees": agreement(student, prompt, t), "first": first}
-        rows.append(row | {"teacher": spoken(enc, t), "student": spoken(enc, s)})
-    said = sum(row["tokens"] for row in rows)
-    shares = {key: sum(row[key] for row in rows) / said for key in ("agrees", "first")}
-    return shares | {"tokens": said, "rows": rows}
+        rows.append(row | {"teacher": said, "student": said_too})
+    n = sum(row["tokens"] for row in rows)
+    shares = {key: sum(row[key] for row in rows) / n for key in ("agrees", "first")}
+    return shares | {"tokens": n, "rows": rows}
 
 
 def as_markdown(report: dict) -> str:

@@ -92,6 +92,16 @@ def test_every_passkey_text_has_the_length_it_says_with_the_key_at_its_depth():
         one_line(e.value)
 
 
+def test_what_is_told_and_what_is_asked_for_are_the_same_tokens():
+    """The World vocabulary has other tokens for a number behind a space."""
+    world = get_tokenizer("world")
+    key = "23456"
+    assert world.encode_ordinary(key) != world.encode_ordinary(" " + key)[-len(world.encode_ordinary(key)) :]
+    for prompt, answer in passkey_texts(world, FILLER, 300, 6, 1)[::2]:
+        n = len(answer)
+        assert sum(prompt[i : i + n] == answer for i in range(len(prompt))) == 2
+
+
 @pytest.mark.parametrize("mixer", ["a", "r", "ra"])
 def test_answers_read_in_pieces_and_side_by_side_have_the_scores_of_one_pass(mixer):
     model = tiny_model(mixer=mixer).eval()

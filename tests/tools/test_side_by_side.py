@@ -45,8 +45,8 @@ def test_agreement_is_counted_token_by_token_on_the_teachers_answer(folders, tmp
     teacher, student = tiny_model(std=1.0).eval(), tiny_model(1, std=1.0, mixer="r").eval()
     for row in report["rows"]:
         prompt = question(enc, row["prompt"])
-        said = answer(Decoder(teacher), prompt, 12, (256,))
-        own = answer(Decoder(student), prompt, 12, (256,))
+        said, _ = answer(Decoder(teacher), enc, prompt, 12)
+        own, _ = answer(Decoder(student), enc, prompt, 12)
         read = [torch.tensor([prompt + said[:i]]) for i in range(len(said))]
         choices = [student(tokens)[0][0, -1].argmax().item() for tokens in read]
         assert row["agrees"] == sum(a == b for a, b in zip(choices, said)) == agreement(student, prompt, said)
@@ -58,7 +58,16 @@ def test_agreement_is_counted_token_by_token_on_the_teachers_answer(folders, tmp
 def test_an_answer_ends_at_its_end():
     always = [0.0] * 257
     always[256] = 1.0
-    assert answer(Decoder(constant_model(always)), [65], 5, (256,)) == [256]
+    assert answer(Decoder(constant_model(always)), get_tokenizer("bytes"), [65], 5) == ([256], "")
+
+
+def test_an_answer_ends_where_the_template_ends_it_as_text(monkeypatch):
+    """The World models have no token of their own for the end, but an empty line."""
+    world, model = get_tokenizer("world"), constant_model([0.0] * 65536)
+    said = world.encode_ordinary(" yes") + world.encode_ordinary("\n\n")
+    scripted = lambda *_, **__: ((torch.tensor([token]), None) for token in said * 3)  # noqa: E731
+    monkeypatch.setattr("tools.side_by_side.generate", scripted)
+    assert answer(Decoder(model), world, question(world, "Is it?"), 12) == (said, " yes")
 
 
 def test_rows_that_no_token_has_are_shown_as_unknown(folders, tmp_path):
