@@ -64,8 +64,7 @@ def encode_turns(enc, turns: Turns, opens: bool = True, reply: bool = False) -> 
 
 
 def texts_that_end(enc, ends: Collection[int]) -> tuple[str, ...]:
-    """The template's end of an answer, to be looked for where it has no token of `ends`.
-    """
+    """The template's end of an answer, to look for where it has no token of `ends`."""
     if not getattr(enc, "chat", None):
         return ()
     _, end, between = enc.chat["assistant"]

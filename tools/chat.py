@@ -77,7 +77,8 @@ def answer(message: str, cfg: ChatConfig, here: Session, generator: torch.Genera
               "new one", file=sys.stderr)
         return False
     tokens = torch.tensor([prompt], device=here.decoder.device)
-    stream, state = TextStream(enc, stop, (*texts_that_end(enc, stop), *cfg.stop)), here.state and expand(here.state)
+    stream = TextStream(enc, stop, (*texts_that_end(enc, stop), *cfg.stop))
+    state = here.state and expand(here.state)
     lead = enc.chat.get("lead", "")
     for tokens, after in generate(here.decoder, tokens, n, state=state, stop=stop,
                                   generator=generator, **vars(cfg.how)):

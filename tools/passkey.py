@@ -50,9 +50,9 @@ def passkey_texts(enc: tiktoken.Encoding, text: np.ndarray, T: int, n: int, dept
     """(prompt, answer) of T tokens: n different numbers told at each depth, then not.
 
     Depth is the share of the filler, a stretch of the tokens `text`, that comes first:
-    from 0 to 1, just before the question. What is told and asked for are the same tokens,
-    though a tokenizer may have others for a number behind a space. Raises ValueError for
-    too small a T or text.
+    from 0 to 1, just before the question. What is told and asked for are the same
+    tokens, though a tokenizer may have others for a number behind a space. Raises
+    ValueError for too small a T or text.
     """
     rng, start, ask, texts = random.Random(0), opening(enc), enc.encode_ordinary(ASKED), []
     before, between_keys, after = map(enc.encode_ordinary, TOLD)
