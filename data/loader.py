@@ -244,7 +244,7 @@ class Loader:
         if self.rank == 0:
             _say_left_out(str(path), len(useful), n_cut, len(useful) - self.n, self.T)
 
-    def _different_rows(self) -> int:
+    def different_rows(self) -> int:
         """How many rows there are of which no two are the same."""
         return self.n * self.n_offsets if self.kind == "text" else self.n
 
@@ -254,7 +254,7 @@ class Loader:
             raise ValueError(f"{self.path} has {len(self.column)} tokens, but one crop of "
                              f"block_size {self.T} needs {self.T + 1}: use a block_size of at most "
                              f"{len(self.column) - 1}, or more data")
-        present, needed = self._different_rows(), math.ceil(self.share * self.W * self.B * self.accum)
+        present, needed = self.different_rows(), math.ceil(self.share * self.W * self.B * self.accum)
         if present < needed:
             part = "" if self.share == 1 else f" · its share {float(self.share):.3g}"
             raise ValueError(f"{self.path} has {present} different rows, but one step takes {needed} "

@@ -22,8 +22,8 @@ except ImportError:                                # Windows has no such locks
 
 MODEL = ("config.json", "tokenizer.json", "meta.json", "model.safetensors")  # the second only where needed
 TRAIN = ("checkpoints", *MODEL, "metrics.jsonl", "settings.json")            # what train.py writes
-DISTILL = (*TRAIN, "align", "match", "distil", "finish", "controls", "start.json", "ranking.json",
-           "report.json", "report.md", "report.png")                         # what distill.py writes
+DISTILL = (*TRAIN, "align", "match", "distil", "finish", "controls", "curve", "start.json",
+           "ranking.json", "report.json", "report.md", "report.png")                         # what distill.py writes
 FORMER = {"distil": "match"}                                                 # a stage's name of before
 NEW, OLD = ".new", ".replaced"                     # a run before its first checkpoint; what it then replaced
 
@@ -260,7 +260,7 @@ def go_on(out: Path, values: dict) -> dict:
     begun = [stage for stage in STAGES if (out / stage / "checkpoints").exists()]
     done = [stage for stage in begun if (out / stage / "stage.json").exists()]
     asked = values.get("stages", "").split(",")
-    check_order(out, asked, begun, before.get("stages", values.get("stages", "")).split(","))
+    check_order(out, asked, begun, done, before.get("stages", values.get("stages", "")).split(","))
     complete = all(stage in done for stage in asked)
     differences, longer = [], set()
     for name in before.keys() & values.keys():
@@ -300,8 +300,16 @@ def check_same(out: Path, settings: dict, world: int, mixers: str) -> None:
                          "start")
 
 
-def check_order(out: Path, asked: Sequence[str], begun: Sequence[str], before: Sequence[str]) -> None:
-    """Raises ValueError for a stage that would come after one that is built upon it."""
+def check_order(out: Path, asked: Sequence[str], begun: Sequence[str], done: Sequence[str],
+                before: Sequence[str]) -> None:
+    """Raises ValueError for a stage that would come after one that is built upon it, or
+    be built upon nothing where an earlier one has begun.
+    """
+    last = max((STAGES.index(stage) for stage in asked if stage in STAGES), default=0)
+    for stage in STAGES[:last]:
+        if stage in begun and stage not in (*done, *asked):
+            raise ValueError(f"{out} has begun {stage} and not ended it: name it in --stages too, or choose "
+                             "another --out")
     for stage in asked:
         later = [name for name in begun if stage in STAGES and STAGES.index(name) > STAGES.index(stage)]
         if later and stage not in begun and stage not in before:

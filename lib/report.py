@@ -19,6 +19,8 @@ from lib.shard import load_like
 from lib.start import attention_io
 from model import LM, CausalSelfAttention, TimeMixer
 
+LOOK = 4096  # tokens whose inputs and outputs of all layers exist at once
+
 
 def unigram_loss(train: Loader, val: Loader) -> float:
     """Loss of guessing each token by its frequency in the training half.
@@ -34,13 +36,13 @@ def unigram_loss(train: Loader, val: Loader) -> float:
 def layer_errors(teacher: LM, student: LM, batch: Batch) -> list[dict]:
     """Per replaced layer ||t - s||^2 / ||t||^2 and the cosine of attention and mixer.
 
-    Compared are their outputs where both read the teacher's inputs. Of another model's
-    student there is nothing to compare: [].
+    Compared are their outputs where both read the teacher's inputs, over the batch's
+    first LOOK tokens. Of another model's student there is nothing to compare: [].
     """
     if teacher.cfg.n_embd != student.cfg.n_embd:
         return []
-    rows, v_first = [], None
-    layers = zip(attention_io(teacher, batch.x).items(), teacher.blocks, student.blocks)
+    rows, v_first, tokens = [], None, batch.x[: max(1, LOOK // batch.x.shape[1]), :LOOK]
+    layers = zip(attention_io(teacher, tokens).items(), teacher.blocks, student.blocks)
     for (i, (x, t)), teacher_block, student_block in layers:
         if not isinstance(student_block.att, TimeMixer):
             continue

@@ -73,16 +73,18 @@ class Progress:
     step: int = 0
     tokens: int = 0         # inputs read, over all processes
     seconds: float = 0.0    # of training
-    loss: float = math.inf  # the mean that was last read back
+    loss: float = math.inf  # the mean over log_every steps, when that many were last full
+    part: float = 0.0       # the sum of the losses since then, however often it was looked
+    parts: int = 0          # of so many steps
 
     def fraction(self, cfg) -> float:
         """0 at the start, 1 at the end, by whichever limit of the FitConfig is nearest.
         """
-        done = [self.step / cfg.max_steps if cfg.max_steps else 1.0]
+        done = [self.step / cfg.max_steps] if cfg.max_steps else []
         done += [self.tokens / cfg.max_tokens] if cfg.max_tokens else []
         done += [self.seconds / 60 / cfg.max_minutes] if cfg.max_minutes else []
-        done += [1.0] if cfg.terminate_at_loss and self.loss <= cfg.terminate_at_loss else []
-        return min(1.0, max(done))
+        done += [float(self.loss <= cfg.terminate_at_loss)] if cfg.terminate_at_loss else []
+        return min(1.0, max(done, default=1.0))            # no limit: nothing is trained
 
 
 class Run:
@@ -257,7 +259,7 @@ class Meter:
         check_finite(rows, at.step, self.run)
         means = dict(zip(losses, rows[:, 1:].mean(0).tolist()))
         speed = (at.tokens - self.tokens) / max(1e-9, elapsed)
-        at.loss = means["loss"]
+        self.add_up(rows[:, 1 + list(losses).index("loss")].tolist())
         self.ends = at.fraction(self.cfg) >= 1
         self.bar.set_postfix_str(
             f"loss {means['loss']:.4f}, lr {lr:.1e}, {speed / 1000:.1f}k tok/s", refresh=False
@@ -267,6 +269,15 @@ class Meter:
                "grad_norm": rows[:, 0].mean().item(), "lr": lr, "tokens_per_s": speed}
         epochs = self.loader.seen(at.step)
         return row | ({"epochs": epochs} if epochs else {})
+
+    def add_up(self, losses: list[float]) -> None:
+        """The mean that terminate_at_loss waits for, whenever else there was a look."""
+        at = self.at
+        for loss in losses:
+            at.part += loss
+        at.parts += len(losses)
+        if at.step % self.run.cfg.log_every == 0:
+            at.loss, at.part, at.parts = at.part / at.parts, 0.0, 0
 
     def looks(self) -> bool:
         """Whether to read the losses back now, for which a GPU must stop."""
@@ -476,7 +487,7 @@ def restore_trainer(
     torch.set_rng_state(trainer["rng"])
     if trainer["threads"] and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(trainer["threads"], os.cpu_count() or 1))    # sums are rounded as before
-    return Progress(trainer["step"], trainer["tokens"], trainer["seconds"], trainer["loss"])
+    return Progress(**{field.name: trainer[field.name] for field in fields(Progress) if field.name in trainer})
 
 
 def load_trainer(folder: Path) -> dict:

@@ -16,6 +16,7 @@ from lib.folders import check_vocabulary, same_tokenizer
 from lib.home import STAGES
 from lib.hybrid import describe
 from lib.processes import main_first
+from lib.scores import readable
 from lib.shard import load
 from model import LM
 
@@ -65,7 +66,8 @@ def first_tokens(cfg, teacher: LM, T: int) -> Tensor | None:
     if not cfg.student.looks:
         return None
     n = max(4096, 16 * teacher.cfg.n_head * teacher.cfg.att_head_size)
-    loader = open_half(cfg.data, "train", max(1, n // T), T, cfg.run.seed)
+    fewest = min(loader.different_rows() for loader in open_half(cfg.data, "train", 1, T).parts)
+    loader = open_half(cfg.data, "train", max(1, min(n // T, fewest)), T, cfg.run.seed)
     check_vocabulary(teacher, teacher, loader)
     same_tokenizer(loader, cfg.teacher)
     return loader.step(0)[0][0].x.to(teacher.emb.weight.device)
@@ -119,6 +121,11 @@ def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: 
         return loader
 
     seed, finish_T = cfg.run.seed, cfg.finish_block_size or T
+    reads = {"block_size": (T, logit_teacher), "finish_block_size": (finish_T, student)}
+    for name, (length, model) in reads.items():
+        if length > readable(model, length) and ("finish" in cfg.named or name == "block_size"):
+            raise ValueError(f"{name} = {length}: the {'student' if model is student else 'teacher'} has "
+                             f"learned {model.cfg.longest} positions: lower it")
     loaders = {"val": load(cfg.data, "val", replace(cfg.match, batch_size=16), 0)}
     if "align" in cfg.named:
         loaders["align"] = load(cfg.data, "train", cfg.align, seed)

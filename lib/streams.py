@@ -73,7 +73,7 @@ class StreamLoader(Loader):
         order = self.permutation(rows, self.seed, 1 + epoch)
         return offset + self.T * (skipped + self.length * order + within)
 
-    def _different_rows(self) -> int:
+    def different_rows(self) -> int:
         return self.n
 
     def state_dict(self) -> list[tuple]:

@@ -15,7 +15,9 @@ from config import cli, narrow, run as run_script, settings
 import torch.distributed as dist
 
 from data.prepare import ensure_prepared
+from data.shares import folders_of
 from distill import DistillConfig, distill
+from lib.hybrid import mixer_letters
 from lib.processes import joined, main_first, setup
 from lib.runs import Run
 from model import ModelConfig
@@ -40,14 +42,26 @@ def demo(cfg: DemoConfig) -> dict:
     if not Path(cfg.teacher).exists():
         with main_first(rank):
             ensure_prepared(cfg.data)
+            check_early(cfg)
         if rank == 0:
             print(f"{cfg.teacher} is missing: training a teacher first", flush=True)
         train_teacher(cfg)
     report = distill(cfg)
     if cfg.controls:
         rate = cfg.teacher_fit.learning_rate
-        report = add_controls(ControlsConfig(**vars(narrow(cfg, DistillConfig)), scratch_rate=rate))
+        done = narrow(cfg, DistillConfig, run=replace(cfg.run, overwrite=False))
+        report = add_controls(ControlsConfig(**vars(done), scratch_rate=rate))
     return report
+
+
+def check_early(cfg: DemoConfig) -> None:
+    """Raises ValueError for what the stages would refuse when the teacher is there."""
+    mixer_letters(cfg.teacher_model, cfg.student.mixer)
+    if "finish" in cfg.named:
+        ensure_prepared(cfg.finish_data, folders_of(cfg.data)[0])  # the teacher will have its tokenizer
+    for folder in filter(None, (cfg.logit_teacher, cfg.student.aligned)):
+        if not Path(folder).exists():
+            raise ValueError(f"no model at {folder}: train or import it first")
 
 
 def train_teacher(cfg: DemoConfig) -> None:

@@ -92,8 +92,9 @@ def check_length(cfg: HybridsConfig) -> None:
     out = Path(cfg.run.out)
     students = {path.parent for path in out.glob("*/settings.json")} - {out / "everywhere"}
     for folder in students:
-        own = read_settings(folder / "settings.json").get("align.max_steps")
-        differs("own_steps", own if (folder / "align").exists() else None, cfg.own_steps, out)
+        before = read_settings(folder / "settings.json")
+        aligns = (folder / "align").exists() or "align" in before.get("stages", "").split(",")
+        differs("own_steps", before.get("align.max_steps") if aligns else None, cfg.own_steps, out)
     before = read_settings(out / "everywhere" / "settings.json") if students else {}
     for name in LENGTHS if before else ():
         differs(f"align.{name}", before.get(f"align.{name}"), getattr(cfg.align, name), out)

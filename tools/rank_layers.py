@@ -61,7 +61,8 @@ def propose(cfg: DistillConfig, aligned: Path, by: str, keep: int) -> dict:
                  world)
 
     def score(attention: set[int]) -> dict:
-        result = compare(teacher, hybrid(teacher, student, attention), val, cfg.eval_tokens)
+        mixed = hybrid(teacher, student, attention)
+        result = compare(teacher, mixed, val, cfg.eval_tokens, cfg.match.bptt_chunk)
         row = {key: result[key] for key in ("kl", "gap", "top1")}
         if rank == 0:
             line = "attention in {}: KL {kl:.4f}, top-1 {top1:.1%}"

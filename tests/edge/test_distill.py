@@ -125,6 +125,19 @@ def test_finish_alone_goes_on_from_the_stages_that_are_done(job, tmp_path):
         torch.testing.assert_close(finished[name], matched[name], rtol=0, atol=1e-5)
 
 
+def test_a_stage_that_was_interrupted_is_not_passed_over(job, tmp_path, monkeypatch):
+    """The next one would begin without it, and the report would say that it did not."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(distill, "align_loss", dies_at_call(3, distill.align_loss))
+        distill.distill(job("out", stages="align,match", save_every=1))
+    for stages in ("match", "finish", "match,finish"):
+        with pytest.raises(ValueError, match="has begun align and not ended it") as error:
+            distill.distill(job("out", stages=stages, resume=True))
+        one_line(error.value)
+    report = distill.distill(job("out", stages="align,match", resume=True))
+    assert [row["name"] for row in report["stages"]] == ["start", "align", "match"]
+
+
 @pytest.mark.parametrize("done", [True, False], ids=["the stage is done", "the stage was interrupted"])
 def test_a_run_of_before_whose_second_stage_was_distil_goes_on_as_match(job, tmp_path, monkeypatch, done):
     """The folder was called distil, and stage.json says that name."""
@@ -152,8 +165,10 @@ def test_a_run_of_before_is_neither_overwritten_unasked_nor_left_behind_when_ask
     (tmp_path / "out" / "distil" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds another run"):
         distill.distill(job("out", stages="align"))
+    (tmp_path / "out" / "curve").mkdir()                   # of tools.curve: points of the run that goes
     distill.distill(job("out", stages="align", overwrite=True))
-    assert not (tmp_path / "out" / "distil").exists() and not (tmp_path / "out" / "match").exists()
+    for name in ("distil", "match", "curve"):
+        assert not (tmp_path / "out" / name).exists()
 
 
 # ------------------------------------------------------------------------------------------
@@ -434,6 +449,24 @@ def test_models_and_data_of_other_tokens_are_refused(job, tmp_path):
         with pytest.raises(ValueError, match=says) as error:
             distill.distill(job(f"out{i}", **change))
         one_line(error.value)
+
+
+def test_learned_positions_that_end_too_early_are_found_before_anything_trains(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "fit", lambda *_: pytest.fail("a stage ran"))
+    for n in (16, 8):
+        save_model(tiny_model(positions="learned", block_size=n), tmp_path / f"learned{n}", META)
+    learned = {"teacher": str(tmp_path / "learned16"), "student": StudentConfig(mixer="ra")}
+    for change, says in (({"finish_block_size": 32}, "finish_block_size = 32: the student has learned 16"),
+                         ({"logit_teacher": str(tmp_path / "learned8")}, "^block_size = 16: .*learned 8")):
+        with pytest.raises(ValueError, match=says) as error:
+            distill.distill(job("out", **learned | change))
+        one_line(error.value)
+
+
+def test_a_student_looks_at_as_much_as_there_is(job, tiny, tmp_path):
+    """Few examples, of which one step takes two: the look would like 256."""
+    report = distill.distill(job("out", data=tiny.sft, stages="match"))
+    assert report["stages"][-1]["tokens"] > 0
 
 
 def test_a_damaged_teacher_or_stage_is_named(job, tmp_path):

@@ -15,6 +15,7 @@ from lib.folders import save_model
 from lib.home import TRAIN, check_free, take_over_former_names
 from lib.processes import using_threads
 from lib.runs import Interrupt, Progress, RunConfig, read_metrics, read_row
+from lib.scores import cross_entropy
 from train import FitConfig, cross_entropy_loss
 
 
@@ -184,6 +185,29 @@ def test_progress_is_that_of_the_nearest_limit():
     assert Progress(5, 80, 0.0).fraction(cfg) == 0.8
     assert Progress(5, 80, 108.0).fraction(cfg) == 0.9
     assert Progress(50, 0, 0.0).fraction(cfg) == Progress().fraction(FitConfig(max_steps=0)) == 1.0
+    assert Progress(5, 80, 0.0).fraction(FitConfig(max_steps=0, max_tokens=100)) == 0.8     # 0: no limit
+    assert Progress(5, 80, 0.0).fraction(FitConfig(max_steps=0, terminate_at_loss=2.0)) == 0.0
+
+
+@pytest.mark.parametrize("how", [{}, {"save_every": 1}, {"stop": 3}, {"save_every": 2, "stop": 5}], ids=str)
+def test_terminate_at_loss_does_not_hear_of_checkpoints_and_interruptions(tmp_path, tiny, how):
+    """Losses 8, 7, 6, ...: in threes 7, 4; at most 5.5 is reached in step 6."""
+    losses, stop = iter(range(8, -9, -1)), how.pop("stop", None)
+
+    def loss_fn(model, batch, state):
+        loss, now = cross_entropy(model(batch.x)[0], batch), next(losses)
+        if stop and now == 9 - stop:
+            signal.raise_signal(signal.SIGINT)
+        return {"loss": loss * 0 + now * batch.mask.sum()}, None
+
+    def run():
+        cfg = steps(12, terminate_at_loss=5.5)
+        return run_fit(tmp_path / "run", tiny.text, cfg, loss_fn=loss_fn, log_every=3, **how)
+
+    if stop:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert run()["step"] == 6
 
 
 def test_what_fit_returns_and_logs_is_of_the_last_step_even_between_log_steps(tmp_path, tiny):

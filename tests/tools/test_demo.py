@@ -140,13 +140,24 @@ def test_what_cannot_be_is_refused_before_a_teacher_is_trained(small_sources, tm
         ([], "holds another run"),
         (["--teacher", "out/rwkv"], "read by this run"),
         (["--teacher_fit.beta1", "1.5"], "beta1 = 1.5"),
+        (["--out", "new", "--mixer", "first:5"], "first:5"),
+        (["--out", "new", "--finish_data", "nowhere"], "no data at nowhere"),
+        (["--out", "new", "--logit_teacher", "nobody"], "no model at nobody"),
     ):
         with pytest.raises(ValueError, match=says) as error:
             tools.demo.main([*FLAGS, *flags])
         one_line(error.value)
-    assert (
-        sorted(p.name for p in tmp_path.iterdir()) == ["out"] and not (tmp_path / "out" / "teacher").exists()
-    )
+    assert {p.name for p in tmp_path.iterdir()} <= {"out", "data"}
+    assert not list((tmp_path / "out").glob("teacher*"))
+
+
+def test_controls_of_a_run_that_replaces_another(small_sources, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tools.demo, "train_teacher", lambda cfg: None)
+    monkeypatch.setattr(tools.demo, "distill", lambda cfg: seen.append(cfg.run.overwrite))
+    monkeypatch.setattr(tools.demo, "add_controls", lambda cfg: seen.append(cfg.run.overwrite))
+    tools.demo.main([*FLAGS, "--controls", "--overwrite"])
+    assert seen == [True, False]
 
 
 def test_half_a_teacher_never_teaches_and_goes_on(small_sources, tmp_path, monkeypatch):
