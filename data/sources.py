@@ -239,6 +239,8 @@ def _download(url: str, folder: Path) -> Path:
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
             shutil.copyfileobj(response, file)
+            if missing := getattr(response, "length", None):    # copyfileobj ends without a word
+                raise OSError(f"it broke off, {missing:,} bytes before its end")
     except (OSError, http.client.HTTPException, ValueError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

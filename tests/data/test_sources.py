@@ -1,6 +1,8 @@
 """Sources: Python's documentation, files of all kinds, URLs."""
 
+import contextlib
 import gzip
+import http.server
 import io
 import json
 import os
@@ -17,6 +19,29 @@ from common import one_line
 from common_data import documents, examples, small_library, write_jsonl  # noqa: F401
 from data import sources
 from data.prepare import main, prepare
+
+
+@contextlib.contextmanager
+def served(body: bytes, length: int | None = None):
+    """The URL, without a suffix, of a local server whose replies claim this length."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(length or len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/book"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_pydoc_rejects_another_functions_docstring(tmp_path, small_library):
@@ -84,6 +109,14 @@ def test_a_url_is_fetched_and_a_failure_says_to_pass_a_path(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="tinyshakespeare.*give its path") as e:
         main(["shakespeare", "--out", str(tmp_path / "b")])
     one_line(e.value)
+
+
+def test_a_download_that_breaks_off_is_refused_and_leaves_nothing(tmp_path):
+    with served(b"half of a text\n\n" * 500, length=20_000) as url:
+        with pytest.raises(ValueError, match="cannot download .*12,000 bytes before its end.*give its path") as e:
+            prepare(url, tmp_path / "out")
+    one_line(e.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_source_that_can_be_read_once_is_read_once(tmp_path, monkeypatch):
