@@ -15,7 +15,7 @@ from typing import BinaryIO
 from data.records import FORMS, read_names
 
 PACKED = (".gz", ".zst")
-MAGIC = {b"\x1f\x8b": ".txt.gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}    # how such files begin
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}    # how such files begin
 BITE = 4096          # packed bytes that are unpacked at once: of a bomb, up to 128 MB
 TEXT = re.compile(r"(dictionary<values=)?(large_string|string|string_view)(, .*)?")    # types of columns
 ROWS = 256           # rows that are in memory at once

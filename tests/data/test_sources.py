@@ -13,7 +13,10 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
+import zstandard
 
 from common import one_line
 from common_data import documents, examples, small_library, write_jsonl  # noqa: F401
@@ -192,11 +195,36 @@ def test_a_pipe_gives_what_a_file_gives(tmp_path, content):
 
 def test_what_a_pipe_holds_is_seen_from_its_first_line(tmp_path):
     lines = "".join(json.dumps({"prompt": f"{i}", "response": "r"}) + "\n" for i in range(40)).encode()
-    for content, kind in ((lines, "supervised"), (gzip.compress(b"text " * 99), "text"), (b"{no", "text")):
+    for content, kind in ((lines, "supervised"), (gzip.compress(b"text " * 99), "text"), (b"{no", "text"),
+                          (gzip.compress(lines), "supervised")):
         (tmp_path / "file").write_bytes(content)
         with open(tmp_path / "file", "rb") as file:
             meta = prepare(f"/dev/fd/{file.fileno()}", tmp_path / "out", overwrite=True)
         assert meta["kind"] == kind
+
+
+def test_what_a_url_without_a_suffix_holds_is_seen_from_its_beginning(tmp_path):
+    lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(40)).encode()
+    parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(40)]}), tmp_path / "a.parquet")
+    bodies = [b"\n \r\n" + lines, gzip.compress(lines), zstandard.compress(lines),
+              (tmp_path / "a.parquet").read_bytes()]
+    for i, body in enumerate(bodies):
+        with served(body) as url:
+            prepare(url, tmp_path / f"{i}")
+        assert "text 7" in documents(tmp_path / f"{i}", "train") + documents(tmp_path / f"{i}", "val"), i
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
+def test_a_first_record_of_megabytes_is_a_record(tmp_path, pack):
+    texts = ["word " * 500_000, *(f"text {i}" for i in range(40))]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (tmp_path / "a.zst").write_bytes(pack(lines))
+    with open(tmp_path / "a.zst", "rb") as file:
+        prepare(f"/dev/fd/{file.fileno()}", tmp_path / "piped")
+    if pack == zstandard.compress:
+        prepare(tmp_path / "a.zst", tmp_path / "piped", overwrite=True)
+    found = documents(tmp_path / "piped", "train") + documents(tmp_path / "piped", "val")
+    assert sorted(found) == sorted(texts)
 
 
 def test_a_line_is_cut_alike_whether_it_comes_whole_or_in_parts():
