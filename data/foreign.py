@@ -149,10 +149,8 @@ def _as_tokenizer_json(path: Path, beside: dict[str, dict]) -> dict:
                          "GPT2Tokenizer and Qwen2Tokenizer are")
     lines = read_whole(merges).decode("utf-8").split("\n")
     pairs = [line.rstrip("\r") for line in lines[lines[0].startswith("#version"):] if line.strip()]
-    special = [config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")]
-    special += _listed(config.get("additional_special_tokens"))
     flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word"), False)
-    names = {"<|endoftext|>", *filter(None, map(_content, special))} & vocab.keys()
+    names = {"<|endoftext|>", *_named_special(config)} & vocab.keys()
     added = [flags | {"content": name, "id": vocab[name], "special": True} for name in sorted(names)]
     for i, token in config.get("added_tokens_decoder", {}).items():
         added.append(flags | token | {"id": int(i) if i.isdecimal() else i})
@@ -176,8 +174,10 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
     config = beside["special_tokens_map.json"] | beside["tokenizer_config.json"]
     _require_byte_level(where, whole)
     added = {token["content"]: token for token in whole.get("added_tokens") or []}
+    named = _named_special(config)
+    special = {name for name, token in added.items() if token["special"] or name in named}
     for name, token in added.items():
-        if not token["special"] and (token["lstrip"] or token["rstrip"] or token["single_word"]):
+        if name not in special and (token["lstrip"] or token["rstrip"] or token["single_word"]):
             raise ValueError(f"{where}: the added token {brief(repr(name))} looks at what stands around it, "
                              "which is not supported")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -190,8 +190,8 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
         vocab=model["vocab"],
         merges=list(map(tuple, merges)),
         ignore_merges=bool(model.get("ignore_merges")),
-        special={name: i for name, i in ids.items() if added[name]["special"]},
-        added={name: i for name, i in ids.items() if not added[name]["special"]},
+        special={name: i for name, i in ids.items() if name in special},
+        added={name: i for name, i in ids.items() if name not in special},
         split=_splits(whole["pre_tokenizer"], where),
         normalizer=_normalizer(whole.get("normalizer"), where),
         unknown=model["vocab"].get(model.get("unk_token")),
@@ -217,6 +217,13 @@ def _require_byte_level(where: str, whole: dict) -> None:
         harmless = key == "fuse_unk" and model.get("unk_token") is None
         if model.get(key) and not harmless:
             raise ValueError(f"{where} has {key} = {brief(repr(model[key]))}, which is not supported")
+
+
+def _named_special(config: dict) -> set[str]:
+    """The tokens that are special whatever their own flag says, as in transformers."""
+    values = [config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")]
+    values += _listed(config.get("additional_special_tokens"))
+    return set(filter(None, map(_content, values)))
 
 
 def _content(token: dict | str | None) -> str | None:

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import transformers
 from tokenizers import Tokenizer, models, normalizers
 
 from common import one_line
@@ -64,6 +65,18 @@ def test_merges_may_be_pairs_or_strings(tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps(file))
         read.append(read_tokenizer_json(tmp_path))
     assert read[0] == read[1] and len([token for token in read[0]["tokens"] if token]) == 1500 - len(SPECIAL)
+
+
+def test_an_end_that_is_not_flagged_as_special_is_special(tmp_path):
+    folder = save(train(), tmp_path / "m", chat_template=CHATML)
+    expected = read_tokenizer_json(folder)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    for token in file["added_tokens"]:
+        token["special"] = token["content"] != "<|im_end|>"
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    assert read_tokenizer_json(folder) == expected and expected["chat"] and expected["stop"] == [0, 2]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.eos_token_id == 2 and "<|im_end|>" in theirs.all_special_tokens
 
 
 # ------------------------------------------------------------------------------------------
