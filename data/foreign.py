@@ -116,7 +116,8 @@ def read_tokenizer_json(path: str | Path) -> dict:
     """
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     beside = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                 "generation_config.json", "config.json"):
         file = path.with_name(name)
         beside[name] = read_json(file) if file.exists() else {}
     try:
@@ -139,7 +140,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def _as_tokenizer_json(path: Path, beside: dict[str, dict]) -> dict:
     """What a tokenizer.json would say where there are vocab.json (`path`), merges.txt
-    and, perhaps, tokenizer_config.json and special_tokens_map.json.
+    and, perhaps, tokenizer_config.json, special_tokens_map.json and added_tokens.json.
     """
     config = beside["special_tokens_map.json"] | beside["tokenizer_config.json"]
     vocab, merges = read_json(path), path.with_name("merges.txt")
@@ -154,6 +155,9 @@ def _as_tokenizer_json(path: Path, beside: dict[str, dict]) -> dict:
     added = [flags | {"content": name, "id": vocab[name], "special": True} for name in sorted(names)]
     for i, token in config.get("added_tokens_decoder", {}).items():
         added.append(flags | token | {"id": int(i) if i.isdecimal() else i})
+    known = {token["content"] for token in added}
+    older = beside["added_tokens.json"]
+    added += [flags | {"content": name, "id": older[name]} for name in older if name not in known]
     byte_level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space"))}
     split = byte_level
     if family.startswith("Qwen2"):

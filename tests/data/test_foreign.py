@@ -172,6 +172,22 @@ def test_added_tokens_and_what_opens_a_text_come_from_the_files_beside(tmp_path)
     assert enc.encode_ordinary("a<tool>b")[1] == 1500
 
 
+def test_the_added_tokens_of_older_files_are_those_of_transformers(tmp_path):
+    save_parts(train("GPT-2"), tmp_path / "m", tokenizer_class="GPT2Tokenizer")
+    files = {"added_tokens": {"<|sep|>": 1500, "<|done|>": 1501},
+             "special_tokens_map": {"eos_token": "<|done|>", "bos_token": "<|endoftext|>",
+                                    "unk_token": "<|endoftext|>"},
+             "config": {"model_type": "gpt2", "eos_token_id": 1501, "vocab_size": 1502}}
+    for name, content in files.items():
+        (tmp_path / "m" / f"{name}.json").write_text(json.dumps(content))
+    enc, theirs = (read(str(tmp_path / "m")) for read in (get_tokenizer,
+                                                          transformers.AutoTokenizer.from_pretrained))
+    text = "question<|sep|>answer"
+    assert enc.encode_ordinary(text) == theirs(text, add_special_tokens=False).input_ids
+    assert enc.n_vocab == len(theirs) == 1502 and enc.spec["stop"] == [0, theirs.eos_token_id]
+    assert enc.spec["added"] == {"<|sep|>": 1500} and enc.spec["special"]["<|done|>"] == 1501
+
+
 @pytest.mark.parametrize("config, word", [
     ({"tokenizer_class": "RobertaTokenizer"}, "RobertaTokenizer without a tokenizer.json is not supported"),
     ({"add_prefix_space": True}, "add_prefix_space"),
