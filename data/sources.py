@@ -506,9 +506,9 @@ def _unreadable(name: str | Path, error: OSError) -> ValueError:
 
 def _not_utf8(name: str, start: bytes, at: int) -> ValueError:
     encoding = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), "")
-    hint, option = (f", but {encoding.upper()}", f"-f {encoding} ") if encoding else ("", "")
+    hint = f", but {encoding.upper()}" if encoding else ""
     return ValueError(f"{name} is not UTF-8 at byte {at}{hint}: convert it, "
-                      f"for example with iconv {option}-t utf-8")
+                      f"for example with iconv -f {encoding or 'latin1'} -t utf-8")
 
 
 def _cut(parts: Iterable[str], size: int) -> Iterator[str]:

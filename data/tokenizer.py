@@ -46,6 +46,9 @@ def get_tokenizer(name: str, beside: str | Path = ".") -> tiktoken.Encoding:
         return _official(beside)
     if name == "bytes" or name in tiktoken.list_encoding_names() or not path.exists():
         return _named(name)
+    if not path.is_dir() and path.suffix.lower() == ".json":
+        raise ValueError(f"--tokenizer {name} is one file of a tokenizer: give the folder that holds it, "
+                         f"{path.parent}")
     if not path.is_dir():
         return read_vocabulary(path)
     if (path / "meta.json").exists() or not (has_tokenizer(path) or (path / FILE).exists()):

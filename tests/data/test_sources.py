@@ -193,6 +193,12 @@ def test_a_pipe_gives_what_a_file_gives(tmp_path, content):
         assert (tmp_path / "a" / half).read_bytes() == (tmp_path / "b" / half).read_bytes()
 
 
+def test_latin1_is_told_how_to_become_utf8_in_any_locale(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Überall\n\n".encode("latin1") * 99)
+    with pytest.raises(ValueError, match="a.txt is not UTF-8 at byte 0: .* iconv -f latin1 -t utf-8$"):
+        prepare(tmp_path / "a.txt", tmp_path / "out")
+
+
 def test_what_a_pipe_holds_is_seen_from_its_first_line(tmp_path):
     lines = "".join(json.dumps({"prompt": f"{i}", "response": "r"}) + "\n" for i in range(40)).encode()
     for content, kind in ((lines, "supervised"), (gzip.compress(b"text " * 99), "text"), (b"{no", "text"),
