@@ -22,7 +22,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import regex
@@ -180,10 +180,11 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
     added = {token["content"]: token for token in whole.get("added_tokens") or []}
     named = _named_special(config)
     special = {name for name, token in added.items() if token["special"] or name in named}
-    for name, token in added.items():
-        if name not in special and (token["lstrip"] or token["rstrip"] or token["single_word"]):
-            raise ValueError(f"{where}: the added token {brief(repr(name))} looks at what stands around it, "
-                             "which is not supported")
+    looking = {name for name, token in added.items()
+               if token["lstrip"] or token["rstrip"] or token["single_word"]}
+    if wrong := sorted(looking - special):
+        raise ValueError(f"{where}: the added token {brief(repr(wrong[0]))} looks at what stands around it, "
+                         "which is not supported")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token")}
     ids = {name: token["id"] for name, token in added.items()}
@@ -203,6 +204,7 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
         stop=[i for end in (ids.get(names["eos_token"]), *ends) for i in _listed(end)],
         template=read_whole(template).decode("utf-8") if template.exists() else config.get("chat_template"),
         names=names,
+        looking=looking,
     )
 
 
@@ -345,9 +347,11 @@ def _spec_of_gguf(fields: dict) -> dict:
 
 def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special: dict, added: dict,
           split: list, normalizer: str | None, unknown: int | None, start: int | None, stop: list,
-          template: str | list | None, names: dict) -> dict:
+          template: str | list | None, names: dict, looking: Collection[str] = ()) -> dict:
     """The spec of a tokenizer that stands in the file `where`.
 
+    A chat template with tokens that are `looking` at what stands around them, and take
+    the space there away, is left out, as are those that are more than frames.
     Raises ValueError for one that no ByteLevelBPE can be.
     """
     _require_bounds(where, vocab, special, added, split)
@@ -364,6 +368,8 @@ def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special
     for token in _mergeable(where, vocab, merges, ignore_merges, {*special, *added}):
         tokens[vocab[token]] = token
     chat = read_template(template, names, special)
+    if any(name in json.dumps(chat, ensure_ascii=False) for name in looking):
+        chat = None
     if chat:
         stop.append(next(i for name, i in special.items() if chat["assistant"][1].endswith(name)))
     spec = {"tokens": tokens, "split": split, "normalizer": normalizer, "unknown": unknown,

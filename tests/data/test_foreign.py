@@ -133,6 +133,16 @@ def test_a_named_template_and_one_in_a_file_of_its_own_are_found(tmp_path):
     assert listed.chat == get_tokenizer(str(tmp_path / "b")).chat == alone.chat
 
 
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_a_template_whose_tokens_take_away_the_space_beside_them_is_left_out(flag, tmp_path):
+    folder = save(train(), tmp_path / "m", chat_template=CHATML)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    for token, left_out in (("<|endoftext|>", False), ("<|im_start|>", True)):
+        next(added for added in file["added_tokens"] if added["content"] == token)[flag] = True
+        (folder / "tokenizer.json").write_text(json.dumps(file))
+        assert (read_tokenizer_json(folder)["chat"] is None) == left_out
+
+
 # ------------------------------------------------------------------------------------------
 # vocab.json and merges.txt
 
