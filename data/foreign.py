@@ -514,9 +514,12 @@ def _frames(rendered: Callable[..., str], special: dict[str, int]) -> tuple[dict
     opening, _, before_again, reply = re.split(f"{U}|{A}|{V}", rendered([ASK, ANSWER, AGAIN], reply=True))
     after_question = rendered([ASK]).partition(U)[2]
     after_answer = rendered([ASK, ANSWER]).partition(A)[2]
+    before = before_again.removeprefix(after_answer)
+    if not opening.endswith(before):    # space that stands between messages, but not after the last
+        before = before.lstrip()
+        after_answer = before_again.removesuffix(before)
     trim = rendered([("user", f"\n {U} \n")]) == rendered([ASK])
     stop = min((token for token in special if token in after_answer), key=after_answer.index)
-    before = before_again.removeprefix(after_answer)
     end = after_answer.index(stop) + len(stop)
     chat = {
         "default": opening.removesuffix(before),

@@ -8,9 +8,10 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers
 
 from common import one_line
-from common_bpe import (CHATML, LLAMA, MIXED, PAGE, PRE, SPECIAL, gguf_fields, ids, imported, save, scraps,
-                        train)
+from common_bpe import (CHATML, LLAMA, MIXED, PAGE, PRE, SPECIAL, TALKS, gguf_fields, ids, imported, save,
+                        scraps, train)
 from data.bpe import ByteLevelBPE, fingerprint
+from data.chat import frame
 from data.foreign import read_gguf_tokenizer, read_tokenizer_json
 from data.tokenizer import get_tokenizer
 
@@ -131,6 +132,19 @@ def test_a_named_template_and_one_in_a_file_of_its_own_are_found(tmp_path):
     (tmp_path / "b" / "chat_template.jinja").write_text(CHATML)
     alone = imported(original, tmp_path / "c", chat_template=CHATML)
     assert listed.chat == get_tokenizer(str(tmp_path / "b")).chat == alone.chat
+
+
+def test_a_template_without_a_newline_after_the_last_answer_is_frames(tmp_path):
+    """As that of Tulu 3 and Falcon3."""
+    tulu = CHATML.replace("+ '<|im_end|>' + '\n'",
+                          "+ ('\n' if m['role'] != 'assistant' else eos_token if loop.last else eos_token + '\n')")
+    folder = save(train(), tmp_path / "m", chat_template=tulu)
+    theirs, chat = transformers.AutoTokenizer.from_pretrained(folder), read_tokenizer_json(folder)["chat"]
+    assert tulu != CHATML and chat["assistant"][1:] == ["<|im_end|>", "\n"]
+    for turns in TALKS:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert frame(chat, turns) == expected
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
