@@ -136,8 +136,8 @@ def test_a_named_template_and_one_in_a_file_of_its_own_are_found(tmp_path):
 
 def test_a_template_without_a_newline_after_the_last_answer_is_frames(tmp_path):
     """As that of Tulu 3 and Falcon3."""
-    tulu = CHATML.replace("+ '<|im_end|>' + '\n'",
-                          "+ ('\n' if m['role'] != 'assistant' else eos_token if loop.last else eos_token + '\n')")
+    ending = "('\n' if m['role'] != 'assistant' else eos_token if loop.last else eos_token + '\n')"
+    tulu = CHATML.replace("'<|im_end|>' + '\n'", ending)
     folder = save(train(), tmp_path / "m", chat_template=tulu)
     theirs, chat = transformers.AutoTokenizer.from_pretrained(folder), read_tokenizer_json(folder)["chat"]
     assert tulu != CHATML and chat["assistant"][1:] == ["<|im_end|>", "\n"]

@@ -30,7 +30,7 @@ def test_a_tokenizer_too_large_for_the_model_is_told_and_a_killed_import_is_swep
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
 def test_one_file_of_a_folder_is_answered_with_the_folder(name, tmp_path):
     (tmp_path / name).write_text("{}")
-    refused(name, "one file of a model: give the folder that holds it", path=tmp_path / name, tmp_path=tmp_path)
+    refused(name, "one file of a model: give the folder that holds", path=tmp_path / name, tmp_path=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------
