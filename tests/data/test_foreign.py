@@ -136,11 +136,12 @@ def test_a_named_template_and_one_in_a_file_of_its_own_are_found(tmp_path):
 
 def test_a_template_without_a_newline_after_the_last_answer_is_frames(tmp_path):
     """As that of Tulu 3 and Falcon3."""
-    ending = "('\n' if m['role'] != 'assistant' else eos_token if loop.last else eos_token + '\n')"
-    tulu = CHATML.replace("'<|im_end|>' + '\n'", ending)
+    tulu = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
+            "{{ '\n' if m['role'] != 'assistant' else eos_token if loop.last else eos_token + '\n' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
     folder = save(train(), tmp_path / "m", chat_template=tulu)
     theirs, chat = transformers.AutoTokenizer.from_pretrained(folder), read_tokenizer_json(folder)["chat"]
-    assert tulu != CHATML and chat["assistant"][1:] == ["<|im_end|>", "\n"]
+    assert chat["assistant"][1:] == ["<|im_end|>", "\n"]
     for turns in TALKS:
         messages = [{"role": role, "content": text} for role, text in turns]
         expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
