@@ -85,6 +85,7 @@ RULES = {  # of each field: is it right? what it must be
     "tokens": (_are_counts, "a number for each half"),
     "sources": (_are_counts_of_each, "numbers for each source"),
     "format": (("chat", "plain").__contains__, "chat or plain"),
+    "frames": (_is_text, "a checksum"),
     "blocks": (lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
                "the digests of each file"),
     "digest": (_is_text, "a digest"),

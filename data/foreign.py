@@ -22,7 +22,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import regex
@@ -116,7 +116,8 @@ def read_tokenizer_json(path: str | Path) -> dict:
     """
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     beside = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                 "generation_config.json", "config.json"):
         file = path.with_name(name)
         beside[name] = read_json(file) if file.exists() else {}
     try:
@@ -139,7 +140,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def _as_tokenizer_json(path: Path, beside: dict[str, dict]) -> dict:
     """What a tokenizer.json would say where there are vocab.json (`path`), merges.txt
-    and, perhaps, tokenizer_config.json and special_tokens_map.json.
+    and, perhaps, tokenizer_config.json, special_tokens_map.json and added_tokens.json.
     """
     config = beside["special_tokens_map.json"] | beside["tokenizer_config.json"]
     vocab, merges = read_json(path), path.with_name("merges.txt")
@@ -149,13 +150,14 @@ def _as_tokenizer_json(path: Path, beside: dict[str, dict]) -> dict:
                          "GPT2Tokenizer and Qwen2Tokenizer are")
     lines = read_whole(merges).decode("utf-8").split("\n")
     pairs = [line.rstrip("\r") for line in lines[lines[0].startswith("#version"):] if line.strip()]
-    special = [config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")]
-    special += _listed(config.get("additional_special_tokens"))
     flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word"), False)
-    names = {"<|endoftext|>", *filter(None, map(_content, special))} & vocab.keys()
+    names = {"<|endoftext|>", *_named_special(config)} & vocab.keys()
     added = [flags | {"content": name, "id": vocab[name], "special": True} for name in sorted(names)]
     for i, token in config.get("added_tokens_decoder", {}).items():
         added.append(flags | token | {"id": int(i) if i.isdecimal() else i})
+    known = {token["content"] for token in added}
+    older = beside["added_tokens.json"]
+    added += [flags | {"content": name, "id": older[name]} for name in older if name not in known]
     byte_level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space"))}
     split = byte_level
     if family.startswith("Qwen2"):
@@ -176,10 +178,13 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
     config = beside["special_tokens_map.json"] | beside["tokenizer_config.json"]
     _require_byte_level(where, whole)
     added = {token["content"]: token for token in whole.get("added_tokens") or []}
-    for name, token in added.items():
-        if not token["special"] and (token["lstrip"] or token["rstrip"] or token["single_word"]):
-            raise ValueError(f"{where}: the added token {brief(repr(name))} looks at what stands around it, "
-                             "which is not supported")
+    named = _named_special(config)
+    special = {name for name, token in added.items() if token["special"] or name in named}
+    looking = {name for name, token in added.items()
+               if token["lstrip"] or token["rstrip"] or token["single_word"]}
+    if wrong := sorted(looking - special):
+        raise ValueError(f"{where}: the added token {brief(repr(wrong[0]))} looks at what stands around it, "
+                         "which is not supported")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token")}
     ids = {name: token["id"] for name, token in added.items()}
@@ -190,8 +195,8 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
         vocab=model["vocab"],
         merges=list(map(tuple, merges)),
         ignore_merges=bool(model.get("ignore_merges")),
-        special={name: i for name, i in ids.items() if added[name]["special"]},
-        added={name: i for name, i in ids.items() if not added[name]["special"]},
+        special={name: i for name, i in ids.items() if name in special},
+        added={name: i for name, i in ids.items() if name not in special},
         split=_splits(whole["pre_tokenizer"], where),
         normalizer=_normalizer(whole.get("normalizer"), where),
         unknown=model["vocab"].get(model.get("unk_token")),
@@ -199,6 +204,7 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
         stop=[i for end in (ids.get(names["eos_token"]), *ends) for i in _listed(end)],
         template=read_whole(template).decode("utf-8") if template.exists() else config.get("chat_template"),
         names=names,
+        looking=looking,
     )
 
 
@@ -217,6 +223,13 @@ def _require_byte_level(where: str, whole: dict) -> None:
         harmless = key == "fuse_unk" and model.get("unk_token") is None
         if model.get(key) and not harmless:
             raise ValueError(f"{where} has {key} = {brief(repr(model[key]))}, which is not supported")
+
+
+def _named_special(config: dict) -> set[str]:
+    """The tokens that are special whatever their own flag says, as in transformers."""
+    values = [config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")]
+    values += _listed(config.get("additional_special_tokens"))
+    return set(filter(None, map(_content, values)))
 
 
 def _content(token: dict | str | None) -> str | None:
@@ -334,9 +347,11 @@ def _spec_of_gguf(fields: dict) -> dict:
 
 def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special: dict, added: dict,
           split: list, normalizer: str | None, unknown: int | None, start: int | None, stop: list,
-          template: str | list | None, names: dict) -> dict:
+          template: str | list | None, names: dict, looking: Collection[str] = ()) -> dict:
     """The spec of a tokenizer that stands in the file `where`.
 
+    A chat template with tokens that are `looking` at what stands around them, and take
+    the space there away, is left out, as are those that are more than frames.
     Raises ValueError for one that no ByteLevelBPE can be.
     """
     _require_bounds(where, vocab, special, added, split)
@@ -353,6 +368,8 @@ def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special
     for token in _mergeable(where, vocab, merges, ignore_merges, {*special, *added}):
         tokens[vocab[token]] = token
     chat = read_template(template, names, special)
+    if any(name in json.dumps(chat, ensure_ascii=False) for name in looking):
+        chat = None
     if chat:
         stop.append(next(i for name, i in special.items() if chat["assistant"][1].endswith(name)))
     spec = {"tokens": tokens, "split": split, "normalizer": normalizer, "unknown": unknown,
@@ -497,9 +514,12 @@ def _frames(rendered: Callable[..., str], special: dict[str, int]) -> tuple[dict
     opening, _, before_again, reply = re.split(f"{U}|{A}|{V}", rendered([ASK, ANSWER, AGAIN], reply=True))
     after_question = rendered([ASK]).partition(U)[2]
     after_answer = rendered([ASK, ANSWER]).partition(A)[2]
+    before = before_again.removeprefix(after_answer)
+    if not opening.endswith(before):    # space that stands between messages, but not after the last
+        before = before.lstrip()
+        after_answer = before_again.removesuffix(before)
     trim = rendered([("user", f"\n {U} \n")]) == rendered([ASK])
     stop = min((token for token in special if token in after_answer), key=after_answer.index)
-    before = before_again.removeprefix(after_answer)
     end = after_answer.index(stop) + len(stop)
     chat = {
         "default": opening.removesuffix(before),

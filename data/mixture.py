@@ -44,6 +44,11 @@ class Mixture(Loader):
                 if first.meta.get(key) != other.meta.get(key):
                     raise ValueError(f"{first.folder} and {other.folder} do not mix: {key} is "
                                      f"{first.meta.get(key)} and {other.meta.get(key)}; prepare them alike")
+        framed = [loader for loader in self.loaders if "frames" in loader.meta]     # of before: not there
+        for other in framed[1:]:
+            if framed[0].meta["frames"] != other.meta["frames"]:
+                raise ValueError(f"{framed[0].folder} and {other.folder} do not mix: their chat templates "
+                                 "(or what opens or ends a text) differ; prepare them with one --tokenizer")
         self.folder, self.meta, self.split = first.folder, first.meta, split
         self.kind, self.vocab_size = first.kind, first.vocab_size
         self.B, self.T, self.W, self.accum = batch_size, block_size, world_size, accum

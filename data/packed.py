@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from data.records import FORMS
+from data.records import FORMS, read_names
 
 PACKED = (".gz", ".zst")
-MAGIC = {b"\x1f\x8b": ".txt.gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}    # how such files begin
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}    # how such files begin
 BITE = 4096          # packed bytes that are unpacked at once: of a bomb, up to 128 MB
 TEXT = re.compile(r"(dictionary<values=)?(large_string|string|string_view)(, .*)?")    # types of columns
 ROWS = 256           # rows that are in memory at once
@@ -101,7 +101,7 @@ def rows_of(path: Path, name: str, column: str | None, unread: Callable[[str], N
         columns = file.schema_arrow.names
         form = next((form for form in FORMS if {*columns} >= form), None)
         text = _only_text(file.schema_arrow, name) if column is None and not form else column
-        read = {text} if text is not None else form | {"prompt", "input"}
+        read = {text} if text is not None else read_names(form)
         names = [other for other in columns if other in read]
         if not names:
             raise ValueError(f"{name} has no column {text!r}: --column must be one of "

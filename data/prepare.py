@@ -24,6 +24,7 @@ Where the tokenizer has a chat template, prompts and answers, or the messages of
 conversation, are put into it, and every answer is learnt with the token that stops it
 ("format": "chat" in meta.json). Elsewhere ("plain") an example is <|endoftext|> prompt
 answer <|endoftext|>, learnt from the answer on, and longer conversations are refused.
+"frames" is a checksum of what stands around them: folders that differ in it do not mix.
 Preference data store chosen i as example 2i and rejected i as example 2i + 1.
 
 Split: by the SHA-256 of the document (the prompt; for docstrings, the module or class),
@@ -63,7 +64,7 @@ from data.records import Example
 from data.shares import is_mixture, parts_of
 from data.sources import MOST_KINDS, PYTHON, How, fetch, read, total_bytes
 from data.spool import Spool
-from data.tokenizer import get_tokenizer, save_tokenizer
+from data.tokenizer import frames_of, get_tokenizer, save_tokenizer
 
 # sources that need no file; the last one is a download
 EMBEDDED = ("pydoc", "pydoc-sft", "pydoc-dpo", "pysource", "shakespeare")
@@ -167,6 +168,7 @@ def _write_folder(job: Job, split: str) -> dict:
     }
     if kind != "text":
         meta["format"] = "chat" if getattr(job.enc, "chat", None) else "plain"
+        meta["frames"] = frames_of(job.enc)
     if job.sources:
         meta["sources"] = {name: dict(counts) for name, counts in job.sources.items()}
     if left_out := {name: n for name, n in sorted(job.left_out.items()) if n}:
@@ -253,8 +255,8 @@ def _tokenize(job: Job, split: str) -> tuple[Spool, str]:
 
     Nothing of it is held in memory, so with the hash split a corpus may be larger.
     """
-    values = {"source": job.source, "tokenizer": job.enc.name, "split": split, "column": job.column,
-              "val_fraction": job.val_fraction, "version": sys.version}
+    values = {"source": job.source, "tokenizer": job.enc.name, "frames": frames_of(job.enc), "split": split,
+              "column": job.column, "val_fraction": job.val_fraction, "version": sys.version}
     spool = Spool(job.folder, job.dtype, values)
     if spool.done and split == "tail":
         spool.clear()

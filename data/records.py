@@ -37,6 +37,12 @@ class Example(NamedTuple):
         return ("text", "supervised", "preference")[len(self.texts) - 1]
 
 
+def read_names(form: set[str]) -> set[str]:
+    """The fields that are read of a record of this form."""
+    more = {"prompt"} if "chosen" in form else {"input"} if "instruction" in form else set()
+    return form | more
+
+
 def read_record(fields: dict, place: str) -> tuple[Example, set[str]]:
     """The example that the record at `place` is, and the names of its unread fields.
 
@@ -45,18 +51,19 @@ def read_record(fields: dict, place: str) -> tuple[Example, set[str]]:
     form = next((names for names in FORMS if fields.keys() >= names), None)
     if form is None or form == FORMS[0] and isinstance(fields["chosen"], str) and "prompt" not in fields:
         raise ValueError(f"{place} has the fields {_short(sorted(fields))}, but needs {CHOICES}")
+    unread = fields.keys() - read_names(form)
     if "text" in form:
         text = _text(fields, "text", place)
-        return Example(text, (text,)), fields.keys() - form
+        return Example(text, (text,)), unread
     if "chosen" in form:
-        return _preference(fields, place), fields.keys() - form - {"prompt"}
+        return _preference(fields, place), unread
     if "messages" in form or "conversations" in form:
-        return _conversation(_messages(fields, *form, place), place), fields.keys() - form
+        return _conversation(_messages(fields, *form, place), place), unread
     if "instruction" in form:
         prompt, more = _text(fields, "instruction", place), fields.get("input") or ""
         prompt += "\n\n" + _text(fields, "input", place) if more else ""
-        return Example(prompt, (prompt, _text(fields, "output", place))), fields.keys() - form - {"input"}
-    return _pair(fields, *(form - {"prompt"}), place), fields.keys() - form
+        return Example(prompt, (prompt, _text(fields, "output", place))), unread
+    return _pair(fields, *(form - {"prompt"}), place), unread
 
 
 def _pair(fields: dict, answer: str, place: str) -> Example:

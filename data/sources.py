@@ -235,16 +235,18 @@ def _described(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 def _download(url: str, folder: Path) -> Path:
     name = Path(urllib.parse.urlsplit(url).path).name
-    path = folder / ("spool.source" + (_suffix(name) or ".txt"))
+    path = folder / "spool.source"
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
             shutil.copyfileobj(response, file)
+            if missing := getattr(response, "length", None):    # copyfileobj ends without a word
+                raise OSError(f"it broke off, {missing:,} bytes before its end")
     except (OSError, http.client.HTTPException, ValueError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise ValueError(f"cannot download {url} ({error}): fetch the file yourself "
                          "and give its path") from None
-    return path
+    return _with_suffix(path, name, url)
 
 
 def _is_descriptor(path: Path) -> bool:
@@ -253,9 +255,7 @@ def _is_descriptor(path: Path) -> bool:
 
 
 def _spool(path: Path, folder: Path) -> Path:
-    """Write what a pipe gives into a file, whose suffix is the pipe's, or what its
-    first line shows.
-    """
+    """Write what a pipe gives into a file."""
     copy = folder / "spool.source"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -272,18 +272,35 @@ def _spool(path: Path, folder: Path) -> Path:
         os.set_blocking(descriptor, True)
         file.write(start or b"")
         shutil.copyfileobj(pipe, file)
-    suffix = _suffix(path.name)
-    if not suffix:
-        with open(copy, "rb") as file:
-            head = file.readline(LONGEST)
-        packed = next((end for mark, end in MAGIC.items() if head.startswith(mark)), "")
-        suffix = packed or (".jsonl" if _is_object(head) else ".txt")
-    return copy.rename(f"{copy}{suffix}")
+    return _with_suffix(copy, path.name, str(path))
 
 
-def _is_object(line: bytes) -> bool:
+def _with_suffix(copy: Path, name: str, source: str) -> Path:
+    """Rename the copy of a source to have the suffix of `name`, or else of what it
+    holds: by its first bytes and, unpacked, its first line.
+    """
+    if suffix := _suffix(name):
+        return copy.rename(f"{copy}{suffix}")
+    with open(copy, "rb") as file:
+        start = file.read(4)
+    packed = next((end for mark, end in MAGIC.items() if start.startswith(mark)), "")
+    found = copy.rename(f"{copy}{packed}")
+    if has_columns(found):
+        return found
+    return found.rename(f"{copy}{'.jsonl' if _begins_with_record(found, source) else '.txt'}{packed}")
+
+
+def _begins_with_record(path: Path, name: str) -> bool:
+    """Whether the first line that isn't blank is a JSON object, as in .jsonl."""
+    line = ""
+    for part in _text(_raw(path, name, "readline"), name):
+        if not line and not part.strip():
+            continue
+        line += part
+        if line.endswith("\n") or len(line) > LONGEST:
+            break
     try:
-        return isinstance(strict_json.loads(line.decode("utf-8-sig"), finite=False), dict)
+        return len(line) <= LONGEST and isinstance(strict_json.loads(line, finite=False), dict)
     except ValueError:
         return False
 
@@ -306,7 +323,7 @@ def _path(source: str, path: Path, how: How) -> Iterator[Example]:
     files = [file for file in _files(path, how.left_out) if _suffix(file.name)] if is_folder else [path]
     if not files:
         raise ValueError(f"the folder {path} holds no {known}")
-    if how.column is not None and not any(_has_records(file) for file in files):
+    if how.column is not None and not any(_has_records(file, str(file)) for file in files):
         raise ValueError(f"--column is for records, .jsonl or .parquet: {path} has none")
     # A small text is cut finer, so that something is left for the validation half.
     size = max(1, min(DOCUMENT, _total_size(files, 20 * DOCUMENT) // 20))
@@ -326,7 +343,7 @@ def _path(source: str, path: Path, how: How) -> Iterator[Example]:
 
 def _examples(file: Path, name: str, size: int, how: How) -> Iterator[tuple[str, Example]]:
     """(place, example), without those of nothing but space."""
-    if _has_records(file):
+    if _has_records(file, name):
         records = _parquet if has_columns(file) else _jsonl
         for place, example in records(file, name, how):
             if "".join(example.texts).strip():
@@ -368,13 +385,13 @@ def _suffix(name: str) -> str:
     return next((end for end in KNOWN if name.endswith(end)), "")
 
 
-def _has_records(path: Path) -> bool:
+def _has_records(path: Path, name: str) -> bool:
     """Whether it is no running text; what a plain .zst holds is shown by its first
     line.
     """
     suffix = _suffix(path.name)
     if suffix == ".zst":
-        return _is_object(next(_raw(path, str(path), "readline"), b""))
+        return _begins_with_record(path, name)
     return ".jsonl" in suffix or has_columns(path)
 
 
@@ -489,9 +506,9 @@ def _unreadable(name: str | Path, error: OSError) -> ValueError:
 
 def _not_utf8(name: str, start: bytes, at: int) -> ValueError:
     encoding = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), "")
-    hint, option = (f", but {encoding.upper()}", f"-f {encoding} ") if encoding else ("", "")
+    hint = f", but {encoding.upper()}" if encoding else ""
     return ValueError(f"{name} is not UTF-8 at byte {at}{hint}: convert it, "
-                      f"for example with iconv {option}-t utf-8")
+                      f"for example with iconv -f {encoding or 'latin1'} -t utf-8")
 
 
 def _cut(parts: Iterable[str], size: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ special token is just text.
 import codecs
 import json
 import shutil
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def get_tokenizer(name: str, beside: str | Path = ".") -> tiktoken.Encoding:
         return _official(beside)
     if name == "bytes" or name in tiktoken.list_encoding_names() or not path.exists():
         return _named(name)
+    if not path.is_dir() and path.suffix.lower() == ".json":
+        raise ValueError(f"--tokenizer {name} is one file of a tokenizer: give the folder that holds it, "
+                         f"{path.parent}")
     if not path.is_dir():
         return read_vocabulary(path)
     if (path / "meta.json").exists() or not (has_tokenizer(path) or (path / FILE).exists()):
@@ -96,6 +100,14 @@ def opening(enc: tiktoken.Encoding) -> list[int]:
 def stops(enc: tiktoken.Encoding) -> tuple[int, ...]:
     """The tokens that end a generated text."""
     return tuple(enc.spec["stop"]) if isinstance(enc, Specified) else (enc.eot_token,)
+
+
+def frames_of(enc: tiktoken.Encoding) -> str:
+    """A checksum of what stands around texts in rows, which the name says nothing of: a
+    model and its tuned sister share the tokens, but not the chat template.
+    """
+    decisive = [getattr(enc, "chat", None), opening(enc), enc.eot_token]
+    return f"{zlib.crc32(json.dumps(decisive, sort_keys=True).encode()):08x}"
 
 
 # ------------------------------------------------------------------------------------------

@@ -155,6 +155,8 @@ def is_model(folder: Path) -> bool:
 def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return from_hugging_face(path)
+    if path.suffix.lower() in (".safetensors", ".json"):
+        raise ValueError("it is one file of a model: give the folder that holds it and config.json")
     if path.suffix.lower() == ".gguf":
         return from_gguf(path)
     content = open_pth(path)

@@ -277,15 +277,18 @@ def gguf_config(values: dict, tensors: dict) -> ModelConfig:
 def gguf_rope(values: dict, tensors: dict, N: int) -> dict:
     """The rotary settings, for heads of N.
 
-    llama3's scaling stands in a file as one factor for each frequency; they are its
-    published settings, or refused.
+    A factor without a type is linear, as in llama.cpp, and 0 is none. llama3's scaling
+    stands in a file as one factor for each frequency; they are its published settings,
+    or refused.
     """
-    kind = take(values, "rope.scaling.type", str, "none")
+    older = take(values, "rope.scale_linear", float, 1.0)
+    factor = take(values, "rope.scaling.factor", float, older) or 1.0
+    kind = take(values, "rope.scaling.type", str, "none" if factor == 1 else "linear")
     if kind not in ("none", "linear"):
         raise ValueError(f"rope scaling {kind!r} is not supported: none, linear and llama3 are")
     rope = {"rope_theta": take(values, "rope.freq_base", float, 10000.0)}
     if kind == "linear":
-        rope |= {"rope_scaling": "linear", "rope_factor": take(values, "rope.scaling.factor", float)}
+        rope |= {"rope_scaling": "linear", "rope_factor": factor}
     if "rope_freqs.weight" not in tensors:
         return rope
     stored = tensors["rope_freqs.weight"].data

@@ -5,6 +5,7 @@ import gzip
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,19 @@ def test_texts_that_others_say_now_are_not_taken_up(tmp_path, model_folder):
     kill_midway(tmp_path, write("user"), tokenizer=str(model_folder))
     for name in ("out", "whole"):
         prepare(write("assistant"), tmp_path / name, str(model_folder), resume=name == "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_was_tokenized_with_another_chat_template_is_not_taken_up(tmp_path, model_folder):
+    """Both models have one vocabulary, so their tokenizers have one name."""
+    pairs = [{"prompt": f"{i}? ", "response": "x" * (i % 60)} for i in range(300)]
+    source = write_jsonl(tmp_path / "a.jsonl", pairs)
+    kill_midway(tmp_path, source, tokenizer=str(model_folder))
+    other = shutil.copytree(model_folder / "hf", tmp_path / "other")
+    config = (other / "tokenizer_config.json").read_text()
+    (other / "tokenizer_config.json").write_text(config.replace("Be kind.", "Obey."))
+    for name in ("out", "whole"):
+        prepare(source, tmp_path / name, str(other), resume=name == "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -4,12 +4,14 @@ import json
 import random
 
 import pytest
+import transformers
 from tokenizers import Tokenizer, models, normalizers
 
 from common import one_line
-from common_bpe import (CHATML, LLAMA, MIXED, PAGE, PRE, SPECIAL, gguf_fields, ids, imported, save, scraps,
-                        train)
+from common_bpe import (CHATML, LLAMA, MIXED, PAGE, PRE, SPECIAL, TALKS, gguf_fields, ids, imported, save,
+                        scraps, train)
 from data.bpe import ByteLevelBPE, fingerprint
+from data.chat import frame
 from data.foreign import read_gguf_tokenizer, read_tokenizer_json
 from data.tokenizer import get_tokenizer
 
@@ -66,6 +68,18 @@ def test_merges_may_be_pairs_or_strings(tmp_path):
     assert read[0] == read[1] and len([token for token in read[0]["tokens"] if token]) == 1500 - len(SPECIAL)
 
 
+def test_an_end_that_is_not_flagged_as_special_is_special(tmp_path):
+    folder = save(train(), tmp_path / "m", chat_template=CHATML)
+    expected = read_tokenizer_json(folder)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    for token in file["added_tokens"]:
+        token["special"] = token["content"] != "<|im_end|>"
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    assert read_tokenizer_json(folder) == expected and expected["chat"] and expected["stop"] == [0, 2]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.eos_token_id == 2 and "<|im_end|>" in theirs.all_special_tokens
+
+
 # ------------------------------------------------------------------------------------------
 # GGUF
 
@@ -120,6 +134,30 @@ def test_a_named_template_and_one_in_a_file_of_its_own_are_found(tmp_path):
     assert listed.chat == get_tokenizer(str(tmp_path / "b")).chat == alone.chat
 
 
+def test_a_template_without_a_newline_after_the_last_answer_is_frames(tmp_path):
+    """As that of Tulu 3 and Falcon3."""
+    tulu = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
+            "{{ '\n' if m['role'] != 'assistant' else eos_token if loop.last else eos_token + '\n' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+    folder = save(train(), tmp_path / "m", chat_template=tulu)
+    theirs, chat = transformers.AutoTokenizer.from_pretrained(folder), read_tokenizer_json(folder)["chat"]
+    assert chat["assistant"][1:] == ["<|im_end|>", "\n"]
+    for turns in TALKS:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert frame(chat, turns) == expected
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_a_template_whose_tokens_take_away_the_space_beside_them_is_left_out(flag, tmp_path):
+    folder = save(train(), tmp_path / "m", chat_template=CHATML)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    for token, left_out in (("<|endoftext|>", False), ("<|im_start|>", True)):
+        next(added for added in file["added_tokens"] if added["content"] == token)[flag] = True
+        (folder / "tokenizer.json").write_text(json.dumps(file))
+        assert (read_tokenizer_json(folder)["chat"] is None) == left_out
+
+
 # ------------------------------------------------------------------------------------------
 # vocab.json and merges.txt
 
@@ -157,6 +195,22 @@ def test_added_tokens_and_what_opens_a_text_come_from_the_files_beside(tmp_path)
     assert enc.spec["start"] == 0 and enc.spec["added"] == {"<tool>": 1500}
     assert enc.spec["special"] == {"<|endoftext|>": 0, "[PAD]": 1501} and enc.n_vocab == 1502
     assert enc.encode_ordinary("a<tool>b")[1] == 1500
+
+
+def test_the_added_tokens_of_older_files_are_those_of_transformers(tmp_path):
+    save_parts(train("GPT-2"), tmp_path / "m", tokenizer_class="GPT2Tokenizer")
+    files = {"added_tokens": {"<|sep|>": 1500, "<|done|>": 1501},
+             "special_tokens_map": {"eos_token": "<|done|>", "bos_token": "<|endoftext|>",
+                                    "unk_token": "<|endoftext|>"},
+             "config": {"model_type": "gpt2", "eos_token_id": 1501, "vocab_size": 1502}}
+    for name, content in files.items():
+        (tmp_path / "m" / f"{name}.json").write_text(json.dumps(content))
+    enc, theirs = (read(str(tmp_path / "m")) for read in (get_tokenizer,
+                                                          transformers.AutoTokenizer.from_pretrained))
+    text = "question<|sep|>answer"
+    assert enc.encode_ordinary(text) == theirs(text, add_special_tokens=False).input_ids
+    assert enc.n_vocab == len(theirs) == 1502 and enc.spec["stop"] == [0, theirs.eos_token_id]
+    assert enc.spec["added"] == {"<|sep|>": 1500} and enc.spec["special"]["<|done|>"] == 1501
 
 
 @pytest.mark.parametrize("config, word", [

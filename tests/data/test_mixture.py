@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common import TINY, assert_same_run, metrics, newest, one_line, start, tiny  # noqa: F401   (fixture)
+from common_bpe import CHATML, save, train as train_bpe
 from common_data import numbered, preference, rows, supervised, write_jsonl  # noqa: F401   (fixtures)
 from common_train import job, teacher, wait_for  # noqa: F401   (fixtures)
 from data.loader import Loader
@@ -174,6 +175,22 @@ def test_what_does_not_mix_is_refused_in_one_line(tmp_path, monkeypatch, supervi
               "--block_size", "32"])
     one_line(error.value)
     assert not Path("out").exists()
+
+
+def test_two_chat_templates_of_one_vocabulary_do_not_mix_but_a_folder_of_before_mixes(tmp_path):
+    records = [{"prompt": f"{i}?", "response": "yes"} for i in range(60)]
+    source, original = write_jsonl(tmp_path / "a.jsonl", records), train_bpe(text="a book " * 99)
+    for name, template in (("one", CHATML), ("two", CHATML.replace("Be kind.", "Obey."))):
+        model = save(original, tmp_path / f"{name}-model", chat_template=template)
+        prepare(source, tmp_path / name, str(model))
+    data = f"{tmp_path / 'one'}:1,{tmp_path / 'two'}:1"
+    with pytest.raises(ValueError, match="one and .*two do not mix: their chat templates") as error:
+        Mixture(data, "train", 2, 512)
+    one_line(error.value)
+    path = tmp_path / "two" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({key: meta[key] for key in meta if key not in ("frames", "blocks", "digest")}))
+    assert len(Mixture(data, "train", 2, 512).parts) == 2
 
 
 # ------------------------------------------------------------------------------------------

@@ -132,6 +132,13 @@ def test_rows_without_a_text_are_counted(tmp_path):
     assert everything(tmp_path / "out") == sorted(TEXTS)
 
 
+@pytest.mark.parametrize("name", ["prompt", "input"])
+def test_a_column_that_texts_do_not_have_is_not_read_and_may_be_null(tmp_path, name):
+    path = write_parquet(tmp_path / "a.parquet", {"text": TEXTS, name: [None, "x"] * 50})
+    assert prepare(path, tmp_path / "out")["left_out"] == {f"columns {name!r}": 1}
+    assert everything(tmp_path / "out") == sorted(TEXTS)
+
+
 def test_prompts_and_messages_are_those_of_jsonl(tmp_path):
     pairs = [{"prompt": f"{i}? ", "response": f"{i}!"} for i in range(60)]
     talks = [{"messages": [{"role": "user", "content": pair["prompt"]},

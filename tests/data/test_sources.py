@@ -1,6 +1,8 @@
 """Sources: Python's documentation, files of all kinds, URLs."""
 
+import contextlib
 import gzip
+import http.server
 import io
 import json
 import os
@@ -11,12 +13,38 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
+import zstandard
 
 from common import one_line
 from common_data import documents, examples, small_library, write_jsonl  # noqa: F401
 from data import sources
 from data.prepare import main, prepare
+
+
+@contextlib.contextmanager
+def served(body: bytes, length: int | None = None):
+    """The URL, without a suffix, of a local server whose replies claim this length."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(length or len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/book"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_pydoc_rejects_another_functions_docstring(tmp_path, small_library):
@@ -84,6 +112,14 @@ def test_a_url_is_fetched_and_a_failure_says_to_pass_a_path(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="tinyshakespeare.*give its path") as e:
         main(["shakespeare", "--out", str(tmp_path / "b")])
     one_line(e.value)
+
+
+def test_a_download_that_breaks_off_is_refused_and_leaves_nothing(tmp_path):
+    with served(b"half of a text\n\n" * 500, length=20_000) as url:
+        with pytest.raises(ValueError, match="download .*12,000 bytes before its end.*give its path") as e:
+            prepare(url, tmp_path / "out")
+    one_line(e.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_source_that_can_be_read_once_is_read_once(tmp_path, monkeypatch):
@@ -157,13 +193,44 @@ def test_a_pipe_gives_what_a_file_gives(tmp_path, content):
         assert (tmp_path / "a" / half).read_bytes() == (tmp_path / "b" / half).read_bytes()
 
 
+def test_latin1_is_told_how_to_become_utf8_in_any_locale(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Überall\n\n".encode("latin1") * 99)
+    with pytest.raises(ValueError, match="a.txt is not UTF-8 at byte 0: .* iconv -f latin1 -t utf-8$"):
+        prepare(tmp_path / "a.txt", tmp_path / "out")
+
+
 def test_what_a_pipe_holds_is_seen_from_its_first_line(tmp_path):
     lines = "".join(json.dumps({"prompt": f"{i}", "response": "r"}) + "\n" for i in range(40)).encode()
-    for content, kind in ((lines, "supervised"), (gzip.compress(b"text " * 99), "text"), (b"{no", "text")):
+    for content, kind in ((lines, "supervised"), (gzip.compress(b"text " * 99), "text"), (b"{no", "text"),
+                          (gzip.compress(lines), "supervised")):
         (tmp_path / "file").write_bytes(content)
         with open(tmp_path / "file", "rb") as file:
             meta = prepare(f"/dev/fd/{file.fileno()}", tmp_path / "out", overwrite=True)
         assert meta["kind"] == kind
+
+
+def test_what_a_url_without_a_suffix_holds_is_seen_from_its_beginning(tmp_path):
+    lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(40)).encode()
+    parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(40)]}), tmp_path / "a.parquet")
+    bodies = [b"\n \r\n" + lines, gzip.compress(lines), zstandard.compress(lines),
+              (tmp_path / "a.parquet").read_bytes()]
+    for i, body in enumerate(bodies):
+        with served(body) as url:
+            prepare(url, tmp_path / f"{i}")
+        assert "text 7" in documents(tmp_path / f"{i}", "train") + documents(tmp_path / f"{i}", "val"), i
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
+def test_a_first_record_of_megabytes_is_a_record(tmp_path, pack):
+    texts = ["word " * 500_000, *(f"text {i}" for i in range(40))]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (tmp_path / "a.zst").write_bytes(pack(lines))
+    with open(tmp_path / "a.zst", "rb") as file:
+        prepare(f"/dev/fd/{file.fileno()}", tmp_path / "piped")
+    if pack == zstandard.compress:
+        prepare(tmp_path / "a.zst", tmp_path / "piped", overwrite=True)
+    found = documents(tmp_path / "piped", "train") + documents(tmp_path / "piped", "val")
+    assert sorted(found) == sorted(texts)
 
 
 def test_a_line_is_cut_alike_whether_it_comes_whole_or_in_parts():

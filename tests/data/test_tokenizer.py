@@ -35,6 +35,12 @@ def test_a_folder_remembers_its_tokenizer_and_what_else_its_meta_said(tmp_path):
     assert json.loads((tmp_path / "meta.json").read_text()) == {"kind": "text", "tokenizer": "bytes"}
 
 
+def test_a_tokenizer_json_is_answered_with_its_folder(tmp_path):
+    folder = save(train("SmolLM2"), tmp_path / "hf")
+    with pytest.raises(ValueError, match=f"give the folder that holds it, {folder}$"):
+        get_tokenizer(str(folder / "tokenizer.json"))
+
+
 def test_a_folder_keeps_its_tokenizer_and_only_what_decides_ids_names_it(tmp_path):
     folder = save(train("SmolLM2", added=("<think>",)), tmp_path / "hf", chat_template=CHATML)
     spec = read_tokenizer_json(folder)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from common_convert import COMMON, KINDS, bring, hf, original, write_gguf
+from common_convert import COMMON, KINDS, bring, hf, original, refused, write_gguf
 from lib.folders import load_model, open_model, stored_shapes
 from model import LM, ModelConfig
 from tools.convert import ExportConfig, ImportConfig, export_model, import_model
@@ -25,6 +25,12 @@ def test_a_tokenizer_too_large_for_the_model_is_told_and_a_killed_import_is_swep
     bring(tmp_path / "original", tmp_path, tokenizer="bytes")
     assert not left.exists()
     assert "tokenizer bytes has 257 tokens, the model 97" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_one_file_of_a_folder_is_answered_with_the_folder(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    refused(name, "one file of a model: give the folder that holds", path=tmp_path / name, tmp_path=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------

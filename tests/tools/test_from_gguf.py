@@ -39,6 +39,18 @@ def test_a_gguf_has_the_logits_of_its_source(name, arch, settings, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("scaling, factor", [
+    ({"rope.scaling.factor": 4.0}, 4), ({"rope.scale_linear": 4.0}, 4), ({"rope.scaling.factor": 0.0}, 1),
+    ({"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, 1),
+])
+def test_a_factor_without_a_type_is_linear_scaling(scaling, factor, tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": float(factor)}
+    model = original("Llama", WIDE | dict(rope_parameters=rope))
+    write_gguf(tmp_path / "m.gguf", model, "llama", **scaling)
+    assert relative(bring(tmp_path / "m.gguf", tmp_path)(text())[0], model(text()).logits) < 1e-4
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("quantise", [q8_0, q4_1])
 def test_quantised_weights_become_what_they_stand_for(quantise, tmp_path):
     model = original("Llama", WIDE)
