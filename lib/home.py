@@ -23,7 +23,7 @@ except ImportError:                                # Windows has no such locks
 MODEL = ("config.json", "tokenizer.json", "meta.json", "model.safetensors")  # the second only where needed
 TRAIN = ("checkpoints", *MODEL, "metrics.jsonl", "settings.json")            # what train.py writes
 DISTILL = (*TRAIN, "align", "match", "distil", "finish", "controls", "curve", "start.json",
-           "ranking.json", "report.json", "report.md", "report.png")                         # what distill.py writes
+           "ranking.json", "report.json", "report.md", "report.png")         # what distill.py writes
 FORMER = {"distil": "match"}                                                 # a stage's name of before
 NEW, OLD = ".new", ".replaced"                     # a run before its first checkpoint; what it then replaced
 

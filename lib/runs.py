@@ -487,7 +487,8 @@ def restore_trainer(
     torch.set_rng_state(trainer["rng"])
     if trainer["threads"] and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(trainer["threads"], os.cpu_count() or 1))    # sums are rounded as before
-    return Progress(**{field.name: trainer[field.name] for field in fields(Progress) if field.name in trainer})
+    names = [field.name for field in fields(Progress)]
+    return Progress(**{name: trainer[name] for name in names if name in trainer})    # old ones have fewer
 
 
 def load_trainer(folder: Path) -> dict:
