@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x, past)
         mask = None
         if past:
-            k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
+            k, v = (torch.cat((old.to(new.dtype), new), 2) for old, new in zip(state, (k, v)))
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
         grouped = self.n_kv < self.n_head
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
@@ -191,7 +191,7 @@ class ChannelMix(nn.Module):
 
 def shift(x: Tensor, last: Tensor | None) -> Tensor:
     """x (B, T, C) one step later, with `last` (B, C), or zero, in front."""
-    first = torch.zeros_like(x[:, :1]) if last is None else last[:, None]
+    first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
     return torch.cat((first, x[:, :-1]), 1)
 
 
