@@ -130,7 +130,7 @@ def write(cfg: SampleConfig, text: str, here: Session) -> None:
     """Continue `text`, and leave in `here` what is remembered. Ctrl-C ends the text."""
     decoder, B, prompt = here.decoder, cfg.num_samples, first_tokens(text, here, cfg.session.ckpt)
     if cfg.max_tokens == 0:
-        return read_only(prompt, here)
+        return read_only(prompt if text or not here.state else here.unread, here)
     n = int(min(cfg.max_tokens, room(here, len(prompt))))
     rows = torch.tensor([prompt], device=decoder.device).expand(B, -1)     # (B, T)
     generator = torch.Generator(decoder.device).manual_seed(cfg.seed)
