@@ -167,7 +167,7 @@ class TimeMixer(nn.Module):
             r, k, kk = (rotate(z.transpose(1, 2), start, freq).transpose(1, 2) for z in (r, k, kk))
 
         y, S = wkv7(r, w, k, v, kk, a, S, min_w=MIN_LOG_DECAY)
-        y = self.ln_x(y.reshape(B * T, -1)).view_as(y)
+        y = self.ln_x(y.reshape(B * T, self.H * self.N)).view_as(y)
         y = (y + (r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)     # bonus: past state and norm
         if self.cfg.gate:
             y = y * (torch.sigmoid(x_g @ self.g1) @ self.g2)
