@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x, past)
         mask = None
         if past:
-            k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
+            k, v = (torch.cat((old.to(new.dtype), new), 2) for old, new in zip(state, (k, v)))
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
         grouped = self.n_kv < self.n_head
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
@@ -167,7 +167,7 @@ class TimeMixer(nn.Module):
             r, k, kk = (rotate(z.transpose(1, 2), start, freq).transpose(1, 2) for z in (r, k, kk))
 
         y, S = wkv7(r, w, k, v, kk, a, S, min_w=MIN_LOG_DECAY)
-        y = self.ln_x(y.reshape(B * T, -1)).view_as(y)
+        y = self.ln_x(y.reshape(B * T, self.H * self.N)).view_as(y)
         y = (y + (r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)     # bonus: past state and norm
         if self.cfg.gate:
             y = y * (torch.sigmoid(x_g @ self.g1) @ self.g2)
@@ -191,7 +191,7 @@ class ChannelMix(nn.Module):
 
 def shift(x: Tensor, last: Tensor | None) -> Tensor:
     """x (B, T, C) one step later, with `last` (B, C), or zero, in front."""
-    first = torch.zeros_like(x[:, :1]) if last is None else last[:, None]
+    first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
     return torch.cat((first, x[:, :-1]), 1)
 
 

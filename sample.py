@@ -36,8 +36,8 @@ class Sampling:
     temperature: float = at_least(0.0, 1.0)      # 0 = always the likeliest token
     top_k: int | None = at_least(1, None)        # only the k likeliest tokens
     top_p: float | None = None                   # only the likeliest that together have this probability
-    presence: float = 0.0                        # taken from the logit of every token generated before
-    frequency: float = 0.0                       # the same, once for each time
+    presence: float = at_least(-1e20, 0.0, below=1e20)     # off the logit of every token generated before
+    frequency: float = at_least(-1e20, 0.0, below=1e20)    # the same, once for each time
 
     def __post_init__(self):
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -76,12 +76,12 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
         raise ValueError("the model's logits are not finite: it has diverged, take an earlier checkpoint")
     if temperature == 0:
         return logits.argmax(-1)
-    p = torch.softmax((logits.float() - largest) / temperature, -1)        # <= 0, so that 1e-9 divides safely
+    p = torch.softmax((logits.float() - largest) / max(temperature, 1e-30), -1)    # <= 0: it divides safely
     if top_k is None and top_p is None:
         return torch.multinomial(p, 1, generator=generator).squeeze(1)
     p, order = p.topk(min(top_k or p.shape[1], p.shape[1]))                # likeliest first
     if top_p is not None:
-        p = p * (p.cumsum(-1) - p < top_p)                                 # what stands before is not enough
+        p = p * (p.cumsum(-1) - p < max(top_p, 1e-30))                     # what stands before is not enough
     return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 
@@ -130,7 +130,7 @@ def write(cfg: SampleConfig, text: str, here: Session) -> None:
     """Continue `text`, and leave in `here` what is remembered. Ctrl-C ends the text."""
     decoder, B, prompt = here.decoder, cfg.num_samples, first_tokens(text, here, cfg.session.ckpt)
     if cfg.max_tokens == 0:
-        return read_only(prompt, here)
+        return read_only(prompt if text or not here.state else here.unread, here)
     n = int(min(cfg.max_tokens, room(here, len(prompt))))
     rows = torch.tensor([prompt], device=decoder.device).expand(B, -1)     # (B, T)
     generator = torch.Generator(decoder.device).manual_seed(cfg.seed)

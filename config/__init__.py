@@ -148,8 +148,8 @@ def cli(cls: type, argv: list[str] | None = None):
     default = cls()
     if argv and argv[0].endswith(".toml"):
         default = apply(default, load_preset(argv.pop(0)))
-    names = switches(default)
-    argv = [as_switch(argument, names) for argument in argv]
+    names = named_as_flags(default, bool)
+    default, argv = take_texts(default, [as_switch(argument, names) for argument in argv])
     description = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]   # none with python -OO
     box = io.StringIO()
     try:
@@ -172,15 +172,15 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__context__
 
 
-def switches(default, prefix: str = "") -> set[str]:
-    """The settings that are on or off, as their flags name them: "model.gate"."""
+def named_as_flags(default, kind: type, prefix: str = "") -> set[str]:
+    """The settings of a type, such as bool, as their flags name them: "model.gate"."""
     names = set()
     for name, hint in get_type_hints(type(default), include_extras=True).items():
         value = getattr(default, name)
         if is_dataclass(value):
             flat = tyro.conf.OmitArgPrefixes in getattr(hint, "__metadata__", ())
-            names |= switches(value, prefix if flat else f"{prefix}{name}.")
-        elif kinds_of(hint) == {bool}:
+            names |= named_as_flags(value, kind, prefix if flat else f"{prefix}{name}.")
+        elif kinds_of(hint) == {kind}:
             names.add(prefix + name)
     return names
 
@@ -196,6 +196,31 @@ def as_switch(argument: str, names: set[str]) -> str:
         return argument
     table, dot, last = name.rpartition(".")
     return f"--{name}" if value.lower() == "true" else f"--{table}{dot}no-{last}"
+
+
+def take_texts(default, argv: list[str]) -> tuple:
+    """`default` with the texts of flags that take several, and the other arguments.
+
+    --stop A --stop B is --stop A B, where tyro has the last alone. So is --stop=A
+    --stop=B, as texts are written that begin with a dash.
+    """
+    names, taken, others, texts = named_as_flags(default, tuple), {}, [], None
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        name = flag[2:].replace("-", "_")
+        if flag.startswith("--") and name in names:
+            texts = taken.setdefault(name, [])
+            texts += [value] if equals else []
+        elif texts is None or re.match("-+[a-zA-Z]|--$", argument):        # -1 and - are texts, to tyro as well
+            texts = None
+            others.append(argument)
+        else:
+            texts.append(argument)
+    for name, values in taken.items():
+        for part in reversed(name.split(".")):
+            values = {part: values}
+        default = apply(default, values)
+    return default, others
 
 
 def without_frame(message: str) -> str:

@@ -104,8 +104,8 @@ class Loader:
         return self.column.whole()
 
     def counts(self) -> np.ndarray:
-        """How often each token of the vocabulary occurs in the split."""
-        tokens = self.tokens
+        """How often each token of the vocabulary is to be learnt in the split."""
+        tokens = self.tokens if self.learnt is None else self.tokens[self.learnt > 0]
         parts = (tokens[i : i + 2**22] for i in range(0, len(tokens), 2**22))
         return sum(np.bincount(part, minlength=self.vocab_size) for part in parts)
 

@@ -63,7 +63,7 @@ class Mixture(Loader):
         raise ValueError(f"{self.data} is a mixture: name one folder")
 
     def counts(self) -> np.ndarray:
-        """How often each token occurs, every part weighted by its share."""
+        """How often each token is to be learnt, every part weighted by its share."""
         counts = [part.counts() for part in self.parts]
         total = sum(int(count.sum()) for count in counts)
         weights = [float(share) * total / count.sum() for share, count in zip(self.turns.shares, counts)]

@@ -87,7 +87,7 @@ class Decoder:
         self.B = len(tokens)
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        x, v_first, after = self.emb[tokens], None, []                # x (B, C)
+        x, v_first, after = F.embedding(tokens, self.emb), None, []   # x (B, C); as LM, no token -1
         if self.cfg.positions == "learned":
             x = x + self.model.pos(self.model.position_ids(state.position, state.position + 1))
         x = self.ln0(x) if self.ln0 else x

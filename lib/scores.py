@@ -126,10 +126,10 @@ def token_scores(t: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
     The teacher's loss, the student's, KL(teacher || student), whether both prefer the
     same token (top-1), and whether the teacher's choice is among the student's five
-    best (top-5). A teacher with more tokens than the student is cut to the student's.
+    best (top-5). Where one has more tokens than the other, it is cut to the other's.
     """
-    V = s.shape[-1]
-    t, s = t[..., :V].float().log_softmax(-1), s.float().log_softmax(-1)
+    V = min(t.shape[-1], s.shape[-1])
+    t, s = t[..., :V].float().log_softmax(-1), s[..., :V].float().log_softmax(-1)
     target, best = y[..., None], t.argmax(-1, keepdim=True)
     top5 = s.topk(min(5, V), -1).indices
     return torch.stack([

@@ -18,7 +18,7 @@ from lib.folders import load_model
 from lib.owned import check_place
 from lib.processes import pick_device
 from lib.state_file import DTYPES, compress, expand, is_state, load_state, save_state
-from lib.states import memory_line, process
+from lib.states import memory_line, process, tensors
 from model import ModelConfig, State
 
 
@@ -85,13 +85,17 @@ def session(cfg: SessionConfig) -> Iterator[Session]:
 
     Whatever reads our output may end early, as `head` does: then that is the end,
     without a word, and what was read by then is kept. Raises ValueError, before
-    anything is read, where save_state would replace what is no state.
+    anything is read, where save_state would replace what is no state, and where
+    load_state is not of one text.
     """
     device = pick_device(cfg.device)
     if cfg.save_state:
         check_place([Path(cfg.save_state)], is_state, "--save_state")
     model, enc = load_model(cfg.ckpt, device).eval(), load_tokenizer(cfg.ckpt)
     state, unread = load_state(cfg.load_state, model, enc.name) if cfg.load_state else (None, [])
+    if state and (texts := len(tensors(state)[0])) != 1:
+        raise ValueError(f"--load_state {cfg.load_state} remembers {texts} texts, and goes on with one: save "
+                         "one of them alone, with lib.states.select")
     dtype = None if cfg.dtype == "float32" else DTYPES[cfg.dtype]
     before = expand(state) if state else None
     here = Session(Decoder(model, dtype), enc, before, unread)
@@ -140,7 +144,10 @@ def room(here: Session, prompt: int, where: str = "") -> float:
 
 
 def read_only(prompt: list[int], here: Session) -> None:
-    """Read a prompt but its last token, to be read when there is something to say."""
+    """Read a prompt but its last token, to be read when there is something to say.
+
+    Behind a state it may be empty: then all stays as it is.
+    """
     if len(prompt) > 1:
         tokens = torch.tensor([prompt[:-1]], device=here.decoder.device)
         _, here.state = process(here.decoder.model, tokens, here.state)

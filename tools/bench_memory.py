@@ -3,7 +3,8 @@
     python -m tools.bench_memory --json out/memory.json    some minutes on two cores
 
 A GPT, RWKV-7, RWKV-7 with checkpointed blocks, and RWKV-7 in pieces (lib/bptt.py), each
-at each length in a process of its own, whose peak is nobody else's.
+at each length in a process of its own, whose peak is nobody else's. Speeds are medians of
+--repeat steps, or of one alone where a step takes 5 s or more.
 """
 
 import json
@@ -83,7 +84,7 @@ def length_side(name: str, T: int, cfg: MemoryConfig, device: str) -> dict[str, 
     seconds = stopwatch(lambda: step(T))
     high = peak()
     if seconds < 5:  # the first time includes making room
-        seconds = statistics.median(stopwatch(lambda: step(T)) for _ in range(3))
+        seconds = statistics.median(stopwatch(lambda: step(T)) for _ in range(cfg.repeat))
     return {
         "parameters": model.n_params(),
         "MB": (high - before) / 1e6,
@@ -102,7 +103,7 @@ def bench_memory(cfg: MemoryConfig, device: str, results: dict) -> None:
     )
     print(
         f"\ntraining on one sequence of T tokens, {cfg.layers} layers, C {cfg.embd}, {device}: MB above the"
-        f" idle model, tokens/s; pieces of {cfg.bptt_chunk}"
+        f" idle model, tokens/s (one step where it takes 5 s or more); pieces of {cfg.bptt_chunk}"
     )
     print(f"{'T':>8}" + "".join(f"{name:>26}" for name in SIDES))
     over = set()

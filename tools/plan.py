@@ -6,7 +6,7 @@
 Its settings are train.py's. The model is on the meta device, with shapes but no memory.
 A training step of DistributedDataParallel holds per GPU, in bytes, for P parameters
 
-    weights 4 P    AdamW's two moments 8 P
+    weights 4 P    AdamW's two moments 8 P; Muon has one of the blocks' matrices
     gradients 4 P, and DDP's buckets 4 P more where N > 1
     activations    what the backward pass needs of each token: activation_floats
 
@@ -24,10 +24,10 @@ from dataclasses import replace
 
 from config import at_least, cli, run, settings
 from kernels import chunk_of
-from lib.folders import on_paper, open_model
+from lib.folders import check_start, on_paper, open_model
 from lib.hybrid import describe, unit
 from model import ModelConfig
-from train import TrainConfig
+from train import FitConfig, TrainConfig, param_groups
 
 
 @settings
@@ -124,7 +124,7 @@ def checkpointed_floats(cfg: ModelConfig, T: int) -> float:
 # The plan
 
 def training_bytes(cfg: ModelConfig, B: int, T: int, n_gpus: int = 1, shard: bool = False,
-                   checkpointed: bool = False, teacher: bool = False) -> dict[str, float]:
+                   checkpointed: bool = False, teacher: bool = False, muon: bool = False) -> dict[str, float]:
     """Bytes on each GPU at a step's peak, the end of a forward pass, by what they hold;
     B sequences of T tokens on each.
 
@@ -141,7 +141,7 @@ def training_bytes(cfg: ModelConfig, B: int, T: int, n_gpus: int = 1, shard: boo
         "weights": 4 * P / n,
         "gradients": 4 * P / n,
         **({"DDP's buckets": 4 * P} if n_gpus > 1 and not shard else {}),
-        "optimizer": 8 * P / n,
+        "optimizer": 4 * moments(cfg, muon) / n,
         **({"gathered": 4 * (root + 2 * block) + 4 * (root + block)} if shard else {}),
         **({"teacher": 4 * (P_t / n + (root_t + block_t) * shard)} if teacher else {}),
         "activations": 4 * B * T * floats,
@@ -154,6 +154,12 @@ def sizes(cfg: ModelConfig) -> tuple[int, int, int]:
     model = on_paper(cfg)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     return model.n_params(), model.n_params() - sum(blocks), max(blocks)
+
+
+def moments(cfg: ModelConfig, muon: bool) -> int:
+    """Numbers that the optimizer keeps: two for each parameter, one for Muon's."""
+    groups = param_groups(on_paper(cfg), FitConfig(optimizer="muon" if muon else "adamw"))
+    return sum((1 if group["muon"] else 2) * p.numel() for group in groups for p in group["params"])
 
 
 def plan(cfg: ModelConfig, B: int, accum: int, T: int, n_gpus: int, **how: bool) -> str:
@@ -179,8 +185,10 @@ def plan(cfg: ModelConfig, B: int, accum: int, T: int, n_gpus: int, **how: bool)
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(PlanConfig, argv)
     shape = open_model(cfg.init)[0].cfg if cfg.init else cfg.shape
+    check_start(cfg, shape)
     T = min(shape.block_size, cfg.fit.bptt_chunk or shape.block_size)
-    how = {"checkpointed": cfg.run.checkpoint_blocks, "teacher": cfg.teacher}
+    how = {"checkpointed": cfg.run.checkpoint_blocks, "teacher": cfg.teacher,
+           "muon": cfg.fit.optimizer == "muon"}
     print(plan(shape, cfg.fit.batch_size, cfg.fit.accum, T, cfg.gpus, **how))
 
 

@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes
 import config
 from common import one_line
 from config import PIECE, at_least, read_text, settings
+from sample import SampleConfig
 from train import TrainConfig
 
 # ------------------------------------------------------------------------------------------
@@ -235,6 +236,43 @@ class Hostile:
 ], ids=str)
 def test_only_switches_are_rewritten_and_values_stay_what_they_are(flags, value):
     assert config.cli(Hostile, flags) == value
+
+
+@settings
+class Texts:
+    stop: tuple[str, ...] = ()
+    ends_with: tuple[str, ...] = ("z",)
+
+
+@settings
+class Several:
+    fast: bool = False
+    flat: Annotated[Texts, OmitArgPrefixes] = Texts()
+    far_off: Texts = Texts()
+
+
+@pytest.mark.parametrize("flags, value", [
+    (["--stop", "A", "B"], Several(flat=Texts(("A", "B")))),
+    (["--stop=A", "B", "-", "-1", "--fast"], Several(True, Texts(("A", "B", "-", "-1")))),
+    (["--stop", "A", "--fast", "--stop=B"], Several(True, Texts(("A", "B")))),
+    (["--stop=---", "--stop=--fast", "--stop", "C=D", ""], Several(flat=Texts(("---", "--fast", "C=D", "")))),
+    (["--stop"], Several()),
+    (["--ends-with", "A", "--ends_with", "B"], Several(flat=Texts(ends_with=("A", "B")))),      # no default
+    (["--far-off.ends-with=A", "--far_off.ends_with=B", "--stop", "C", "--far-off.stop", "D"],
+     Several(flat=Texts(("C",)), far_off=Texts(("D",), ("A", "B")))),
+], ids=str)
+def test_a_flag_of_several_texts_may_be_repeated(flags, value):
+    assert config.cli(Several, flags) == value
+
+
+def test_texts_of_flags_win_over_the_presets_and_are_checked(tmp_path):
+    file = preset(tmp_path, 'stop = ["x"]\n[far_off]\nstop = ["y"]\n')
+    assert config.cli(Several, [file, "--stop", "A"]) == Several(flat=Texts(("A",)), far_off=Texts(("y",)))
+    for flags, says in ((["--stop", "A", "--stop="], "none of them empty"),
+                        (["--stop", "A", "--nonsense", "B"], "--nonsense"), (["--stop", "A", "-x"], "-x")):
+        with pytest.raises(ValueError, match=says) as e:
+            config.cli(SampleConfig, flags)
+        one_line(e.value)
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -107,6 +107,15 @@ def test_batches_of_examples_learn_exactly_the_responses(supervised):
             assert (x[int(mask.nonzero()[-1]) + 1 :] == EOT).all()  # padding
 
 
+def test_tokens_that_are_not_learnt_are_not_counted(supervised, preference):
+    """As the losses have it, beside which the loss of guessing by frequency stands."""
+    for folder in (supervised, preference):
+        loader = Loader(folder, "train", 4, 2048)
+        targets = torch.cat([batch.y[batch.mask > 0] for batch in loader.windows()])
+        assert loader.counts().tolist() == torch.bincount(targets, minlength=257).tolist()
+        assert loader.counts().sum() < len(loader.tokens)
+
+
 def test_rows_are_padded_to_the_longest_and_no_further(supervised):
     batch = Loader(supervised, "train", 4, 64).step(0)[0][0]
     assert max(len(row) for row in rows(batch)) == batch.x.shape[1] + 1

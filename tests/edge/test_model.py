@@ -65,6 +65,13 @@ def test_a_hybrid_with_its_first_rwkv_layer_anywhere_reads_tokens_singly_as_at_o
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5 * whole.abs().max()  # the state is float32
 
 
+@pytest.mark.parametrize("cfg", [RWKV, GPT, VARIANTS["hybrid ar"]], ids=["rwkv", "gpt", "hybrid"])
+def test_a_batch_of_no_texts_gives_no_logits(cfg):
+    model = lively(cfg)
+    _, state = model(text(5)[:0])
+    assert model(text(5)[:0], state)[0].shape == (0, 5, cfg.vocab_size)
+
+
 def test_v_first_is_the_value_of_the_first_rwkv_layer_wherever_it_is():
     """Layers 1 and 3 are RWKV-7: what layer 3 takes as v_first is W_value x of layer 1.
 

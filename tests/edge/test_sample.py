@@ -8,7 +8,7 @@ import torch
 import sample
 from common import one_line, start, tiny_model
 from common_models import constant_model, rwkv_folder  # noqa: F401
-from common_sample import tokens
+from common_sample import drawn, tokens
 from data.tokenizer import read_prompt
 from lib.folders import load_model, save_model
 from lib.state_file import load_state
@@ -40,6 +40,23 @@ def test_bad_options_of_the_library_are_one_line():
         for bad in ([NAN, 1.0], [1.0, INF]):
             with pytest.raises(ValueError, match="not finite"):
                 next(generate(constant_model(bad), torch.tensor([[0]]), 5, temperature=temperature))
+
+
+def test_options_at_the_ends_of_their_ranges_draw_and_no_penalty_makes_a_logit_infinite():
+    model, prompt = tiny_model().eval(), tokens(2, 3)
+    likeliest = drawn(model, prompt, 4, temperature=0)
+    for options in ({"temperature": 5e-324}, {"temperature": 1e-50}, {"temperature": 1e-50, "top_k": 3},
+                    {"top_p": 5e-324}, {"top_p": 1e-300, "temperature": 1e-300}):
+        assert torch.equal(drawn(model, prompt, 4, **options), likeliest), options
+    most = 0.99e20
+    for options in ({"temperature": 1e308, "top_p": 1.0}, {"presence": most, "frequency": most},
+                    {"presence": -most, "frequency": -most}):
+        assert drawn(model, prompt, 4, **options).shape == (2, 4)
+    for name in ("presence", "frequency"):
+        for value in (1e300, -1e300):
+            with pytest.raises(ValueError, match=f"{name} = .*at least -1e.20 and below 1e.20") as e:
+                next(generate(model, prompt, 4, **{name: value}))
+            one_line(e.value)
 
 
 def test_text_beyond_learned_positions_is_refused_before_it_is_read():

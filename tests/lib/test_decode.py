@@ -49,6 +49,15 @@ def positions(state) -> list[int]:
 # ------------------------------------------------------------------------------------------
 # The decoder is the model
 
+def test_the_decoder_refuses_the_tokens_that_the_model_refuses():
+    model = tiny_model(mixer="r").eval()
+    _, state = model(tokens(1, 3))
+    for token in (-1, model.cfg.vocab_size):
+        for read in (Decoder(model), lambda t, state: model(t[:, None], state)):
+            with pytest.raises(IndexError, match="out of range"):
+                read(torch.tensor([token]), state)
+
+
 @pytest.mark.parametrize("B", (1, 3))
 @pytest.mark.parametrize("name", SWITCHES)
 def test_the_decoder_is_the_model(name, B, monkeypatch):

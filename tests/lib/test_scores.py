@@ -102,6 +102,17 @@ def test_compare_equals_a_loop_over_single_positions(tiny):
     assert 0 < result["top1"] < result["top5"] < 1  # or the test had nothing to tell apart
 
 
+def test_a_student_with_more_tokens_than_the_teacher_is_cut_to_the_teachers(tiny):
+    teacher, student = tiny_model(1).eval(), tiny_model(2, vocab_size=300).eval()
+    cut = tiny_model(2).eval()
+    with torch.no_grad():
+        for name, p in cut.named_parameters():
+            p.copy_(student.get_parameter(name)[: len(p)])
+    loader = Loader(tiny.sft, "val", 2, T)
+    wide, same = compare(teacher, student, loader, 100), compare(teacher, cut, loader, 100)
+    assert wide.pop("by_position") and same.pop("by_position") and wide == pytest.approx(same, rel=1e-6)
+
+
 def test_a_row_of_the_report_is_compares_without_the_teachers_and_the_positions(tiny):
     teacher, student, loader = tiny_model(1).eval(), tiny_model(mixer="r"), Loader(tiny.text, "val", 4, T)
     row = measure(teacher, student, loader, 300)

@@ -10,7 +10,8 @@ from data.tokenizer import TextStream, get_tokenizer
 from lib.decode import Decoder
 from lib.folders import load_model, save_model
 from lib.session import Session, SessionConfig, first_tokens, read_only, room, session
-from lib.state_file import load_state
+from lib.state_file import compress, load_state, save_state
+from lib.states import process
 from model import State
 from sample import generate, main
 
@@ -43,6 +44,31 @@ def test_what_is_remembered_is_written_with_what_was_not_read(rwkv_folder, tmp_p
     assert state.position == 2 and unread == [98]
     with session(SessionConfig(ckpt=str(rwkv_folder), load_state=str(file))) as here:
         assert here.state.position == 2 and here.unread == [98]
+
+
+@pytest.mark.parametrize("unread", [[], [7], [7, 8]])
+def test_a_state_that_is_saved_again_keeps_what_was_not_read(rwkv_folder, tmp_path, unread):  # noqa: F811
+    """[] where the text had ended: no other document begins by itself."""
+    model, (file, again) = load_model(rwkv_folder), (tmp_path / "s.state", tmp_path / "again.state")
+    _, state = process(model, torch.tensor([[256, 97, 98]]))
+    save_state(file, model, state, "bytes", unread)
+    main(["--ckpt", str(rwkv_folder), "--load_state", str(file), "--max_tokens", "0",
+          "--save_state", str(again)])
+    after, left = load_state(again, model, "bytes")
+    assert (after.position, left) == (3 + len(unread[:-1]), unread[-1:])
+    rest = torch.tensor([left + [99]])
+    expected, _ = process(model, torch.tensor([unread + [99]]), state)
+    torch.testing.assert_close(process(model, rest, after)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_state_of_two_texts_is_refused(rwkv_folder, tmp_path, dtype):  # noqa: F811
+    model, file = load_model(rwkv_folder), tmp_path / "two.state"
+    _, state = process(model, torch.tensor([[256, 97], [256, 98]]))
+    save_state(file, model, compress(state, dtype), "bytes")
+    with pytest.raises(ValueError, match="two.state remembers 2 texts, and goes on with one: save one") as e:
+        main(["--ckpt", str(rwkv_folder), "--load_state", str(file)])
+    one_line(e.value)
 
 
 def test_a_session_that_fails_writes_nothing(rwkv_folder, tmp_path):  # noqa: F811

@@ -80,6 +80,18 @@ def test_int8_changes_what_is_said_by_little():
     assert kl["float32"] == 0 < kl["float16"] < kl["bfloat16"] < kl["int8"] < 5e-3, kl
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_reads_on_from_an_expanded_state(name, weights):
+    model, text = model_of(name).to(weights), tokens(2, 3)
+    _, state = process(model, tokens(2, 40))
+    exact, after = process(model, text, state)
+    for dtype in DTYPES:
+        logits, expanded = process(model, text, expand(compress(state, dtype)))
+        assert (logits - exact).norm() < (0.05 if dtype == "int8" else 0.01) * exact.norm()
+        assert [x.dtype for x in tensors(expanded)] == [x.dtype for x in tensors(after)]
+
+
 def test_what_cannot_be_compressed_is_one_line():
     state = State(1, (((torch.tensor([[1e6]]), torch.ones(1, 1, 1, 1), 1), None),))
     for dtype, word, x in (

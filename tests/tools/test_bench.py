@@ -174,6 +174,15 @@ def test_every_side_of_the_memory_benchmark_is_a_training_step():
     assert all(row["tokens_per_s"] > 0 and row["MB"] >= 0 for row in rows.values())
 
 
+@pytest.mark.parametrize("first, runs", [(4.9, 1 + 7), (5.0, 1)])
+def test_a_step_is_repeated_as_often_as_is_asked_or_not_at_all_where_it_is_slow(monkeypatch, first, runs):
+    seconds = iter([first] + [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+    monkeypatch.setattr(bench_memory, "stopwatch", lambda step: next(seconds))
+    cfg = bench_memory.MemoryConfig(layers=1, embd=32, repeat=7)
+    row = bench_memory.length_side("RWKV-7", 16, cfg, "cpu")
+    assert row["seconds"] == (8.0 if runs > 1 else first) and len(list(seconds)) == 8 - runs
+
+
 def test_memory_is_measured_in_processes_of_their_own_and_one_that_fails_or_is_slow_costs_no_other(
     tmp_path, capsys, monkeypatch
 ):

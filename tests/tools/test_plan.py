@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from common import REPO, one_line, tiny_model
+from common import REPO, T, one_line, random_batch, tiny_model
 from config import apply, load_preset
 from data.loader import Batch
 from lib.folders import on_paper, save_model
 from lib.hybrid import describe, remembered_bytes, unit
+from lib.muon import Muon
 from lib.shard import checkpoint_blocks
 from lib.states import nbytes
 from model import LM, ModelConfig
@@ -235,6 +236,36 @@ def test_the_memory_formula_is_within_15_percent_of_a_measured_step(shape, B, ch
     measured = highest(lambda: two_steps(cfg, B, checkpointed), tmp_path / "trace.json")
     formula = sum(training_bytes(cfg, B, 256, checkpointed=checkpointed).values())
     assert formula > 1.2e8 and formula == pytest.approx(measured, rel=0.15), (formula, measured)
+
+
+@pytest.mark.parametrize("shape", [{"mixer": "ra"}, {"mixer": "r", "ffn": "channelmix"}, {"tied": True}])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_optimizers_bytes_are_those_of_its_state(kind, shape):
+    model = tiny_model(**shape)
+    optimizer = Muon(param_groups(model, FitConfig(optimizer=kind)))
+    model(random_batch().x)[0].square().mean().backward()
+    optimizer.step()
+    kept = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
+    for n, shard in ((1, False), (2, False), (2, True)):
+        parts = training_bytes(model.cfg, 2, T, n, shard, muon=kind == "muon")
+        assert parts["optimizer"] == nbytes(tuple(kept)) / (n if shard else 1)
+
+
+def test_the_plan_has_the_optimizer_that_is_asked_for(capsys):
+    main(["--mixer", "r", "--optimizer", "muon"])
+    cfg = ModelConfig(mixer="r")
+    assert plan(cfg, 8, 1, 256, 1, muon=True) in capsys.readouterr().out
+    assert plan(cfg, 8, 1, 256, 1, muon=True) != plan(cfg, 8, 1, 256, 1)
+
+
+def test_the_plan_refuses_what_train_refuses_beside_a_model_folder(tmp_path):
+    save_model(tiny_model(), tmp_path, {"tokenizer": "bytes"})
+    for flags, says in ((["--n_layer", "9"], "omit flags that describe another"),
+                        (["--mixer", "r"], "omit flags that describe another"),
+                        (["--bptt_truncate"], "bptt_truncate: attention")):
+        with pytest.raises(ValueError, match=says) as e:
+            main(["--init", str(tmp_path), *flags])
+        one_line(e.value)
 
 
 def test_the_plan_of_a_model_folder_and_of_pieces(tmp_path, capsys):
