@@ -130,16 +130,17 @@ def write(cfg: SampleConfig, text: str, here: Session) -> None:
     """Continue `text`, and leave in `here` what is remembered. Ctrl-C ends the text."""
     decoder, B, prompt = here.decoder, cfg.num_samples, first_tokens(text, here, cfg.session.ckpt)
     if cfg.max_tokens == 0:
-        return read_only(prompt if text or not here.state else here.unread, here)
+        return read_only(prompt if text or not here.state else [], here)
     n = int(min(cfg.max_tokens, room(here, len(prompt))))
     rows = torch.tensor([prompt], device=decoder.device).expand(B, -1)     # (B, T)
     generator = torch.Generator(decoder.device).manual_seed(cfg.seed)
     steps = generate(decoder, rows, n, state=here.state and repeat(here.state, B),
                      stop=here.ends(cfg.ending), generator=generator, **vars(cfg.how))
-    streams, samples, times = [here.stream(cfg.ending) for _ in rows], [""] * B, [time.perf_counter()]
+    streams = [here.stream(cfg.ending, () if text else here.unread) for _ in rows]
+    samples, times = [""] * B, [time.perf_counter()]
     print(text if B == 1 else "", end="", flush=True)
     try:
-        for tokens, state in steps:
+        for tokens, _ in here.hear(steps):
             times.append(time.perf_counter())
             pieces = [add(token) for token, add in zip(tokens.tolist(), streams)]
             samples = [sample + piece for sample, piece in zip(samples, pieces)]
@@ -151,8 +152,7 @@ def write(cfg: SampleConfig, text: str, here: Session) -> None:
             raise
         if isinstance(e, OSError):
             hush(e)
-    # assigned together, after the loop: Ctrl-C may come between any two lines of it
-    here.state, here.unread = state, streams[0].unread(tokens[0].item())
+    here.keep(streams[0], bool(cfg.session.save_state))
     ends = [add(None) for add in streams]
     texts = (text + sample + end for sample, end in zip(samples, ends))
     print(ends[0] if B == 1 else "\n---------------\n".join(texts), flush=True)

@@ -207,6 +207,7 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.held, self.ended = "", False
         self.by, self.cut = None, None  # the text that it stopped at, and the part of a token up to there
+        self.open = 0                   # how many of the last tokens a character that isn't whole has
 
     def __call__(self, token: int | None) -> str:
         """The characters that `token` completes; None ends the text."""
@@ -214,13 +215,23 @@ class TextStream:
             rest, self.held = self.held + self.decoder.decode(b"", final=True), ""
             return rest
         if self.ended or token in self.ends:
-            self.ended = True
+            self.ended, self.open = True, 0
             return ""
+        data = self._bytes(token)
+        text = "".join(self._add(data, i) for i in range(len(data)) if not self.ended)
+        self.open = self.open + 1 if self.decoder.getstate()[0] else 0
+        return text
+
+    def follow(self, tokens: Collection[int]) -> None:
+        """Go on behind tokens that have been shown, but for a character cut at their end."""
+        self.decoder.decode(b"".join(map(self._bytes, tokens)))
+        self.open = len(tokens) if self.decoder.getstate()[0] else 0
+
+    def _bytes(self, token: int) -> bytes:
         try:
-            data = self.enc.decode_single_token_bytes(token)
+            return self.enc.decode_single_token_bytes(token)
         except KeyError:  # the model's vocabulary is larger than the tokenizer's
-            data = "\ufffd".encode()
-        return "".join(self._add(data, i) for i in range(len(data)) if not self.ended)
+            return "\ufffd".encode()
 
     def _add(self, data: bytes, i: int) -> str:
         """What byte i of a token completes."""

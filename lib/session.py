@@ -3,13 +3,15 @@
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tiktoken
 import torch
+from torch import Tensor
 
 from config import hush, settings
 from data.tokenizer import TextStream, load_tokenizer, opening, stops
@@ -70,13 +72,39 @@ class Session:
     enc: tiktoken.Encoding
     state: State | None
     unread: list[int]
+    # the tokens that came last, each with the state that has not read it
+    last: deque[tuple[int, State]] = field(default_factory=lambda: deque(maxlen=4))
 
     def ends(self, how: Ending) -> tuple[int, ...]:
         """The tokens that end a text."""
         return () if how.no_stop else stops(self.enc)
 
-    def stream(self, how: Ending) -> TextStream:
-        return TextStream(self.enc, self.ends(how), how.stop)
+    def stream(self, how: Ending, behind: Sequence[int] = ()) -> TextStream:
+        """For what is said, at once `behind` tokens that were shown before."""
+        stream = TextStream(self.enc, self.ends(how), how.stop)
+        stream.follow(behind)
+        return stream
+
+    def hear(self, steps: Iterator[tuple[Tensor, State]]) -> Iterator[tuple[Tensor, State]]:
+        """generate's steps, of which the first row is remembered by `keep`."""
+        for tokens, state in steps:
+            self.last.append((tokens[0].item(), state))
+            yield tokens, state
+
+    def keep(self, stream: TextStream, save: bool) -> None:
+        """Remember what was heard, with the last token unread; if it is to `save`, all
+        tokens of a character that isn't whole, which is shown when it is.
+        """
+        n = 1
+        if save and stream.open:
+            n = stream.open
+            stream.decoder.reset()                 # it is not shown as a broken one
+        tokens = [token for token, _ in self.last]
+        unread = tokens[-n:-1] + stream.unread(tokens[-1])
+        if n > len(tokens):                        # it has been open since before the first of them
+            self.unread = self.unread + unread
+        else:                                      # together: Ctrl-C may come between any two lines
+            self.state, self.unread = self.last[-n][1], unread
 
 
 @contextlib.contextmanager
@@ -155,7 +183,7 @@ def read_only(prompt: list[int], here: Session) -> None:
     if here.state is None:
         raise ValueError("--max_tokens 0 with an empty prompt: there is nothing to read and to remember; "
                          "give a prompt")
-    here.unread = prompt[-1:]
+    here.unread = prompt[-1:] or here.unread
 
 
 def report(times: list[float], read_tokens: int, states: list[State], cfg: ModelConfig, B: int) -> None:

@@ -28,6 +28,38 @@ def folder(request, tmp_path_factory) -> Path:
 # sample.py
 
 
+@pytest.mark.parametrize("mixer", ["r", "a"])
+def test_a_character_that_is_cut_is_shown_when_it_is_whole(tmp_path, capsys, mixer):
+    """A model that writes one character of three bytes for ever, in two and three parts."""
+    model, sign = tiny_model(mixer=mixer), "€".encode()
+    with torch.no_grad():
+        for block in model.blocks:
+            for parameter in (*block.att.parameters(), *block.ffn.parameters()):
+                parameter.zero_()
+        model.emb.weight.zero_()
+        model.head.weight = torch.nn.Parameter(torch.zeros_like(model.head.weight))
+        for i, byte in enumerate(sign):
+            model.emb.weight[byte, i] = model.head.weight[sign[(i + 1) % 3], i] = 9.0
+    save_model(model, tmp_path / "model", {"tokenizer": "bytes"})
+    base = ["--ckpt", str(tmp_path / "model"), "--temperature", "0", "--no-stop", "--max_tokens"]
+    file, shown = str(tmp_path / "x.state"), []
+
+    def said(*words: str) -> str:
+        main([*base, *words])
+        return capsys.readouterr().out.removesuffix("\n")
+
+    whole = said("9", "--prompt", "€")
+    assert whole == "€€€€"
+    for n in range(1, 8):
+        first = said(str(n), "--prompt", "€", "--save_state", file)
+        one = said("1", "--load_state", file, "--save_state", file)
+        said("0", "--load_state", file, "--save_state", file)              # saved again: nothing changes
+        shown.append(first + one + said(str(8 - n), "--load_state", file))
+        assert "\ufffd" not in first + one
+    assert shown == [whole] * 7
+    assert said("1", "--prompt", "€") == "€\ufffd"                          # nobody goes on
+
+
 def test_a_book_read_once_goes_on_as_if_it_were_read_again(folder, tmp_path, capsys):
     book = str(tmp_path / "book.state")
     base = ["--ckpt", str(folder), "--no-stop", "--temperature", "0", "--max_tokens"]
