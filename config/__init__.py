@@ -211,7 +211,7 @@ def take_texts(default, argv: list[str]) -> tuple:
         if flag.startswith("--") and name in names:
             texts = taken.setdefault(name, [])
             texts += [value] if equals else []
-        elif texts is None or re.match("-+[a-zA-Z]|--$", argument):        # -1 and - are texts, to tyro as well
+        elif texts is None or re.match("-+[a-zA-Z]|--$", argument):      # -1 and - are texts, as to tyro
             texts = None
             others.append(argument)
         else:

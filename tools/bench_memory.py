@@ -3,8 +3,8 @@
     python -m tools.bench_memory --json out/memory.json    some minutes on two cores
 
 A GPT, RWKV-7, RWKV-7 with checkpointed blocks, and RWKV-7 in pieces (lib/bptt.py), each
-at each length in a process of its own, whose peak is nobody else's. Speeds are medians of
---repeat steps, or of one alone where a step takes 5 s or more.
+at each length in a process of its own, whose peak is nobody else's. Speeds are medians
+of --repeat steps, or of one alone where a step takes 5 s or more.
 """
 
 import json
