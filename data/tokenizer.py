@@ -223,7 +223,7 @@ class TextStream:
         return text
 
     def follow(self, tokens: Collection[int]) -> None:
-        """Go on behind tokens that have been shown, but for a character cut at their end."""
+        """Go on behind tokens that were shown, but for a character cut at their end."""
         self.decoder.decode(b"".join(map(self._bytes, tokens)))
         self.open = len(tokens) if self.decoder.getstate()[0] else 0
 

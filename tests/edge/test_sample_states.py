@@ -30,7 +30,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("mixer", ["r", "a"])
 def test_a_character_that_is_cut_is_shown_when_it_is_whole(tmp_path, capsys, mixer):
-    """A model that writes one character of three bytes for ever, in two and three parts."""
+    """A model that writes one character of three bytes for ever, in three parts."""
     model, sign = tiny_model(mixer=mixer), "€".encode()
     with torch.no_grad():
         for block in model.blocks:
