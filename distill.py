@@ -45,8 +45,8 @@ from lib.report import report_stages
 from lib.runs import Run, RunConfig, restore
 from lib.scores import HeldOut, mean_terms
 from lib.shard import frozen_copy, in_turn, new_like
-from lib.stages import (check_settings, check_student, first_tokens, frozen_parts, introduce, load_teacher,
-                        open_loaders, prepare_data)
+from lib.stages import (check_positions, check_settings, check_student, first_tokens, frozen_parts, introduce,
+                        load_teacher, open_loaders, prepare_data)
 from lib.start import copy_linear, tune_mixers
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
 from train import FitConfig, cross_entropy_loss, fit
@@ -374,6 +374,7 @@ def distill(cfg: DistillConfig) -> dict:
     logit_teacher = load_teacher(cfg.logit_teacher, device, cfg.run.shard) if cfg.logit_teacher else teacher
     prepare_data(cfg, rank)
     T = cfg.block_size or teacher.cfg.block_size
+    check_positions(cfg, teacher, logit_teacher, T)
     torch.manual_seed(cfg.run.seed)
     student = make_student(teacher, cfg.student, first_tokens(cfg, teacher, T), T).to(device)
     check_student(cfg, student)

@@ -152,7 +152,7 @@ def write(cfg: SampleConfig, text: str, here: Session) -> None:
             raise
         if isinstance(e, OSError):
             hush(e)
-    here.keep(streams[0], bool(cfg.session.save_state))
+    here.keep(streams[0])
     ends = [add(None) for add in streams]
     texts = (text + sample + end for sample, end in zip(samples, ends))
     print(ends[0] if B == 1 else "\n---------------\n".join(texts), flush=True)

@@ -105,9 +105,12 @@ class Loader:
 
     def counts(self) -> np.ndarray:
         """How often each token of the vocabulary is to be learnt in the split."""
-        tokens = self.tokens if self.learnt is None else self.tokens[self.learnt > 0]
-        parts = (tokens[i : i + 2**22] for i in range(0, len(tokens), 2**22))
-        return sum(np.bincount(part, minlength=self.vocab_size) for part in parts)
+        tokens, counts = self.tokens, 0
+        for i in range(0, len(tokens), 2**22):
+            part = slice(i, i + 2**22)
+            learnt = tokens[part] if self.learnt is None else tokens[part][self.learnt[part] > 0]
+            counts = counts + np.bincount(learnt, minlength=self.vocab_size)
+        return counts
 
     # Batches
 

@@ -303,7 +303,7 @@ def check_same(out: Path, settings: dict, world: int, mixers: str) -> None:
 def check_order(out: Path, asked: Sequence[str], begun: Sequence[str], done: Sequence[str],
                 before: Sequence[str]) -> None:
     """Raises ValueError for a stage that would come after one that is built upon it, or
-    be built upon nothing where an earlier one has begun.
+    pass over an earlier one that has begun and not ended.
     """
     last = max((STAGES.index(stage) for stage in asked if stage in STAGES), default=0)
     for stage in STAGES[:last]:

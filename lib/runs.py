@@ -487,8 +487,7 @@ def restore_trainer(
     torch.set_rng_state(trainer["rng"])
     if trainer["threads"] and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(trainer["threads"], os.cpu_count() or 1))    # sums are rounded as before
-    names = [field.name for field in fields(Progress)]
-    return Progress(**{name: trainer[name] for name in names if name in trainer})    # old ones have fewer
+    return Progress(**{field.name: trainer[field.name] for field in fields(Progress)})
 
 
 def load_trainer(folder: Path) -> dict:
@@ -502,7 +501,8 @@ def load_trainer(folder: Path) -> dict:
                 raise ValueError(damaged)
         trainer = torch.load(folder / "trainer.pt", weights_only=True)
         needed = {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")}
-        former = {"states": None, "loss": math.inf, "threads": None}        # checkpoints of before lack some
+        # checkpoints of before lack some
+        former = {"states": None, "threads": None, "loss": math.inf, "part": 0.0, "parts": 0}
         return needed | {key: trainer.get(key, missing) for key, missing in former.items()}
     except PermissionError:
         raise

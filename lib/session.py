@@ -5,7 +5,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -72,8 +72,9 @@ class Session:
     enc: tiktoken.Encoding
     state: State | None
     unread: list[int]
+    saves: bool = False                    # whether somebody is to go on from it
     # the tokens that came last, each with the state that has not read it
-    last: deque[tuple[int, State]] = field(default_factory=lambda: deque(maxlen=4))
+    last: Sequence[tuple[int, State]] = ()
 
     def ends(self, how: Ending) -> tuple[int, ...]:
         """The tokens that end a text."""
@@ -87,16 +88,17 @@ class Session:
 
     def hear(self, steps: Iterator[tuple[Tensor, State]]) -> Iterator[tuple[Tensor, State]]:
         """generate's steps, of which the first row is remembered by `keep`."""
+        self.last = deque(maxlen=4 if self.saves else 1)         # a character's tokens
         for tokens, state in steps:
             self.last.append((tokens[0].item(), state))
             yield tokens, state
 
-    def keep(self, stream: TextStream, save: bool) -> None:
-        """Remember what was heard, with the last token unread; if it is to `save`, all
+    def keep(self, stream: TextStream) -> None:
+        """Remember what was heard, with the last token unread; if that is saved, with all
         tokens of a character that isn't whole, which is shown when it is.
         """
         n = 1
-        if save and stream.open:
+        if self.saves and stream.open:
             n = stream.open
             stream.decoder.reset()                 # it is not shown as a broken one
         tokens = [token for token, _ in self.last]
@@ -126,7 +128,7 @@ def session(cfg: SessionConfig) -> Iterator[Session]:
                          "one of them alone, with lib.states.select")
     dtype = None if cfg.dtype == "float32" else DTYPES[cfg.dtype]
     before = expand(state) if state else None
-    here = Session(Decoder(model, dtype), enc, before, unread)
+    here = Session(Decoder(model, dtype), enc, before, unread, bool(cfg.save_state))
     try:
         yield here
     except OSError as e:                                           # of stdout: nothing else is written here

@@ -66,8 +66,8 @@ def first_tokens(cfg, teacher: LM, T: int) -> Tensor | None:
     if not cfg.student.looks:
         return None
     n = max(4096, 16 * teacher.cfg.n_head * teacher.cfg.att_head_size)
-    fewest = min(loader.different_rows() for loader in open_half(cfg.data, "train", 1, T).parts)
-    loader = open_half(cfg.data, "train", max(1, min(n // T, fewest)), T, cfg.run.seed)
+    there = min(int(part.different_rows() / part.share) for part in open_half(cfg.data, "train", 1, T).parts)
+    loader = open_half(cfg.data, "train", max(1, min(n // T, there)), T, cfg.run.seed)
     check_vocabulary(teacher, teacher, loader)
     same_tokenizer(loader, cfg.teacher)
     return loader.step(0)[0][0].x.to(teacher.emb.weight.device)
@@ -88,6 +88,20 @@ def check_student(cfg, student: LM) -> None:
     parts = frozen_parts(cfg, student)
     if all(any(part in name for part in parts) for name, _ in student.named_parameters()):
         raise ValueError(f"freeze = {cfg.freeze!r}: nothing would be left to train")
+    if "finish" in cfg.named and cfg.finish_block_size:
+        check_length("finish_block_size", cfg.finish_block_size, "the student", student)
+
+
+def check_positions(cfg, teacher: LM, logit_teacher: LM, T: int) -> None:
+    """Raises ValueError where a teacher has learned positions, and fewer than T."""
+    check_length("block_size", T, cfg.teacher, teacher)
+    if "match" in cfg.named:
+        check_length("block_size", T, cfg.logit_teacher or cfg.teacher, logit_teacher)
+
+
+def check_length(name: str, length: int, who: str, model: LM) -> None:
+    if length > readable(model, length):
+        raise ValueError(f"{name} = {length}: {who} has learned {model.cfg.longest} positions: lower it")
 
 
 def frozen_parts(cfg, student: LM) -> tuple[str, ...]:
@@ -121,11 +135,6 @@ def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: 
         return loader
 
     seed, finish_T = cfg.run.seed, cfg.finish_block_size or T
-    reads = {"block_size": (T, logit_teacher), "finish_block_size": (finish_T, student)}
-    for name, (length, model) in reads.items():
-        if length > readable(model, length) and ("finish" in cfg.named or name == "block_size"):
-            raise ValueError(f"{name} = {length}: the {'student' if model is student else 'teacher'} has "
-                             f"learned {model.cfg.longest} positions: lower it")
     loaders = {"val": load(cfg.data, "val", replace(cfg.match, batch_size=16), 0)}
     if "align" in cfg.named:
         loaders["align"] = load(cfg.data, "train", cfg.align, seed)

@@ -126,7 +126,8 @@ def write_rows(cfg: BatchConfig, texts: list[str], here: Session) -> None:
     room(here, max(lengths), f" in line {lengths.index(max(lengths)) + 1}")
     n = int(min(cfg.max_tokens, room(here, min(lengths))))
     generators = [torch.Generator(decoder.device).manual_seed(cfg.seed) for _ in texts]
-    streams, times = [here.stream(cfg.ending) for _ in texts], [time.perf_counter()]
+    streams = [here.stream(cfg.ending, () if text else here.unread) for text in texts]
+    times = [time.perf_counter()]
     before_all = here.state and repeat(here.state, len(texts))
     for tokens, batches in generate_rows(decoder, prompts, n, state=before_all, stop=here.ends(cfg.ending),
                                          generators=generators, **vars(cfg.how)):

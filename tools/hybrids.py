@@ -6,7 +6,7 @@
 Stage 1 is run once, for all layers. From there each rule and number of layers kept has
 a student of its --mixer, taken through stage 2 and compared with the teacher:
 OUT/hybrids.json, .md and .svg. With --own_steps the students start anew, with a stage 1
-of their own; the one for all layers only serves the rules. On the data of
+of their own; the one for all layers only serves the rules that measure. On the data of
 tools/recall.py all are also asked for pairs. Its settings are distill.py's; students
 that are there already are read back, so that an interrupted run goes on.
 
@@ -72,8 +72,9 @@ def hybrids(cfg: HybridsConfig) -> dict:
     check_length(cfg)
     n = cfg.memory_of or T
     rate = speed(teacher, cfg.match.batch_size, T)
-    everywhere = cfg.run.within("everywhere")
-    align = stage_rows(narrow(cfg, DistillConfig, stages="align", run=everywhere))["align"]
+    everywhere, align = cfg.run.within("everywhere"), {}
+    if not cfg.own_steps or {"restore", "replace"} & {*cfg.rules.split(",")}:
+        align = stage_rows(narrow(cfg, DistillConfig, stages="align", run=everywhere))["align"]
     cfg = replace(cfg, student=replace(cfg.student, aligned=f"{everywhere.out}/align"))
     first = {"bytes": remembered_bytes(teacher.cfg, n), "tokens_per_s": rate}
     if has_pairs(cfg):
@@ -145,7 +146,7 @@ def student_row(cfg: HybridsConfig, mixer: str, n: int, align: dict) -> dict:
     where it stands on that.
     """
     rows = stage_rows(student_settings(cfg, mixer))
-    match, shared = rows["match"], {key: align[key] for key in ("tokens", "minutes")}
+    match, shared = rows["match"], {key: x for key, x in align.items() if key in ("tokens", "minutes")}
     folder = Path(cfg.run.out) / mixer / "match"         # OUT/mixer itself may be further
     model = load_model(folder, setup(cfg.run.device)[2]).eval()
     row = {"mixer": mixer, "bytes": remembered_bytes(model.cfg, n)}

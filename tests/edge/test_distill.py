@@ -457,6 +457,7 @@ def test_learned_positions_that_end_too_early_are_found_before_anything_trains(j
         save_model(tiny_model(positions="learned", block_size=n), tmp_path / f"learned{n}", META)
     learned = {"teacher": str(tmp_path / "learned16"), "student": StudentConfig(mixer="ra")}
     for change, says in (({"finish_block_size": 32}, "finish_block_size = 32: the student has learned 16"),
+                         ({"block_size": 32}, "^block_size = 32: .*learned16 has learned 16"),
                          ({"logit_teacher": str(tmp_path / "learned8")}, "^block_size = 16: .*learned 8")):
         with pytest.raises(ValueError, match=says) as error:
             distill.distill(job("out", **learned | change))

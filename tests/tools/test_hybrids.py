@@ -97,6 +97,7 @@ def test_students_with_a_stage_1_of_their_own(job, tmp_path, capsys):
     for stage in ("align", "match"):
         mine, its = (folder / stage / "model.safetensors" for folder in (tmp_path / "alone", out / "ar"))
         assert mine.read_bytes() == its.read_bytes()
+    assert not (out / "everywhere").exists()              # no rule asked for it
     table = as_markdown(report)
     assert "| ar | align |" in table and "| rr | align |" in table and "| all |" not in table
     for other, message in ((["--own_steps", "4"], "own_steps = 3, not 4"), ([], "own_steps = 3, not None")):
