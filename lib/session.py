@@ -94,8 +94,8 @@ class Session:
             yield tokens, state
 
     def keep(self, stream: TextStream) -> None:
-        """Remember what was heard, with the last token unread; if that is saved, with all
-        tokens of a character that isn't whole, which is shown when it is.
+        """Remember what was heard, with the last token unread; if that is saved, with
+        all tokens of a character that isn't whole, which is shown when it is.
         """
         n = 1
         if self.saves and stream.open:

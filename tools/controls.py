@@ -99,10 +99,13 @@ def together(stages: list[dict]) -> dict:
 
 
 def from_scratch(cfg: ControlsConfig, t: ModelConfig, loop: FitConfig) -> dict:
-    """How RWKV-7 learns what its teacher of shape t did, without that teacher."""
-    N, T = t.att_head_size, cfg.block_size or t.block_size
+    """How RWKV-7 learns what its teacher of shape t did, without that teacher; in all
+    layers, with the student's mixer.
+    """
+    N, T, s = t.att_head_size, cfg.block_size or t.block_size, cfg.student
     shape = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=N,
-                    rwkv_size=t.n_head * N, block_size=T)
+                    rwkv_size=t.n_head * N, block_size=T, gate=s.gate, group_norm=s.group_norm,
+                    token_shift=s.token_shift, bonus=s.bonus, rwkv_rope=s.rwkv_rope)
     loop = replace(loop, learning_rate=cfg.scratch_rate, rwkv_lr_multiplier=1.0)
     return {"model": shape, "fit": loop}
 

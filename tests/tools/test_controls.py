@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 import tools.controls
-from common import one_line
+from common import one_line, tiny_model
 from common_distill import job, loop, teacher  # noqa: F401   (fixtures)
-from distill import DistillConfig, StudentConfig, distill
+from distill import DistillConfig, StudentConfig, distill, make_student
 from lib.folders import load_model
-from tools.controls import CONTROLS, SCRATCH, ControlsConfig, add_controls, run_controls
+from tools.controls import CONTROLS, SCRATCH, ControlsConfig, add_controls, from_scratch, run_controls
 
 
 def controls_of(cfg: DistillConfig, **changes) -> ControlsConfig:
@@ -54,6 +54,14 @@ def test_a_teacher_trained_on_reads_as_many_tokens_whatever_its_length(job):
     distill(cfg)
     rows = add_controls(controls_of(cfg, only=f"teacher trained on,{SCRATCH}"))["controls"]
     assert {row["tokens"] for row in rows.values()} == {(4 + 4) * 2 * 8}
+
+
+def test_rwkv7_from_scratch_has_the_students_mixer(job):
+    cfg = job("out", student=StudentConfig(gate=False, rwkv_rope=True, mixer="ra"))
+    shape = from_scratch(controls_of(cfg), tiny_model().cfg, cfg.match)["model"]
+    student = make_student(tiny_model(), cfg.student).cfg
+    assert (shape.gate, shape.rwkv_rope, shape.mixers) == (False, True, "rr")
+    assert replace(shape, mixer=student.mixer) == student
 
 
 def test_a_distillation_resumed_for_more_keeps_its_controls_until_a_stage_changes(job):
