@@ -16,10 +16,8 @@ from lib.home import FORMER
 from lib.runs import Run, read_metrics
 from lib.scores import averages, compare, loss_by_position, readable
 from lib.shard import load_like
-from lib.start import attention_io
+from lib.start import LOOK, attention_io
 from model import LM, CausalSelfAttention, TimeMixer
-
-LOOK = 4096  # tokens whose inputs and outputs of all layers exist at once
 
 
 def unigram_loss(train: Loader, val: Loader) -> float:

@@ -74,7 +74,7 @@ class Session:
     unread: list[int]
     saves: bool = False                    # whether somebody is to go on from it
     # the tokens that came last, each with the state that has not read it
-    last: Sequence[tuple[int, State]] = ()
+    last: Sequence[tuple[Tensor, State]] = ()
 
     def ends(self, how: Ending) -> tuple[int, ...]:
         """The tokens that end a text."""
@@ -90,7 +90,7 @@ class Session:
         """generate's steps, of which the first row is remembered by `keep`."""
         self.last = deque(maxlen=4 if self.saves else 1)         # a character's tokens
         for tokens, state in steps:
-            self.last.append((tokens[0].item(), state))
+            self.last.append((tokens[0], state))
             yield tokens, state
 
     def keep(self, stream: TextStream) -> None:
@@ -101,7 +101,7 @@ class Session:
         if self.saves and stream.open:
             n = stream.open
             stream.decoder.reset()                 # it is not shown as a broken one
-        tokens = [token for token, _ in self.last]
+        tokens = [token.item() for token, _ in self.last]
         unread = tokens[-n:-1] + stream.unread(tokens[-1])
         if n > len(tokens):                        # it has been open since before the first of them
             self.unread = self.unread + unread

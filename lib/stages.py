@@ -18,6 +18,7 @@ from lib.hybrid import describe
 from lib.processes import main_first
 from lib.scores import readable
 from lib.shard import load
+from lib.start import LOOK
 from model import LM
 
 
@@ -60,12 +61,12 @@ def prepare_data(cfg, rank: int) -> None:
 
 
 def first_tokens(cfg, teacher: LM, T: int) -> Tensor | None:
-    """Training text (B, T), the same in every process, for a student that looks: 4096
-    tokens, and for wide models 16 for each channel.
+    """Training text (B, T), the same in every process, for a student that looks: LOOK
+    tokens, for wide models 16 for each channel, or as many rows as there are.
     """
     if not cfg.student.looks:
         return None
-    n = max(4096, 16 * teacher.cfg.n_head * teacher.cfg.att_head_size)
+    n = max(LOOK, 16 * teacher.cfg.n_head * teacher.cfg.att_head_size)
     there = min(int(part.different_rows() / part.share) for part in open_half(cfg.data, "train", 1, T).parts)
     loader = open_half(cfg.data, "train", max(1, min(n // T, there)), T, cfg.run.seed)
     check_vocabulary(teacher, teacher, loader)

@@ -14,6 +14,8 @@ from lib.processes import part_of
 from lib.shard import gathered, in_turn, load_like
 from model import LM, CausalSelfAttention, TimeMixer
 
+LOOK = 4096  # tokens whose inputs and outputs of all layers exist at once
+
 
 def tune_mixers(teacher: LM, student: LM, cfg, tokens: Tensor | None, longest: int) -> None:
     """What transferred weights do not say, as a StudentConfig has it.
@@ -81,7 +83,7 @@ def look_at_teacher(teacher: LM, student: LM, tokens: Tensor, decay: bool, outpu
     """
     mixers = {i: block.att for i, block in enumerate(student.blocks) if isinstance(block.att, TimeMixer)}
     if decay:
-        seen = attention_io(teacher, tokens[: max(1, 4096 // tokens.shape[1])])
+        seen = attention_io(teacher, tokens[: max(1, LOOK // tokens.shape[1])])
         for i, mixer in mixers.items():
             # a head that attends to its last n tokens alike looks back d = (n - 1) / 2:
             # let its channels remember 2 ... 2d + 1
