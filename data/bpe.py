@@ -240,7 +240,7 @@ def check_pattern(pattern: str) -> None:
         units = {*" a1\n!é漢", *pattern, *re.findall(r"\w{2,}", pattern)}
         end = "\x00" + "".join(sorted({*pattern}))  # a match that looks possible to the last
         for unit in sorted(units)[:200]:
-            for _ in compiled.finditer(unit * (400 // len(unit)) + end, timeout=1):
+            for _ in compiled.finditer(unit * (1000 // len(unit)) + end, timeout=1):
                 pass
     except regex.error as error:
         raise ValueError(f"the split pattern {pattern[:200]!r} can't be used: {error}") from None
