@@ -38,7 +38,6 @@ from tyro.conf import OmitArgPrefixes
 
 from data.loader import Batch, Loader
 from lib.home import STAGES
-from lib.hybrid import mixer_letters
 from lib.preference import dpo_loss
 from lib.processes import joined, setup
 from lib.report import report_stages
@@ -47,7 +46,7 @@ from lib.scores import HeldOut, mean_terms
 from lib.shard import frozen_copy, in_turn, new_like
 from lib.stages import (check_positions, check_settings, check_student, first_tokens, frozen_parts, introduce,
                         load_teacher, open_loaders, prepare_data)
-from lib.start import copy_linear, tune_mixers
+from lib.start import copy_linear, student_shape, tune_mixers
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
 from train import FitConfig, cross_entropy_loss, fit
 
@@ -170,18 +169,10 @@ def make_student(teacher: LM, cfg: StudentConfig, tokens: Tensor | None = None,
     length that the student will be trained at. Raises ValueError for unlike models.
     """
     t = teacher.cfg
-    if "r" in t.mixers:
-        raise ValueError("the teacher has RWKV layers already: only attention can be replaced")
-    ffn = cfg.ffn or ("channelmix" if t.ffn == "relu2" else t.ffn)
-    if ffn != t.ffn and (ffn, t.ffn) != ("channelmix", "relu2"):
-        raise ValueError(f"a student with ffn {ffn} cannot take over the teacher's {t.ffn}: omit --ffn")
-    shape = replace(t, ffn=ffn, gate=cfg.gate, group_norm=cfg.group_norm, token_shift=cfg.token_shift,
-                    bonus=cfg.bonus, rwkv_rope=cfg.rwkv_rope, tied=t.tied and not cfg.untie_head,
-                    rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
-    student = new_like(teacher, replace(shape, mixer=mixer_letters(shape, cfg.mixer)))
+    student = new_like(teacher, student_shape(t, cfg))
     student.load_state_dict(teacher.state_dict(), strict=False)       # all but replaced mixers' projections
     for block, source in in_turn(student.blocks, teacher.blocks):
-        if isinstance(block.ffn, ChannelMix) and ffn != t.ffn:
+        if isinstance(block.ffn, ChannelMix) and t.ffn == "relu2":
             nn.init.zeros_(block.ffn.x_k)
         if isinstance(block.att, TimeMixer) and cfg.transfer:
             transfer(block.att, source.att)

@@ -1,4 +1,6 @@
-"""Where a student's mixers begin: by rule, a look at its teacher, or as another's."""
+"""A student's shape, and where its mixers begin: by rule, a look at its teacher, or as
+another's.
+"""
 
 import contextlib
 import math
@@ -10,11 +12,28 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.hybrid import mixer_letters
 from lib.processes import part_of
 from lib.shard import gathered, in_turn, load_like
-from model import LM, CausalSelfAttention, TimeMixer
+from model import LM, CausalSelfAttention, ModelConfig, TimeMixer
 
 LOOK = 4096  # tokens whose inputs and outputs of all layers exist at once
+
+
+def student_shape(t: ModelConfig, cfg) -> ModelConfig:
+    """The shape of a StudentConfig's student, whose teacher has the shape t.
+
+    Raises ValueError for a teacher that it cannot have.
+    """
+    if "r" in t.mixers:
+        raise ValueError("the teacher has RWKV layers already: only attention can be replaced")
+    ffn = cfg.ffn or ("channelmix" if t.ffn == "relu2" else t.ffn)
+    if ffn != t.ffn and (ffn, t.ffn) != ("channelmix", "relu2"):
+        raise ValueError(f"a student with ffn {ffn} cannot take over the teacher's {t.ffn}: omit --ffn")
+    shape = replace(t, ffn=ffn, gate=cfg.gate, group_norm=cfg.group_norm, token_shift=cfg.token_shift,
+                    bonus=cfg.bonus, rwkv_rope=cfg.rwkv_rope, tied=t.tied and not cfg.untie_head,
+                    rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
+    return replace(shape, mixer=mixer_letters(shape, cfg.mixer))
 
 
 def tune_mixers(teacher: LM, student: LM, cfg, tokens: Tensor | None, longest: int) -> None:

@@ -18,11 +18,11 @@ from data.mixture import open_half
 from distill import DistillConfig, distill
 from lib.folders import load_model, open_model
 from lib.home import LENGTHS, check_same, lock
-from lib.hybrid import mixer_letters
 from lib.processes import joined, main_first, setup
 from lib.report import as_markdown, table_rows, upto_match, write_report
 from lib.runs import RunConfig, read_row
 from lib.scores import measure
+from lib.start import student_shape
 from model import ModelConfig
 from tools.results import read_report
 from train import FitConfig, TrainConfig, train
@@ -99,13 +99,10 @@ def together(stages: list[dict]) -> dict:
 
 
 def from_scratch(cfg: ControlsConfig, t: ModelConfig, loop: FitConfig) -> dict:
-    """How RWKV-7 learns what its teacher of shape t did, without that teacher; in all
-    layers, with the student's mixer.
+    """How a model of the student's shape learns the same without its teacher, whose
+    shape is t.
     """
-    N, T, s = t.att_head_size, cfg.block_size or t.block_size, cfg.student
-    shape = replace(t, mixer="r", ffn="channelmix" if t.ffn == "relu2" else t.ffn, rwkv_head_size=N,
-                    rwkv_size=t.n_head * N, block_size=T, gate=s.gate, group_norm=s.group_norm,
-                    token_shift=s.token_shift, bonus=s.bonus, rwkv_rope=s.rwkv_rope)
+    shape = replace(student_shape(t, cfg.student), block_size=cfg.block_size or t.block_size)
     loop = replace(loop, learning_rate=cfg.scratch_rate, rwkv_lr_multiplier=1.0)
     return {"model": shape, "fit": loop}
 
@@ -136,9 +133,8 @@ def check_distilled(cfg: ControlsConfig, out: Path, world: int) -> None:
     if not path.exists():
         raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
     t = open_model(cfg.teacher)[0].cfg
-    shape = replace(t, rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
     settings = asdict(replace(cfg, block_size=cfg.block_size or t.block_size))
-    check_same(out, settings, world, mixer_letters(shape, cfg.student.mixer))
+    check_same(out, settings, world, student_shape(t, cfg.student).mixers)
     report = read_report(path)
     told = {row["name"]: row["tokens"] for row in table_rows(report or {})}
     for name in ("align", "match"):

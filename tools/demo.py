@@ -17,9 +17,11 @@ import torch.distributed as dist
 from data.prepare import ensure_prepared
 from data.shares import folders_of
 from distill import DistillConfig, distill
-from lib.hybrid import mixer_letters
+from lib.folders import on_paper
 from lib.processes import joined, main_first, setup
 from lib.runs import Run
+from lib.stages import check_student
+from lib.start import student_shape
 from model import ModelConfig
 from tools.controls import ControlsConfig, add_controls, check_stages
 from train import FitConfig, TrainConfig, train
@@ -56,7 +58,7 @@ def demo(cfg: DemoConfig) -> dict:
 
 def check_early(cfg: DemoConfig) -> None:
     """Raises ValueError for what the stages would refuse when the teacher is there."""
-    mixer_letters(cfg.teacher_model, cfg.student.mixer)
+    check_student(cfg, on_paper(student_shape(cfg.teacher_model, cfg.student)))
     if "finish" in cfg.named:
         ensure_prepared(cfg.finish_data, folders_of(cfg.data)[0])  # the teacher will have its tokenizer
     for folder in filter(None, (cfg.logit_teacher, cfg.student.aligned)):

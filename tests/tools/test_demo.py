@@ -141,6 +141,9 @@ def test_what_cannot_be_is_refused_before_a_teacher_is_trained(small_sources, tm
         (["--teacher", "out/rwkv"], "read by this run"),
         (["--teacher_fit.beta1", "1.5"], "beta1 = 1.5"),
         (["--out", "new", "--mixer", "first:5"], "first:5"),
+        (["--out", "new", "--mixer", "a"], "replaces no layer"),
+        (["--out", "new", "--freeze", "att.mlp"], "no parameter has 'att.mlp'"),
+        (["--out", "new", "--ffn", "swiglu"], "cannot take over"),
         (["--out", "new", "--finish_data", "nowhere"], "no data at nowhere"),
         (["--out", "new", "--logit_teacher", "nobody"], "no model at nobody"),
     ):
