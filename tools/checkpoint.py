@@ -166,6 +166,21 @@ def name_some(names: set[str], what: str, remedy: str) -> None:
         raise ValueError(f"{len(names)} tensors {what}: {some} ({remedy})")
 
 
+UNREADABLE = (OSError, SafetensorError, RuntimeError, MemoryError)
+
+
+def same(read: Callable[[str], Tensor], name: str, other: str) -> bool:
+    """Whether two tensors have the same numbers.
+
+    What can't be read or compared, such as float8, has not: it is refused by its name
+    when it is to be written.
+    """
+    try:
+        return torch.equal(read(name), read(other))
+    except UNREADABLE:
+        return False
+
+
 def parameter(checkpoint: Checkpoint, name: str) -> Tensor:
     """Our parameter `name`, read now.
 
@@ -174,7 +189,7 @@ def parameter(checkpoint: Checkpoint, name: str) -> Tensor:
     source = checkpoint.source(name)
     try:
         t = checkpoint.read(source)
-    except (OSError, SafetensorError, RuntimeError, MemoryError) as e:
+    except UNREADABLE as e:
         raise ValueError(f"{source} can't be read ({brief(e)}): fetch the checkpoint again") from None
     try:
         return checkpoint.arrange(name, t)

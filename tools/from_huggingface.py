@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import tiktoken
-import torch
 from torch import Tensor
 
 from data.foreign import brief, has_tokenizer, read_json, read_tokenizer_json
 from data.tokenizer import get_tokenizer
 from lib.folders import read_shapes, read_tensor
 from model import ModelConfig
-from tools.checkpoint import TABLE, Checkpoint, plain_names, refuse, rename, take, unchanged
+from tools.checkpoint import TABLE, Checkpoint, plain_names, refuse, rename, same, take, unchanged
 from tools.huggingface_rwkv import READ, rwkv_checkpoint
 from tools.huggingface_tokenizer import WORLD, spec_of
 
@@ -55,7 +54,7 @@ def from_hugging_face(folder: Path) -> Checkpoint:
     found = checkpoint(kind, config, shapes, read)
     emb, head = found.source("emb.weight"), found.source("head.weight")
     tied, ignored = found.cfg.tied, found.ignored
-    if tied and emb in places and head in places and not torch.equal(read(emb), read(head)):
+    if tied and emb in places and head in places and not same(read, emb, head):
         tied = False  # the file has a head of its own, whatever its config says
     if tied:
         ignored += r"|lm_head\.weight"

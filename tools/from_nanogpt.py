@@ -7,12 +7,11 @@ and merges.txt beside it are read, else it takes --tokenizer.
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from data.foreign import has_tokenizer, read_tokenizer_json
 from model import ModelConfig
-from tools.checkpoint import TABLE, Checkpoint, rename, take
+from tools.checkpoint import TABLE, Checkpoint, rename, same, take
 from tools.rwkv_pth import state_dict
 
 
@@ -27,7 +26,7 @@ def from_nanogpt(content: dict, folder: Path) -> Checkpoint:
     """
     tensors = {name.removeprefix("transformer."): t for name, t in state_dict(content["model"]).items()}
     args = content["model_args"]
-    emb, head = tensors.get("wte.weight"), tensors.get("lm_head.weight")
+    emb, head = "wte.weight", "lm_head.weight"
     bias = take(args, "bias", bool, True)
     cfg = ModelConfig(
         vocab_size=take(args, "vocab_size", int, 50304),
@@ -41,7 +40,7 @@ def from_nanogpt(content: dict, folder: Path) -> Checkpoint:
         norm_bias=bias,
         ln0=False,
         ffn="gelu_exact",
-        tied=head is None or emb is not None and torch.equal(emb, head),
+        tied=head not in tensors or emb in tensors and same(tensors.get, emb, head),
     )
     ignored = r"h\.\d+\.attn\.bias" + r"|lm_head\.weight" * cfg.tied          # causal masks
     tokenizer = (lambda: read_tokenizer_json(folder)) if has_tokenizer(folder) else None

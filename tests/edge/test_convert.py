@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import one_line
-from common_convert import COMMON, KINDS, WIDE, edit, original, refused, rwkv, write_gguf
+from common_convert import COMMON, GPT2, KINDS, WIDE, edit, nanogpt, original, refused, rwkv, write_gguf
 from lib.folders import save_model
 from tools.convert import ExportConfig, ImportConfig, export_model, import_model, main
 
@@ -84,6 +84,23 @@ def test_every_tensor_is_used_and_every_parameter_filled(tmp_path):
     ):
         save_file({k: v for k, v in (whole | {name: value}).items() if v is not None}, file)
         refused(*words, path=tmp_path / "original", tmp_path=tmp_path)
+
+
+def test_a_head_of_a_type_that_is_not_supported_is_named_beside_a_tied_embedding(tmp_path):
+    model, folder = original("Llama", COMMON | dict(tie_word_embeddings=True)), tmp_path / "original"
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    head = model.lm_head.weight.data.to(torch.float8_e4m3fn)
+    save_file(load_file(file) | {"lm_head.weight": head}, file)
+    refused("head.weight", "float8", path=folder, tmp_path=tmp_path)
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'"dtype":"F8_E4M3","shape":[97,48]', b'"dtype":"F6_E2M3","shape":[97,64]'))
+    refused("lm_head.weight", path=folder, tmp_path=tmp_path)
+
+    gpt = nanogpt(original("GPT2", GPT2))
+    gpt["model"]["lm_head.weight"] = gpt["model"]["lm_head.weight"].to(torch.float8_e4m3fn)
+    torch.save(gpt, tmp_path / "ckpt.pt")
+    refused("head.weight", "float8", path=tmp_path / "ckpt.pt", tmp_path=tmp_path)
 
 
 @pytest.mark.parametrize("index", [
