@@ -84,6 +84,8 @@ class ByteLevelBPE(Specified, tiktoken.Encoding):
                 a user's text
     added       {spelling: id} of tokens that are read wherever text spells them out,
                 before all else
+    late        where there are any: those of `added` that are looked for after the
+                others, in the normalized text
     start, end  ids: what opens a document (null: the end of the one before), and what
                 ends it
     stop        ids that end a generated text
@@ -97,7 +99,10 @@ class ByteLevelBPE(Specified, tiktoken.Encoding):
         self.spec, self.chat = spec, spec["chat"]
         *early, last = spec["split"] or [r"(?s:.)+"]
         self._early, self._last = [regex.compile(pattern) for pattern in early], last
-        self._special, self._added = finder(spec["special"]), finder(spec["added"])
+        late = spec.get("late", [])
+        self._special, self._added = finder(spec["special"]), finder(spec["added"].keys() - {*late})
+        self._late_ids = {self._normal(name): spec["added"][name] for name in late}
+        self._late = finder(self._late_ids)
         n = 1 + max([*ranks.values(), *special.values()])
         self._absent = bytes(b for b in range(256) if bytes([b]) not in ranks)
         # tiktoken wants a number for every byte
@@ -114,16 +119,21 @@ class ByteLevelBPE(Specified, tiktoken.Encoding):
 
     def _ordinary(self, text: str) -> list[int]:
         if not self.spec["added"]:
-            return self._pieces(text)
+            return self._pieces(self._normal(text))
         ids = []
         for n, part in enumerate(self._added.split(text)):  # text, token, text, ...
-            ids += [self.spec["added"][part]] if n % 2 else self._pieces(part)
+            if n % 2:
+                ids.append(self.spec["added"][part])
+                continue
+            for m, rest in enumerate(self._late.split(self._normal(part))):
+                ids += [self._late_ids[rest]] if m % 2 else self._pieces(rest)
         return ids
 
+    def _normal(self, text: str) -> str:
+        return normalize(self.spec["normalizer"], text) if self.spec["normalizer"] else text
+
     def _pieces(self, text: str) -> list[int]:
-        """Ids of a text without added tokens."""
-        if self.spec["normalizer"]:
-            text = normalize(self.spec["normalizer"], text)
+        """Ids of a normalized text without added tokens."""
         pieces = [text]
         for pattern in self._early:
             pieces = [part for piece in pieces for part in _cut(pattern, piece)]
@@ -207,6 +217,8 @@ def check_spec(spec: dict) -> None:
     texts = isinstance(tokens, list) and all(token is None or isinstance(token, str) for token in tokens)
     if not texts or len(tokens) > LARGEST:
         raise ValueError("tokens must be texts")
+    if not {*spec.get("late", ())} <= spec["added"].keys():
+        raise ValueError("late must be some of the added tokens")
     if not all(type(i) is int and 0 <= i < LARGEST for i in ids):
         raise ValueError(f"ids must be numbers from 0 to {LARGEST - 1}")
     last = max([len(tokens) - 1, *special.values()])
@@ -250,5 +262,6 @@ def check_pattern(pattern: str) -> None:
 
 def fingerprint(spec: dict) -> str:
     """The tokenizer's name: a hash of what decides which ids a text gets."""
-    decisive = {key: spec[key] for key in ("tokens", "split", "normalizer", "unknown", "special", "added")}
+    keys = ("tokens", "split", "normalizer", "unknown", "special", "added", "late")
+    decisive = {key: spec[key] for key in keys if key in spec}
     return "bpe-" + hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]

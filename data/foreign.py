@@ -150,7 +150,7 @@ def _as_tokenizer_json(path: Path, beside: dict[str, dict]) -> dict:
                          "GPT2Tokenizer and Qwen2Tokenizer are")
     lines = read_whole(merges).decode("utf-8").split("\n")
     pairs = [line.rstrip("\r") for line in lines[lines[0].startswith("#version"):] if line.strip()]
-    flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word"), False)
+    flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word"), False) | {"normalized": True}
     names = {"<|endoftext|>", *_named_special(config)} & vocab.keys()
     added = [flags | {"content": name, "id": vocab[name], "special": True} for name in sorted(names)]
     for i, token in config.get("added_tokens_decoder", {}).items():
@@ -185,6 +185,9 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
     if wrong := sorted(looking - special):
         raise ValueError(f"{where}: the added token {brief(repr(wrong[0]))} looks at what stands around it, "
                          "which is not supported")
+    ordinary = [name for name in added if name not in special]
+    late = [name for name in ordinary if added[name].get("normalized")]
+    normalizer = _normalizer(whole.get("normalizer"), where)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token")}
     ids = {name: token["id"] for name, token in added.items()}
@@ -196,9 +199,11 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
         merges=list(map(tuple, merges)),
         ignore_merges=bool(model.get("ignore_merges")),
         special={name: i for name, i in ids.items() if name in special},
-        added={name: i for name, i in ids.items() if name not in special},
+        added={name: ids[name] for name in ordinary},
+        # the order makes a difference to these alone
+        late=late if normalizer or len(late) < len(ordinary) else [],
         split=_splits(whole["pre_tokenizer"], where),
-        normalizer=_normalizer(whole.get("normalizer"), where),
+        normalizer=normalizer,
         unknown=model["vocab"].get(model.get("unk_token")),
         start=_opening(whole.get("post_processor"), ids),
         stop=[i for end in (ids.get(names["eos_token"]), *ends) for i in _listed(end)],
@@ -347,7 +352,8 @@ def _spec_of_gguf(fields: dict) -> dict:
 
 def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special: dict, added: dict,
           split: list, normalizer: str | None, unknown: int | None, start: int | None, stop: list,
-          template: str | list | None, names: dict, looking: Collection[str] = ()) -> dict:
+          template: str | list | None, names: dict, looking: Collection[str] = (),
+          late: Collection[str] = ()) -> dict:
     """The spec of a tokenizer that stands in the file `where`.
 
     A chat template with tokens that are `looking` at what stands around them, and take
@@ -375,6 +381,7 @@ def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special
     spec = {"tokens": tokens, "split": split, "normalizer": normalizer, "unknown": unknown,
             "special": special, "added": added,
             "start": start, "end": end, "stop": sorted({end, *stop}), "chat": chat}
+    spec |= {"late": sorted(late)} if late else {}
     try:
         if any(regex.match(pattern, "") for pattern in split):
             raise ValueError("it matches nothing, too")

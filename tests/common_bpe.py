@@ -113,7 +113,7 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def scraps(letters: str, n: int, longest: int, seed: int = 0) -> list[str]:
+def scraps(letters: str | list[str], n: int, longest: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     return ["".join(rng.choice(letters) for _ in range(rng.randrange(1, longest))) for _ in range(n)]
 

@@ -53,12 +53,14 @@ def tokenizer_json(spec: dict) -> dict:
         names = {i: name for name, i in vocab.items()}
         unknown = names.get(spec["unknown"], "<unk>")
         vocab[unknown] = spec["unknown"]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    late = {*spec.get("late", ())}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags, "special": name in spec["special"]}
+        "added_tokens": [{"id": i, "content": name, **flags, "normalized": name in late,
+                          "special": name in spec["special"]}
                          for name, i in sorted(special.items(), key=lambda item: item[1])],
         "normalizer": spec["normalizer"] and {"type": spec["normalizer"]},
         "pre_tokenizer": pre_tokenizer(spec["split"]),

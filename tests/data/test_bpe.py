@@ -5,7 +5,7 @@ import pytest
 import tiktoken
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
-from common_bpe import CHATML, MIXED, PRE, ids, imported, train, whole
+from common_bpe import CHATML, MIXED, PRE, ids, imported, scraps, train, whole
 from data.bpe import BYTE
 from data.prepare import prepare
 from data.tokenizer import get_tokenizer, opening, stops
@@ -27,6 +27,18 @@ def test_nfc_is_applied_to_text_but_not_to_added_tokens(tmp_path):
     enc = imported(original, tmp_path)
     for text in [*MIXED, "e\u0301 e\u0301! \u00e9!"]:
         assert enc.encode(text, allowed_special="all") == ids(original, text)
+
+
+def test_added_tokens_are_looked_for_before_or_after_nfc_as_each_says(tmp_path):
+    """transformers' add_tokens makes those that are looked for after it."""
+    exact = [AddedToken(token, normalized=False) for token in ("<a", "e\u0301!")]
+    parts = ["nai\u0308ve", "na\u00efve", "<b>", "\u0338", "<a", "b<a>", "e\u0301!", "\u00e9!", " x"]
+    texts = [*MIXED, *scraps(parts, 200, 8)]
+    for name, normalizer in (("nfc", normalizers.NFC()), ("none", None)):
+        original = train("Qwen2", normalizer=normalizer, added=("nai\u0308ve", "<b>", "b<a>", *exact))
+        enc = imported(original, tmp_path / name)
+        for text in texts:
+            assert enc.encode(text, allowed_special="all") == ids(original, text), (name, text)
 
 
 def test_bytes_that_are_no_tokens_are_left_out_or_unknown_as_there(tmp_path):

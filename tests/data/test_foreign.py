@@ -5,7 +5,7 @@ import random
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from common import one_line
 from common_bpe import (CHATML, LLAMA, MIXED, PAGE, PRE, SPECIAL, TALKS, gguf_fields, ids, imported, save,
@@ -90,7 +90,8 @@ def test_an_end_that_is_not_flagged_as_special_is_special(tmp_path):
     ("Llama 3", "llama-bpe"),
 ])
 def test_a_gguf_says_what_the_tokenizer_json_says(tmp_path, pre, name):
-    original = train(pre, added=("<think>",), normalizer=normalizers.NFC() if name == "qwen2" else None)
+    think = AddedToken("<think>", normalized=False)     # as Qwen's are; a GGUF doesn't say
+    original = train(pre, added=(think,), normalizer=normalizers.NFC() if name == "qwen2" else None)
     fields = gguf_fields(original, **{"ggml.pre": name, "ggml.add_bos_token": False})
     expected = read_tokenizer_json(save(original, tmp_path, chat_template=CHATML))
     spec = read_gguf_tokenizer(fields)
@@ -207,10 +208,20 @@ def test_the_added_tokens_of_older_files_are_those_of_transformers(tmp_path):
         (tmp_path / "m" / f"{name}.json").write_text(json.dumps(content))
     enc, theirs = (read(str(tmp_path / "m")) for read in (get_tokenizer,
                                                           transformers.AutoTokenizer.from_pretrained))
-    text = "question<|sep|>answer"
-    assert enc.encode_ordinary(text) == theirs(text, add_special_tokens=False).input_ids
+    for text in ("question<|sep|>answer", "a<|sep|>\u0338b"):
+        assert enc.encode_ordinary(text) == theirs(text, add_special_tokens=False).input_ids
     assert enc.n_vocab == len(theirs) == 1502 and enc.spec["stop"] == [0, theirs.eos_token_id]
     assert enc.spec["added"] == {"<|sep|>": 1500} and enc.spec["special"]["<|done|>"] == 1501
+
+
+def test_added_tokens_of_older_qwen_files_are_looked_for_in_normalized_text(tmp_path):
+    save_parts(train("Qwen2", normalizer=normalizers.NFC()), tmp_path / "m", tokenizer_class="Qwen2Tokenizer")
+    (tmp_path / "m" / "added_tokens.json").write_text(json.dumps({"na\u00efve": 1500, "<b>": 1501}))
+    enc, theirs = (read(str(tmp_path / "m")) for read in (get_tokenizer,
+                                                          transformers.AutoTokenizer.from_pretrained))
+    for text in ("nai\u0308ve<b>", "na\u00efve <b>\u0338"):
+        assert enc.encode_ordinary(text) == theirs(text, add_special_tokens=False).input_ids
+    assert enc.encode_ordinary("nai\u0308ve<b>") == [1500, 1501]
 
 
 @pytest.mark.parametrize("config, word", [

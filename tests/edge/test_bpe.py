@@ -71,7 +71,8 @@ def test_an_early_pattern_that_runs_out_of_time_is_the_same_error(model_folder, 
 @pytest.mark.parametrize("change", [
     {"tokens": [1]}, {"tokens": None}, {"tokens": "abc", "special": {}}, {"special": {"x": "3"}},
     {"special": {"x": -1}}, {"special": {"x": 2**24}}, {"special": {"x": True}}, {"special": []},
-    {"added": {"x": 1.0}}, {"end": None}, {"end": 10**6}, {"start": "0"}, {"start": 10**6},
+    {"added": {"x": 1.0}}, {"late": ["x"]}, {"late": 3},
+    {"end": None}, {"end": 10**6}, {"start": "0"}, {"start": 10**6},
     {"unknown": 10**6}, {"stop": [-1]}, {"stop": 3}, {"split": 3}, {"split": ["("]}, {"split": [3]},
     {"split": [BACKTRACKING]}, {"normalizer": "XYZ"}, {"chat": 3}, {"chat": {}}, {"chat": {"user": ["", ""]}},
 ])

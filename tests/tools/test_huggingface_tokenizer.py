@@ -19,7 +19,7 @@ hf = pytest.importorskip("transformers")
 
 SHORT = MANUAL[:20_000]
 HARD = [MIXED[0], MIXED[1][:9000], *MIXED[2:], "a\r\nb\rc\n\n", "\x00\x01\x7f\x80\u0085\u200b",
-        "🙂" * 9, " " * 3000 + "x", "\u1e9b\u0323 \ufb01"]
+        "🙂" * 9, " " * 3000 + "x", "\u1e9b\u0323 \ufb01", "nai\u0308ve <b> <b>\u0338"]
 
 
 def written(spec: dict, folder):
@@ -38,6 +38,7 @@ def require_equal(theirs, enc) -> None:
     *({"pre": pre} for pre in PRE),
     dict(added=("<tool>", "  ")),
     dict(normalizer=tokenizers.normalizers.NFC()),
+    dict(normalizer=tokenizers.normalizers.NFC(), added=("na\u00efve", "<b>")),
     dict(alphabet=False, text="abc abcd \n" * 99, unk_token="<|im_end|>"),
     dict(alphabet=False, text="abc abcd \n" * 99),
 ], ids=str)
