@@ -78,6 +78,14 @@ def read_whole(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
+def read_utf8(path: str | Path) -> str:
+    """As `read_whole`. Raises ValueError for what is no UTF-8, too."""
+    try:
+        return read_whole(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged (no UTF-8, byte {error.start}): fetch it again") from None
+
+
 def require_file(path: str | Path) -> int:
     """The bytes in a file. Raises OSError where it can't be read, or is a folder, a
     pipe or a device.
@@ -123,8 +131,8 @@ def read_tokenizer_json(path: str | Path) -> dict:
     try:
         if not path.exists() and path.with_name("vocab.json").exists():
             path = path.with_name("vocab.json")
-            return _spec_of_json(path, _as_tokenizer_json(path, beside), beside)
-        return _spec_of_json(path, read_json(path), beside)
+            return _spec_of_json(path, _as_tokenizer_json(path, beside), beside, f"{path} with merges.txt")
+        return _spec_of_json(path, read_json(path), beside, str(path))
     except OSError as error:
         raise unreadable(error.filename or path, error) from None
     except DAMAGE as error:
@@ -148,7 +156,7 @@ def _as_tokenizer_json(path: Path, beside: dict[str, dict]) -> dict:
     if family.removesuffix("Fast") not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         raise ValueError(f"{path}: {brief(family)} without a tokenizer.json is not supported: "
                          "GPT2Tokenizer and Qwen2Tokenizer are")
-    lines = read_whole(merges).decode("utf-8").split("\n")
+    lines = read_utf8(merges).split("\n")
     pairs = [line.rstrip("\r") for line in lines[lines[0].startswith("#version"):] if line.strip()]
     flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word"), False) | {"normalized": True}
     names = {"<|endoftext|>", *_named_special(config)} & vocab.keys()
@@ -172,9 +180,9 @@ def _as_tokenizer_json(path: Path, beside: dict[str, dict]) -> dict:
     return whole
 
 
-def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
-    """Of the file's content, and that of the files beside it."""
-    where, model = str(path), whole["model"]
+def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict], where: str) -> dict:
+    """Of the file's content and of the files beside it; `where` names the file."""
+    model = whole["model"]
     config = beside["special_tokens_map.json"] | beside["tokenizer_config.json"]
     _require_byte_level(where, whole)
     added = {token["content"]: token for token in whole.get("added_tokens") or []}
@@ -197,6 +205,7 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
         where,
         vocab=model["vocab"],
         merges=list(map(tuple, merges)),
+        makes_tokens=True,
         ignore_merges=bool(model.get("ignore_merges")),
         special={name: i for name, i in ids.items() if name in special},
         added={name: ids[name] for name in ordinary},
@@ -207,7 +216,7 @@ def _spec_of_json(path: Path, whole: dict, beside: dict[str, dict]) -> dict:
         unknown=model["vocab"].get(model.get("unk_token")),
         start=_opening(whole.get("post_processor"), ids),
         stop=[i for end in (ids.get(names["eos_token"]), *ends) for i in _listed(end)],
-        template=read_whole(template).decode("utf-8") if template.exists() else config.get("chat_template"),
+        template=read_utf8(template) if template.exists() else config.get("chat_template"),
         names=names,
         looking=looking,
     )
@@ -353,17 +362,20 @@ def _spec_of_gguf(fields: dict) -> dict:
 def _spec(where: str, *, vocab: dict, merges: list, ignore_merges: bool, special: dict, added: dict,
           split: list, normalizer: str | None, unknown: int | None, start: int | None, stop: list,
           template: str | list | None, names: dict, looking: Collection[str] = (),
-          late: Collection[str] = ()) -> dict:
+          late: Collection[str] = (), makes_tokens: bool = False) -> dict:
     """The spec of a tokenizer that stands in the file `where`.
 
     A chat template with tokens that are `looking` at what stands around them, and take
     the space there away, is left out, as are those that are more than frames.
+    `makes_tokens`: each merge must be of two tokens and make one, as in transformers.
     Raises ValueError for one that no ByteLevelBPE can be.
     """
     _require_bounds(where, vocab, special, added, split)
     if any(len(pair) != 2 for pair in merges):
         raise ValueError(f"{where} is damaged (a merge is no pair of tokens): fetch it again")
     size = _count(where, vocab, special, added)
+    if makes_tokens:
+        _require_tokens(where, vocab, merges)
     # a config.json may name an id that only its class's default tokenizer ends with
     stop = [i for i in stop if i in special.values()]
     end = next((special[name] for name in ENDS if name in special), stop[0] if stop else None)
@@ -430,6 +442,16 @@ def _count(where: str, vocab: dict, special: dict, added: dict) -> int:
         raise ValueError(f"{where} is damaged (the ids of its tokens are not different numbers in "
                          "0 ... 2^22): fetch it again")
     return 1 + max(ids)
+
+
+def _require_tokens(where: str, vocab: dict, merges: list[tuple]) -> None:
+    """Raises ValueError for a merge of what is no token, or into what is none: often it
+    is the last one of a merges.txt that is cut off.
+    """
+    for pair in merges:
+        if not {*pair, "".join(pair)} <= vocab.keys():
+            merge = brief(repr(" ".join(pair)))
+            raise ValueError(f"{where} is damaged (the merge {merge} is not of tokens): fetch it again")
 
 
 def _mergeable(where: str, vocab: dict[str, int], merges: list[tuple[str, str]], ignore_merges: bool,

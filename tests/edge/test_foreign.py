@@ -59,6 +59,8 @@ def regex_split(pattern: str) -> dict:
     ({"model_vocab": None}, "no tokenizer"),
     ({"model_merges": [1]}, "no tokenizer"),
     ({"model_merges": ["a b c"]}, "a merge is no pair"),
+    ({"model_merges": ["q x"]}, "the merge 'q x' is not of tokens"),
+    ({"model_merges": ["qqq x"]}, "the merge 'qqq x' is not of tokens"),
     ({"model_vocab": {"a" * 20_000: 0}}, "characters squared of all tokens"),
     ({"added_tokens": [LSTRIP | {"id": i, "content": f"<{i}>", "special": True} for i in range(66_000)]},
      "66,000 added tokens"),
@@ -97,6 +99,27 @@ def test_a_file_larger_than_any_tokenizer_is_not_read(tmp_path):
         (tmp_path / name).unlink()
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(ValueError, match=r"merges.txt can't be read \(No such file"):
+        read_tokenizer_json(tmp_path)
+
+
+def test_a_damaged_file_beside_the_vocabulary_is_named(tmp_path):
+    """Elsewhere what is damaged would be fetched again, and nothing be won."""
+    model = json.loads(train().to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "".join(" ".join(pair) + "\n" for pair in model["merges"]).encode()
+    (tmp_path / "merges.txt").write_bytes(merges)
+    read_tokenizer_json(tmp_path)
+    space = merges.index(b" ", 2000)
+    for content, words in ((b"\xff" + merges, "merges.txt is damaged .no UTF-8, byte 0.: fetch it again"),
+                           (merges[:space], "with merges.txt is damaged .a merge is no pair"),
+                           (merges + b"q x", "with merges.txt is damaged .the merge '.*' is not of")):
+        (tmp_path / "merges.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=words) as e:
+            read_tokenizer_json(tmp_path)
+        one_line(e.value)
+    (tmp_path / "merges.txt").write_bytes(merges)
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(ValueError, match="chat_template.jinja is damaged .no UTF-8, byte 3.: fetch it again"):
         read_tokenizer_json(tmp_path)
 
 
