@@ -71,7 +71,7 @@ def export_model(cfg: ExportConfig) -> Path:
     if cfg.format == "hf":
         return export_folder(cfg)
     kind, folder = FORMATS[cfg.format], Path(cfg.folder)
-    out = Path(os.path.realpath(cfg.out or f"{folder}{kind.ending}"))
+    out = Path(os.path.realpath(cfg.out or f"{named(folder)}{kind.ending}"))
     if out.suffix != kind.ending or out.is_dir() or cfg.out == "":
         raise ValueError(f"{cfg.out or out} must be a file whose name ends in {kind.ending}")
     if out.exists() and not cfg.overwrite:
@@ -91,10 +91,15 @@ def export_model(cfg: ExportConfig) -> Path:
     return out
 
 
+def named(folder: Path) -> Path:
+    """The same folder by a path that ends in its name, which . and .. are not."""
+    return folder if folder.name not in ("", "..") else Path(os.path.realpath(folder))
+
+
 def export_folder(cfg: ExportConfig) -> Path:
     """Write a model folder as a Hugging Face folder, in one step when it is whole."""
     folder = Path(cfg.folder)
-    name = f"{folder}-hf" if cfg.out is None else cfg.out
+    name = f"{named(folder)}-hf" if cfg.out is None else cfg.out
     if not name.strip() or "\0" in name or os.path.realpath(name) == os.sep:
         raise ValueError(f"--out {name!r} is no name: name the folder to write")
     out = Path(os.path.realpath(name))

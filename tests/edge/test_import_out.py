@@ -213,3 +213,14 @@ def test_an_export_replaces_only_what_is_of_its_kind(tmp_path):
     assert export(tmp_path / "link.pth") == first and (tmp_path / "link.pth").is_symlink()
     (tmp_path / "file").write_text("x")
     refused("file/x.pth can't be written", call=lambda: export(tmp_path / "file" / "x.pth"))
+
+
+def test_an_export_of_the_present_folder_stands_beside_it_by_its_name(tmp_path, monkeypatch):
+    save_model(rwkv(V=257), tmp_path / "up" / "m", {"tokenizer": "bytes"})
+    (tmp_path / "up" / "m" / "in").mkdir()
+    for place, folder in (("m", "."), ("m/in", "..")):
+        monkeypatch.chdir(tmp_path / "up" / place)
+        for format, name in (("rwkv-pth", "m.pth"), ("gguf", "m.gguf"), ("hf", "m-hf")):
+            out = export_model(ExportConfig(folder=folder, format=format, overwrite=True))
+            assert out == tmp_path / "up" / name and out.exists()
+    assert names(tmp_path / "up" / "m") == ["config.json", "in", "meta.json", "model.safetensors"]
