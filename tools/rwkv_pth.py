@@ -174,7 +174,12 @@ def write(folder: Path, out: Path, dtype: str | None) -> None:
     assert set(names) == set(shapes), "a model that passes not_official has the official parameters"
     out.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: read(name) for name in names}
-    write_whole(out, lambda part: torch.save(tensors, part))
+
+    def save(part: Path) -> None:
+        open(part, "wb").close()      # else torch has words of its own for what the system refuses
+        torch.save(tensors, part)
+
+    write_whole(out, save)
 
 
 def how_to_run(out: Path) -> str:

@@ -224,3 +224,16 @@ def test_an_export_of_the_present_folder_stands_beside_it_by_its_name(tmp_path, 
             out = export_model(ExportConfig(folder=folder, format=format, overwrite=True))
             assert out == tmp_path / "up" / name and out.exists()
     assert names(tmp_path / "up" / "m") == ["config.json", "in", "meta.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("format, ending", [("rwkv-pth", ".pth"), ("gguf", ".gguf")])
+def test_what_the_system_refuses_of_an_export_is_said_in_its_own_words(format, ending, tmp_path):
+    """Permissions stop no administrator, but this does: a link to nowhere, where the
+    file is written until it is whole.
+    """
+    save_model(rwkv(V=257), tmp_path / "m", {"tokenizer": "bytes"})
+    out = tmp_path / f"out{ending}"
+    (tmp_path / f"out{ending}.tmp").symlink_to(tmp_path / "nowhere" / "x")
+    settings = ExportConfig(folder=str(tmp_path / "m"), format=format, out=str(out))
+    refused(f"can't be written ({os.strerror(errno.ENOENT)})", call=lambda: export_model(settings))
+    assert names(tmp_path) == ["m"]
