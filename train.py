@@ -68,7 +68,7 @@ class FitConfig:
     rwkv_lr_multiplier: float = at_least(0.0, 1.0)          # on the learning rate of all in RWKV mixers
     beta1: float = at_least(0.0, 0.9, below=1.0)
     beta2: float = at_least(0.0, 0.99, below=1.0)
-    eps: float = at_least(0.0, 1e-8)
+    eps: float = at_least(1e-30, 1e-8)                      # 0: a gradient of 0 would be 0 / 0
     clip: float | None = at_least(0.0, 1.0)                 # of the gradient's norm
     eval_every: int | None = at_least(1, 500)               # steps
 

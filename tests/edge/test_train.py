@@ -249,6 +249,7 @@ def test_a_models_own_shape_counts_where_training_starts_from_it(tmp_path, tiny)
         ("beta1", "1"),
         ("beta2", "-0.1"),
         ("eps", "nan"),
+        ("eps", "0"),
         ("learning_rate", "inf"),
         ("batch_size", "0"),
         ("schedule", "step"),
