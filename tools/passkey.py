@@ -39,9 +39,11 @@ Texts = list[tuple[list[int], list[int]]]      # (prompt, answer)
 
 def loss_by_stretch(model: LM, loader: Loader, T: int, max_tokens: int | None = None) -> list[float]:
     """Mean loss in nats per target within each stretch of T positions, as far as model
-    and text reach.
+    and text reach; none where the model cannot read the first one.
     """
     reach = readable(model, loader.T) // T * T                     # whole stretches only
+    if not reach:                                                  # None and 0 would mean all of the text
+        return []
     losses, counts = loss_by_position(model, loader, max_tokens, T, reach).view(2, -1, T).sum(2).tolist()
     return [loss / count for loss, count in zip(losses, counts) if count]
 

@@ -46,6 +46,19 @@ def test_attention_with_learned_positions_is_read_as_far_as_these_go(tiny):
     assert loss_by_stretch(bounded, loader, T, 1024) == [pytest.approx(first / (1024 / 4), rel=1e-5)]
 
 
+def test_a_teacher_whose_positions_end_within_the_first_stretch_leaves_the_student_measured(
+        tiny, tmp_path, capsys):
+    for name, mixer in (("teacher", "a"), ("student", "r")):
+        save_model(tiny_model(positions="learned", mixer=mixer), tmp_path / name, {"tokenizer": "bytes"})
+    out = tmp_path / "out"
+    flags = ["--teacher", tmp_path / "teacher", "--student", tmp_path / "student", "--data", tiny.text,
+             "--max_tokens", 900, "--block_size", T + 4, "--longest", 3, "--passkey", None, "--out", out]
+    main([str(x) for x in flags])
+    models = json.loads((out / "passkey.json").read_text())["length"]["models"]
+    assert models["teacher"] == [] and len(models["student"]) == 3
+    assert "| teacher | - | - | - |" in capsys.readouterr().out and panels(out / "passkey.png") == 1
+
+
 # ------------------------------------------------------------------------------------------
 # The passkey
 
