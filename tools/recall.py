@@ -60,15 +60,15 @@ class RecallConfig:
         if 3 * longest > self.model.block_size:
             raise ValueError(f"{longest} pairs, asked once each, take {3 * longest} tokens, but "
                              f"model.block_size = {self.model.block_size}: ask for fewer, or raise it")
-        for mixer in self.mixers.split():
-            letters = mixer_letters(self.model, mixer)
-            replace(self.model, mixer=letters)                             # raises for what does not fit
-            if "r" not in letters:
-                raise ValueError(f"mixers: {shown(mixer)} replaces no layer: put an r where RWKV-7 is to "
-                                 "stand")
         if "r" in self.model.mixers:
             raise ValueError(f"model.mixer = {shown(self.model.mixer)}: the teacher is all attention, so "
                              "omit it")
+        N, H = self.model.att_head_size, self.model.n_head                 # a student's are its teacher's
+        student = replace(self.model, rwkv_head_size=N, rwkv_size=H * N)
+        for mixer in self.mixers.split():
+            if "r" not in mixer_letters(student, mixer):
+                raise ValueError(f"mixers: {shown(mixer)} replaces no layer: put an r where RWKV-7 is to "
+                                 "stand")
         DistillConfig(align=self.align, match=self.match)                  # raises for what no stage can have
 
     @property

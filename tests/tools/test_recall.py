@@ -70,7 +70,7 @@ def test_the_written_folder_is_one_that_every_loader_reads(tmp_path):
 
 def test_the_script_trains_distils_asks_and_writes_its_report(tmp_path, capsys):
     flags = ["--out", tmp_path, "--pairs", "2,4", "--examples", 40, "--asked", 8, "--mixers", "all first:1",
-             "--model.n_embd", 32, "--model.n_head", 2]
+             "--model.n_embd", 24, "--model.n_head", 2]        # rwkv_head_size stays 32, which no student has
     for stage in ("teacher_fit", "align", "match"):
         flags += [f"--{stage}.max_steps=2", f"--{stage}.batch_size=4"]
     tools.recall.main([str(x) for x in flags])
@@ -103,12 +103,11 @@ def test_data_that_a_killed_process_was_writing_are_written_again(tmp_path, monk
 
 
 def test_bad_input_ends_in_one_clear_line():
-    """Before the first step of training: also a width that no student could have."""
+    """Before the first step of training."""
     for change, words in (({"pairs": "0"}, "from 1 to 32"), ({"pairs": "33"}, "from 1 to 32"),
                           ({"pairs": "x"}, "from 1"), ({"pairs": "9" * 5000}, "from 1"),
                           ({"mixers": ""}, "mixers is empty"),
                           ({"model": ModelConfig(n_layer=2, block_size=16)}, "block_size"),
-                          ({"model": ModelConfig(n_layer=2, n_embd=96, rwkv_head_size=64)}, "rwkv_head_size"),
                           ({"mixers": "most"}, "first:K"), ({"mixers": "a"}, "replaces no layer"),
                           ({"model": ModelConfig(mixer="r")}, "the teacher is all attention, so omit it"),
                           ({"align": FitConfig(bptt_chunk=4)}, "align.bptt_chunk"),
