@@ -75,8 +75,9 @@ class FitConfig:
     def __post_init__(self):
         if self.weight_decay_end is not None and not self.weight_decay:
             raise ValueError("weight_decay_end: without a weight_decay it would do nothing")
-        if self.learning_rate_end is not None and self.schedule == "constant":
-            raise ValueError("learning_rate_end: with the schedule constant it would do nothing")
+        for end in ("learning_rate_end", "weight_decay_end"):
+            if getattr(self, end) is not None and self.schedule == "constant":
+                raise ValueError(f"{end}: with the schedule constant it would do nothing")
 
 
 # ------------------------------------------------------------------------------------------
