@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from distill import DistillConfig, StudentConfig, distill
-from lib.folders import load_model, write_json, write_text
-from lib.home import lock
+from lib.folders import fingerprint, load_model, write_json, write_text
+from lib.home import lock, read_settings
 from lib.hybrid import mixer_letters, remembered_bytes
 from lib.owned import check_place, contents
 from lib.processes import setup
@@ -39,6 +39,7 @@ class RecallConfig:
     out: str = "out/recall"           # recall.json, recall.md, recall.png, the data and the models
     device: str = "auto"
     seed: int = at_least(0, 0)
+    resume: bool = False              # go on where one with these settings stopped; without: all anew
     pairs: str = "4,8,16,32"          # how many pairs a sequence has; each equally often in training
     mixers: str = "all first:1 last:1"     # the students
     examples: int = at_least(1, 20000, below=2**24)     # training sequences
@@ -76,6 +77,18 @@ class RecallConfig:
         """Of the models: the teacher's, and each student's by its mixer."""
         students = {mixer: mixer.replace(":", "-").replace(",", "-") for mixer in self.mixers.split()}
         return {name: Path(self.out) / folder for name, folder in ({"teacher": "teacher"} | students).items()}
+
+    def run(self, name: str) -> RunConfig:
+        """Of the model of this name: what is in its folder goes on, or is replaced, as is a
+        student of an earlier teacher.
+        """
+        folder, teacher = self.folders[name], self.folders["teacher"]
+        goes_on = self.resume and folder.exists()
+        if goes_on and name != "teacher":
+            taught = read_settings(folder / "settings.json").get("teacher", {})
+            goes_on = taught.get("digest") == fingerprint(teacher)
+        return RunConfig(out=str(folder), resume=goes_on, overwrite=not goes_on, device=self.device,
+                         seed=self.seed, save_every=None)
 
     @property
     def n_pairs(self) -> list[int]:
@@ -142,12 +155,11 @@ def recall(cfg: RecallConfig) -> dict:
     out = Path(cfg.out)
     data, teacher = out / "data", cfg.folders["teacher"]
     write_pairs(data, cfg)
-    run = RunConfig(out=str(teacher), overwrite=True, device=cfg.device, seed=cfg.seed, save_every=None)
-    train(TrainConfig(data=str(data), model=cfg.model, fit=cfg.teacher_fit, run=run))
+    train(TrainConfig(data=str(data), model=cfg.model, fit=cfg.teacher_fit, run=cfg.run("teacher")))
     for mixer in cfg.mixers.split():
         distill(DistillConfig(teacher=str(teacher), data=str(data), stages="align,match", align=cfg.align,
                               match=cfg.match, student=StudentConfig(mixer=mixer), eval_tokens=4096,
-                              run=replace(run, out=str(cfg.folders[mixer]))))
+                              run=cfg.run(mixer)))
     models = {}
     for name, folder in cfg.folders.items():
         model = load_model(folder).eval()

@@ -1,6 +1,7 @@
 """Recall of pairs: the task is what it says; known models have known scores."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 import tools.recall
 from common import one_line
 from common_models import Oracle
+from config import cli
 from data.loader import Loader
 from model import ModelConfig
 from tools.recall import (KEYS, VALUES, RecallConfig, as_markdown, pairs_accuracy, pairs_sequence,
-                          write_pairs)
+                          recall, write_pairs)
 from train import FitConfig
 
 
@@ -84,6 +86,33 @@ def test_the_script_trains_distils_asks_and_writes_its_report(tmp_path, capsys):
     text = as_markdown(report)
     assert (tmp_path / "recall.md").read_text(encoding="utf-8") == text and text in capsys.readouterr().out
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_that_was_interrupted_goes_on_and_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
+    """With the flag that the line after Ctrl-C names; what is done is not done again."""
+    def interrupted(cfg):
+        if cfg.student.mixer == "first:1":
+            raise KeyboardInterrupt
+        return real(cfg)
+
+    out = tmp_path / "a"
+    flags = ["--out", out, "--pairs", 2, "--examples", 40, "--asked", 8, "--mixers", "all first:1",
+             "--model.n_embd", 16, "--model.n_head", 2]
+    for stage in ("teacher_fit", "align", "match"):
+        flags += [f"--{stage}.max_steps=2", f"--{stage}.batch_size=4"]
+    flags = [str(x) for x in flags]
+    cfg = cli(RecallConfig, flags)
+    whole, real = recall(replace(cfg, out=str(tmp_path / "b"))), tools.recall.distill
+    recall(replace(cfg, seed=1, mixers="first:1"))         # an earlier one in its place, with another teacher
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tools.recall, "distill", interrupted)
+        recall(cfg)
+    done = [cfg.folders[name] / "model.safetensors" for name in ("teacher", "all")]
+    before, _ = [file.read_bytes() for file in done], capsys.readouterr()
+    tools.recall.main([*flags, "--resume"])
+    assert json.loads((out / "recall.json").read_text()) == whole
+    assert capsys.readouterr().out.count("no step is left") == 1           # of the teacher
+    assert [file.read_bytes() for file in done] == before
 
 
 def test_data_that_a_killed_process_was_writing_are_written_again(tmp_path, monkeypatch):
