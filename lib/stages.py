@@ -35,6 +35,8 @@ def check_settings(cfg) -> None:
             raise ValueError(f"{name}.eval_every: only match is evaluated while it trains; omit it")
     if cfg.kl_weight == cfg.ce_weight == 0:
         raise ValueError("kl_weight and ce_weight are both 0: stage 2 would learn nothing")
+    if cfg.dpo_beta == 0:
+        raise ValueError("dpo_beta = 0: no preference would be learned; 0.1 is usual")
     if not cfg.stages or [name for name in STAGES if name in cfg.named] != cfg.named:
         raise ValueError(f"stages = {cfg.stages!r}: name some of {','.join(STAGES)}, in this order")
 

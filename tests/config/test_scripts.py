@@ -117,6 +117,7 @@ def test_what_is_about_the_run_is_no_setting_of_the_loop():
         {"kl_weight": 0.0},
         {"dpo_smoothing": 0.5},
         {"dpo_beta": -0.1},
+        {"dpo_beta": 0.0},
         {"stages": "match,align"},
         {"stages": ""},
         {"stages": "align,align"},
