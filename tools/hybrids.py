@@ -32,6 +32,7 @@ from lib.owned import check_place, contents
 from lib.processes import setup
 from lib.report import figure
 from lib.runs import RunConfig
+from lib.scores import readable
 from model import LM
 from tools.rank_layers import propose
 from tools.recall import is_recall as is_pairs, pairs_accuracy
@@ -69,6 +70,9 @@ def hybrids(cfg: HybridsConfig) -> dict:
     kept = [int(n) for n in cfg.kept.split(",")] if cfg.kept else list(range(L))
     if max(kept) >= L:
         raise ValueError(f"kept = {cfg.kept}: of {L} layers 0 to {L - 1} can stay attention")
+    if has_pairs(cfg) and readable(teacher, 3 * cfg.pairs) < 3 * cfg.pairs:
+        raise ValueError(f"pairs = {cfg.pairs}: asked once each they take {3 * cfg.pairs} tokens, but "
+                         f"{cfg.teacher} has learned {teacher.cfg.longest} positions: lower it")
     check_length(cfg)
     n = cfg.memory_of or T
     rate = speed(teacher, cfg.match.batch_size, T)

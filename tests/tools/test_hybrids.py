@@ -63,6 +63,16 @@ def test_on_pairs_the_students_and_the_teacher_are_asked(job, tmp_path, capsys):
     assert "answers right of 4 pairs" in capsys.readouterr().out
 
 
+def test_more_pairs_than_the_teacher_has_positions_for_are_refused_before_anything_trains(job, tmp_path):
+    write_pairs(tmp_path / "pairs", RecallConfig(pairs="2", examples=40, asked=8))
+    save_model(tiny_model(positions="learned"), tmp_path / "teacher", META)
+    cfg = job("out", stages="align,match", data=str(tmp_path / "pairs"), teacher=str(tmp_path / "teacher"))
+    with pytest.raises(ValueError, match="pairs = 6: .* take 18 tokens, .* learned 16 positions") as error:
+        main([*flags(cfg), "--pairs", "6"])
+    one_line(error.value)
+    assert not (tmp_path / "out" / "everywhere").exists()
+
+
 def test_students_stand_on_one_stage_1_and_may_be_taken_further(job, tmp_path, capsys):
     cfg = job("out", stages="align,match", align=loop(2), match=loop(2))
     words = [*flags(cfg), "--rules", "last", "--kept", "0"]
