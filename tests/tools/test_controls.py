@@ -56,12 +56,13 @@ def test_a_teacher_trained_on_reads_as_many_tokens_whatever_its_length(job):
     assert {row["tokens"] for row in rows.values()} == {(4 + 4) * 2 * 8}
 
 
-def test_rwkv7_from_scratch_has_the_students_shape(job):
-    cfg = job("out", student=StudentConfig(gate=False, rwkv_rope=True, mixer="ra", untie_head=True))
-    shape = from_scratch(controls_of(cfg), tiny_model().cfg, cfg.match)["model"]
-    student = make_student(tiny_model(), cfg.student).cfg
-    assert (shape.gate, shape.rwkv_rope, shape.mixers) == (False, True, "ra")
-    assert shape == student
+@pytest.mark.parametrize("tied", [False, True])
+def test_rwkv7_from_scratch_has_the_students_shape(job, tied):
+    for changes in ({"gate": False, "rwkv_rope": True}, {"ffn": "relu2", "untie_head": True}):
+        cfg, t = job("out", student=StudentConfig(mixer="ra", **changes)), tiny_model(tied=tied)
+        shape = from_scratch(controls_of(cfg), t.cfg, cfg.match)["model"]
+        assert shape.mixers == "ra"
+        assert shape == make_student(t, cfg.student).cfg
 
 
 def test_a_distillation_resumed_for_more_keeps_its_controls_until_a_stage_changes(job):
