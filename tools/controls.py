@@ -133,6 +133,9 @@ def check_distilled(cfg: ControlsConfig, out: Path, world: int) -> None:
     if not path.exists():
         raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
     t = open_model(cfg.teacher)[0].cfg
+    if "rotating heads" in cfg.asked and t.att_head_size % 2:
+        raise ValueError(f"rotating heads: pairs of channels turn, and the heads of {cfg.teacher} have "
+                         f"{t.att_head_size}: name the other controls, python -m tools.controls --only ...")
     settings = asdict(replace(cfg, block_size=cfg.block_size or t.block_size))
     check_same(out, settings, world, student_shape(t, cfg.student).mixers)
     report = read_report(path)

@@ -9,9 +9,9 @@ import pytest
 
 import tools.controls
 from common import one_line, tiny_model
-from common_distill import job, loop, teacher  # noqa: F401   (fixtures)
+from common_distill import META, job, loop, teacher  # noqa: F401   (fixtures)
 from distill import DistillConfig, StudentConfig, distill, make_student
-from lib.folders import load_model
+from lib.folders import load_model, save_model
 from tools.controls import CONTROLS, SCRATCH, ControlsConfig, add_controls, from_scratch, run_controls
 
 
@@ -104,6 +104,20 @@ def test_what_controls_cannot_equal_is_one_line(job, change, says):
     with pytest.raises(ValueError, match=says) as error:
         add_controls(controls_of(job("out", stages="align,match", **change)))
     one_line(error.value)
+
+
+def test_heads_of_an_odd_size_are_refused_a_rotation_with_a_flag_that_helps(job, tmp_path):
+    save_model(tiny_model(positions="none", n_head=3, head_size=5), tmp_path / "odd", META)
+    cfg = job("out", stages="align,match", teacher=str(tmp_path / "odd"), align=loop(1), match=loop(1))
+    with pytest.raises(ValueError, match="rwkv_rope turns pairs .* have 5: omit it") as error:
+        distill(replace(cfg, student=StudentConfig(rwkv_rope=True)))
+    one_line(error.value)
+    assert not (tmp_path / "out").exists()
+    distill(cfg)
+    with pytest.raises(ValueError, match="rotating heads: .* have 5: .*--only") as error:
+        add_controls(controls_of(cfg))
+    one_line(error.value)
+    assert "no stage 1" in add_controls(controls_of(cfg, only="no stage 1"))["controls"]
 
 
 def test_controls_are_not_overwritten(job):
