@@ -139,12 +139,6 @@ def test_schedules_by_hand(schedule, values):
     assert [interpolate(2.0, 1.0, done, schedule) for done in (0, 0.25, 0.5, 1)] == pytest.approx(values)
 
 
-@pytest.mark.parametrize("end", ["learning_rate_end", "weight_decay_end"])
-def test_an_end_that_a_constant_schedule_never_nears_is_refused(end):
-    with pytest.raises(ValueError, match=f"^{end}: with the schedule constant it would do nothing"):
-        FitConfig(schedule="constant", **{end: 0.01})
-
-
 def test_rates_and_decay_of_every_step_by_hand(tmp_path, tiny, monkeypatch):
     """Linear from 1 to 0 over 4 steps is 1, 3/4, 1/2, 1/4; half of step 1 warms up.
 

@@ -79,8 +79,8 @@ class RecallConfig:
         return {name: Path(self.out) / folder for name, folder in ({"teacher": "teacher"} | students).items()}
 
     def run(self, name: str) -> RunConfig:
-        """Of the model of this name: what is in its folder goes on, or is replaced, as is a
-        student of an earlier teacher.
+        """Of the model of this name: what is in its folder goes on, or is replaced, as
+        is a student of an earlier teacher.
         """
         folder, teacher = self.folders[name], self.folders["teacher"]
         goes_on = self.resume and folder.exists()

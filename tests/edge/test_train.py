@@ -274,6 +274,12 @@ def test_a_setting_outside_its_range_is_refused_before_anything_trains(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("end", ["learning_rate_end", "weight_decay_end"])
+def test_an_end_that_a_constant_schedule_never_nears_is_refused(end):
+    with pytest.raises(ValueError, match=f"^{end}: with the schedule constant it would do nothing"):
+        FitConfig(schedule="constant", **{end: 0.01})
+
+
 def test_bad_data_and_tokens_are_refused_before_anything_is_written(tmp_path, tiny):
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()

@@ -89,7 +89,7 @@ def test_the_script_trains_distils_asks_and_writes_its_report(tmp_path, capsys):
 
 
 def test_one_that_was_interrupted_goes_on_and_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
-    """With the flag that the line after Ctrl-C names; what is done is not done again."""
+    """With the flag that the line after Ctrl-C names; nothing is done twice."""
     def interrupted(cfg):
         if cfg.student.mixer == "first:1":
             raise KeyboardInterrupt
