@@ -31,8 +31,8 @@ def student_shape(t: ModelConfig, cfg) -> ModelConfig:
     if ffn != t.ffn and (ffn, t.ffn) != ("channelmix", "relu2"):
         raise ValueError(f"a student with ffn {ffn} cannot take over the teacher's {t.ffn}: omit --ffn")
     if cfg.rwkv_rope and t.att_head_size % 2:
-        raise ValueError(f"rwkv_rope turns pairs of channels, and the teacher's heads have {t.att_head_size}: "
-                         "omit it")
+        raise ValueError("rwkv_rope turns pairs of channels, and the teacher's heads have "
+                         f"{t.att_head_size}: omit it")
     shape = replace(t, ffn=ffn, gate=cfg.gate, group_norm=cfg.group_norm, token_shift=cfg.token_shift,
                     bonus=cfg.bonus, rwkv_rope=cfg.rwkv_rope, tied=t.tied and not cfg.untie_head,
                     rwkv_head_size=t.att_head_size, rwkv_size=t.n_head * t.att_head_size)
