@@ -90,14 +90,15 @@ class Progress:
 class Run:
     """The folder `cfg.out`, which this run alone may write.
 
-    `kind` is train or distill, whose folders differ; `reads` are the model folders that
-    the run starts from. Raises ValueError, before anything is written, where another's
-    work would be lost.
+    `kind` is train or distill, whose folders differ; `reads` are the folders that it
+    reads, first that of the model that it starts from, if any. Raises ValueError,
+    before anything is written, where another's work would be lost.
     """
 
     def __init__(self, cfg: RunConfig, rank: int, kind: str = "train", reads: Sequence[str | None] = ()):
         self.cfg, self.rank, self.name, self.folder = cfg, rank, kind, ""
         self.home = Home(cfg.out, kind, cfg.resume, cfg.overwrite)
+        self.start = reads[0] if reads else None
         self.wandb = None
         self.model: LM | None = None
         self.meta: dict = {}
@@ -166,14 +167,23 @@ class Run:
         trainer = asdict(at) | {"optimizer": optimizer, "rng": torch.get_rng_state(),
                                 "states": loader.state_dict(), "threads": torch.get_num_threads()}
         if self.rank == 0 or is_sharded(self.model):
-            save_checkpoint(self.out, self.model, self.meta, trainer, self.cfg.keep_last, loader.folder,
-                            self.rank)
+            save_checkpoint(self.out, self.model, self.meta, trainer, self.cfg.keep_last,
+                            self.tokenizer_of(loader), self.rank)
         if self.home.replacing:
             with main_first(self.rank):
                 if self.rank == 0:
                     self.home.settle()
             self.home.replacing = False
         self.saved_at = time.time()
+
+    def tokenizer_of(self, loader: Loader) -> Path:
+        """The folder whose tokenizer the model gets; the data's have the same ids.
+
+        Examples teach a chat template, and text does not: there the model keeps that of
+        the model it starts from, which the data's tokenizer may lack.
+        """
+        own = self.start and loader.kind == "text" and (Path(self.start) / "tokenizer.json").exists()
+        return Path(self.start) if own else loader.folder
 
     def log(self, row: dict) -> None:
         """Add a row to metrics.jsonl, and to wandb, where a stage's have its name."""
@@ -409,11 +419,12 @@ def read_metrics(path: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int, data: Path,
+def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int, speaker: Path,
                     rank: int = 0) -> None:
     """Of a sharded model every process gives its parts, and rank 0 alone writes.
 
-    Raises ValueError where it cannot be written; the checkpoints before it stay.
+    `speaker` is a folder with the model's tokenizer. Raises ValueError where it cannot
+    be written; the checkpoints before it stay.
     """
     folder = out / "checkpoints" / f"step_{trainer['step']:07d}"
     unfinished = folder.with_suffix(".tmp")
@@ -429,7 +440,7 @@ def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: 
     try:
         if is_new:
             save_model(model, unfinished, meta)
-            copy_tokenizer(data, unfinished)
+            copy_tokenizer(speaker, unfinished)
             trainer |= {"optimizer": save_optimizer(trainer["optimizer"], unfinished, rank)}
             torch.save(trainer, unfinished / "trainer.pt")
             os.replace(unfinished, folder)

@@ -3,8 +3,10 @@
 `cfg` is distill.py's DistillConfig, which stands above this room.
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from data.loader import Loader
 from data.mixture import open_half
 from data.prepare import ensure_prepared
+from data.tokenizer import frames_of, load_tokenizer
 from lib.folders import check_vocabulary, same_tokenizer
 from lib.home import STAGES
 from lib.hybrid import describe
@@ -146,4 +149,18 @@ def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: 
     if "finish" in cfg.named:
         loaders["finish"] = load(cfg.finish_data, "train", cfg.finish, seed + 2, finish_T)
         loaders["finish_val"] = load(cfg.finish_data, "val", cfg.finish, seed + 2, finish_T)
+        if rank == 0:
+            tell_frames(cfg, loaders["finish"])
     return loaders
+
+
+def tell_frames(cfg, loader: Loader) -> None:
+    """Say on stderr that stage 3 unlearns the teacher's chat template: the data may be
+    of a sister's tokenizer, which has the same ids.
+    """
+    enc = load_tokenizer(cfg.teacher)
+    theirs = loader.meta.get("frames")                  # text has none, nor have folders of before
+    if getattr(enc, "chat", None) and theirs and theirs != frames_of(enc):
+        print(f"{cfg.finish_data} has another chat template than {cfg.teacher}, or none, and so will the "
+              f"student: to keep the teacher's, prepare it with --tokenizer {quote(cfg.teacher)}",
+              file=sys.stderr)

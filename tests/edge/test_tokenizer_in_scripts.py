@@ -5,10 +5,10 @@ import pytest
 import distill
 import train
 from common import TINY, one_line
-from common_bpe import MANUAL, model_folder  # noqa: F401
+from common_bpe import MANUAL, model_folder, save, train as tokenizer_of_the_library  # noqa: F401
 from common_data import write_jsonl
 from data.prepare import prepare
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, stops
 
 
 def test_training_hands_the_tokenizer_on_to_every_model_folder(tmp_path, model_folder):
@@ -37,3 +37,30 @@ def test_training_hands_the_tokenizer_on_to_every_model_folder(tmp_path, model_f
         distill.main(["--teacher", teacher, "--data", str(tmp_path / "bytes"), "--stages", "align",
                       "--out", str(tmp_path / "no"), *steps])
     one_line(e.value)
+
+
+def test_text_of_a_sister_without_the_template_leaves_a_student_its_teachers(tmp_path, model_folder, capsys):
+    """A base model's tokenizer has the ids of the tuned one's, and the same name."""
+    (tmp_path / "a.txt").write_text(MANUAL[:30_000])
+    base = save(tokenizer_of_the_library("SmolLM2"), tmp_path / "base", eos_token="<|endoftext|>")
+    pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{i}", "response": f"r{i}"} for i in range(60)])
+    prepare(tmp_path / "a.txt", tmp_path / "tuned-text", tokenizer=str(model_folder))
+    prepare(tmp_path / "a.txt", tmp_path / "base-text", tokenizer=str(base))
+    prepare(pairs, tmp_path / "base-sft", tokenizer=str(base))
+    loop = ["--max_steps", "1", "--batch_size", "2"]
+    teacher, out = str(tmp_path / "gpt"), str(tmp_path / "rnn")
+    train.main(["--data", str(tmp_path / "tuned-text"), "--out", teacher, *TINY, *loop])
+    text = ["--data", str(tmp_path / "base-text")]
+    train.main([*text, "--init", teacher, "--out", str(tmp_path / "on"), *loop])
+    job = ["--teacher", teacher, *text, "--out", out, "--align.max_steps", "1",
+           "--finish_data", str(tmp_path / "base-sft"), "--finish.max_steps", "1", "--eval_tokens", "200"]
+    distill.main([*job, "--stages", "align"])
+    expected = load_tokenizer(model_folder)
+    for folder in (tmp_path / "on", tmp_path / "rnn", tmp_path / "rnn" / "align"):
+        enc = load_tokenizer(folder)
+        assert (enc.name, enc.chat, stops(enc)) == (expected.name, expected.chat, stops(expected))
+    assert "chat template" not in capsys.readouterr().err
+    distill.main([*job, "--stages", "align,finish", "--resume"])     # examples do teach another form
+    assert load_tokenizer(out).chat is None
+    said = [line for line in capsys.readouterr().err.splitlines() if "chat template" in line]
+    assert len(said) == 1 and f"prepare it with --tokenizer {teacher}" in said[0]
