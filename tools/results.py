@@ -28,8 +28,8 @@ def read_report(path: Path) -> dict | None:
     """
     try:
         report = json.loads(path.read_bytes())
-        if not isinstance(report, dict) or not report.get("stages"):
-            return None
+        if not isinstance(report, dict) or not report.get("stages") or isinstance(report["stages"], str):
+            return None                                    # settings.json names its stages in a text
         numbers = [row[key] for row in table_rows(report) for key in (*FORMS, "tokens")]
         for x in (*numbers, report["teacher"]["val_loss"]):
             format(x, ",.4f")

@@ -17,6 +17,7 @@ def test_seeds_are_collected_into_median_and_range(tmp_path, capsys):
             report |= {"controls": {"cross-entropy only": {"name": "match", **ROW}}}
         (tmp_path / f"seed{seed}.json").write_text(json.dumps(report))
     (tmp_path / "bench.json").write_text(json.dumps([{"name": "not a report"}]))
+    (tmp_path / "settings.json").write_text(json.dumps({"stages": "align,match", "teacher": "out/gpt"}))
     table = collect(tmp_path)
     assert table.startswith("Teacher: 1.2500 nats per token. 3 seeds;")
     assert "| match | 4,096 |" in table and "0.2000 (0.1000 ... 0.3000)" in table
