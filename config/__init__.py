@@ -281,7 +281,7 @@ def apply(default, values: dict, where: str = ""):
             at_home.setdefault(homes[key], {})[key] = value
             continue
         if key not in hints:
-            raise ValueError(f"unknown setting {where}{key}: {nearest(key, hints)}")
+            raise ValueError(f"unknown setting {where}{key}: {nearest(key, hints, homes)}")
         current = changed.get(key, getattr(default, key))
         if is_dataclass(current) and isinstance(value, dict):
             changed[key] = apply(current, value, f"{where}{key}.")
@@ -318,8 +318,9 @@ def flat_settings(default) -> dict[str, str]:
     return {key: home for key, home in homes.items() if not hasattr(default, key)}
 
 
-def nearest(key: str, names) -> str:
-    close = difflib.get_close_matches(key, names, n=1)
+def nearest(key: str, names, others=()) -> str:
+    """What else may be meant: also one of the `others`, which are too many to list."""
+    close = difflib.get_close_matches(key, [*names, *others], n=1)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
 
 

@@ -72,6 +72,7 @@ def test_switches_are_written_as_tyro_or_as_nanogpt_has_them(form, value, tmp_pa
     [
         ("nmae = 'x'", "did you mean name"),
         ("[near]\nrat = 1.0", "near.rat: did you mean rate"),
+        ("limt = 1", "limt: did you mean limit"),              # which needs no table
         ("zzz = 1", "there are name, fast, near, far"),
         ("name = 3", "name = 3: expected str"),
         ("fast = 'yes'", "fast = 'yes': expected bool"),
