@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -42,13 +43,18 @@ def read_meta(folder: str | Path) -> dict:
     Raises ValueError if it is missing or is not a JSON object.
     """
     path = Path(folder) / "meta.json"
-    remedy = f"make the folder again (data: python -m data.prepare SOURCE --out {folder} --overwrite)"
+    remedy = "make the folder again (data: python -m data.prepare SOURCE --out " \
+             f"{quote(str(folder))} --overwrite)"
     try:
         meta = strict_json.read(path)
     except (FileNotFoundError, NotADirectoryError):
-        if path.parent.is_dir():
+        names = {file.name for file in path.parent.iterdir()} if path.parent.is_dir() else set()
+        if path.parent.is_file() or names and names.isdisjoint({*FILES, "config.json"}):
+            remedy = f"prepare {folder} first, python -m data.prepare {quote(str(folder))} --out " \
+                     "data/NAME, and name that folder"
+        elif path.parent.is_dir():
             remedy = f"restore it, or move {folder} away and make it again (data: python -m data.prepare " \
-                     f"SOURCE --out {folder})"
+                     f"SOURCE --out {quote(str(folder))})"
         raise ValueError(f"{path} does not exist: {remedy}") from None
     except ValueError as error:  # bad JSON and bad UTF-8 alike
         raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
@@ -103,6 +109,8 @@ def read_data_meta(folder: str | Path) -> dict:
     if not path.parent.exists():
         recover(Path(os.path.realpath(folder)))
     meta = read_meta(folder)
+    if "kind" not in meta and (path.parent / "config.json").exists():
+        raise ValueError(f"{folder} is a model folder, not data: name a folder that data.prepare made")
     for name, (is_right, rule) in RULES.items():
         if name not in meta and name in NEEDED:
             raise damaged(path, f"it has no {name!r}")
@@ -157,7 +165,7 @@ def require_whole(path: Path, meta: dict) -> None:
 
 def damaged(path: Path, what: str) -> ValueError:
     return ValueError(f"{path} is missing or damaged ({what}): run python -m data.prepare SOURCE "
-                      f"--out {path.parent} --overwrite")
+                      f"--out {quote(str(path.parent))} --overwrite")
 
 
 # ------------------------------------------------------------------------------------------
@@ -207,7 +215,7 @@ class Column:
         if self.path.name.endswith(".mask.bin"):
             what = f"{value}, which is neither 0 nor 1,"
         return (f"{what} in {self.path} at position {at}: prepare again with python -m data.prepare "
-                f"SOURCE --out {self.path.parent} --overwrite")
+                f"SOURCE --out {quote(str(self.path.parent))} --overwrite")
 
 
 def read_index(path: Path, n_tokens: int, rows: int, meta: dict) -> np.ndarray:

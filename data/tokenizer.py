@@ -51,8 +51,12 @@ def get_tokenizer(name: str, beside: str | Path = ".") -> tiktoken.Encoding:
                          f"{path.parent}")
     if not path.is_dir():
         return read_vocabulary(path)
-    if (path / "meta.json").exists() or not (has_tokenizer(path) or (path / FILE).exists()):
+    if (path / "meta.json").exists():
         return load_tokenizer(path)
+    if not (has_tokenizer(path) or (path / FILE).exists()):
+        raise ValueError(f"{name} has no tokenizer: give the folder of a model that has one (meta.json, "
+                         f"tokenizer.json, vocab.json with merges.txt, or {FILE}; SentencePiece's "
+                         "tokenizer.model is not supported)")
     enc = ByteLevelBPE(read_tokenizer_json(path)) if has_tokenizer(path) else read_vocabulary(path / FILE)
     check_folder(path, enc.name, enc.n_vocab)
     return enc

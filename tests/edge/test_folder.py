@@ -2,17 +2,19 @@
 
 import json
 import os
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 
-from common import one_line
+from common import one_line, tiny_model
 from common_bpe import CHATML, imported, train  # noqa: F401
 from common_data import numbered, preference, supervised, text_file, write_jsonl  # noqa: F401
 from data.loader import Loader
 from data.prepare import prepare
 from data.tokenizer import copy_tokenizer, load_tokenizer
+from lib.folders import save_model
 
 
 def read_all(folder) -> list:
@@ -199,3 +201,28 @@ def test_the_loader_says_how_many_examples_it_cuts_and_leaves_out(tmp_path, caps
     assert f"{path}: {90 - len(kept)} of 90 examples are left out: they have nothing to learn" in text
     Loader(tmp_path / "out", "train", 1, 256)
     assert not capsys.readouterr().err
+
+
+def test_what_was_never_prepared_is_not_to_be_moved_away_or_replaced(tmp_path, text_file):
+    """A book, a folder of books or a model instead of data: the remedy runs."""
+    books, model = tmp_path / "my books", tmp_path / "model"
+    books.mkdir()
+    shutil.copy(text_file, books)
+    save_model(tiny_model(), model, {"tokenizer": "bytes"})
+    for place in (text_file, books):
+        with pytest.raises(ValueError, match="does not exist: prepare .* first") as e:
+            Loader(place, "train", 1, 4)
+        words = shlex.split(one_line(e.value).partition("python -m data.prepare ")[2].partition(",")[0])
+        assert words == [str(place), "--out", "data/NAME"]
+        prepare(words[0], tmp_path / "data")
+        shutil.rmtree(tmp_path / "data")
+    with pytest.raises(ValueError, match="is a model folder, not data") as e:
+        Loader(model, "train", 1, 4)
+    one_line(e.value)
+    with pytest.raises(ValueError, match="my books has no tokenizer: give the folder of a model") as e:
+        prepare(text_file, tmp_path / "data", tokenizer=str(books))
+    one_line(e.value)
+    books.rename(tmp_path / "data two")
+    (tmp_path / "data two" / "train.bin").touch()                      # it was one of ours
+    with pytest.raises(ValueError, match="restore it, or move .* SOURCE --out '.*/data two'"):
+        Loader(tmp_path / "data two", "train", 1, 4)
