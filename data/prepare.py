@@ -47,6 +47,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple
 
 if not __package__:  # run as `python data/prepare.py`: make the repository importable
@@ -203,7 +204,8 @@ def ensure_prepared(folder: str | Path, tokenizer: str = "bytes") -> None:
     if folder.exists():
         return
     if folder.name not in EMBEDDED:
-        raise ValueError(f"no data at {folder}: run python -m data.prepare SOURCE --out {folder}")
+        raise ValueError(f"no data at {folder}: run python -m data.prepare SOURCE --out "
+                         f"{quote(str(folder))}")
     print(f"{folder} is missing: preparing it", flush=True)
     prepare(folder.name, folder, tokenizer)
 

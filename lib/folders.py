@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import get_type_hints
 
 import numpy as np
@@ -400,5 +401,6 @@ def same_tokenizer(loader: Loader, *folders: str | Path) -> None:
                              "again with --tokenizer, and prepare the data with that")
         if names[0] != names[1]:
             raise ValueError(f"{folder} reads {names[0]} tokens, {loader.folder} holds {names[1]}: "
-                             f"prepare the data again with the model's tokenizer, --tokenizer {folder}")
+                             "prepare the data again with the model's tokenizer, --tokenizer "
+                             f"{quote(str(folder))}")
         check_folder(folder, names[0], loader.vocab_size)

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ def report_stages(run: Run, teacher: LM, rows: list[dict], cfg, val: Loader) -> 
         write_report(run.out, report, {name: folder / "metrics.jsonl" for name, folder in curves.items()})
         run.say(as_markdown(report),
                 f"{run.out}: model, report.json, report.md, report.png. "
-                f"Now: python sample.py --ckpt {run.out} --prompt \"The \"")
+                f"Now: python sample.py --ckpt {quote(str(run.out))} --prompt \"The \"")
     return report
 
 

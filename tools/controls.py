@@ -10,6 +10,7 @@ or one whose heads do not.
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 
 from config import at_least, cli, narrow, run as run_script, settings, shown
 
@@ -131,7 +132,7 @@ def check_distilled(cfg: ControlsConfig, out: Path, world: int) -> None:
     """Raises ValueError where `out` has no finished distillation of these settings."""
     path = out / "report.json"
     if not path.exists():
-        raise ValueError(f"no report in {out}: distil first, python distill.py --out {out}")
+        raise ValueError(f"no report in {out}: distil first, python distill.py --out {quote(str(out))}")
     t = open_model(cfg.teacher)[0].cfg
     if "rotating heads" in cfg.asked and t.att_head_size % 2:
         raise ValueError(f"rotating heads: pairs of channels turn, and the heads of {cfg.teacher} have "
@@ -144,7 +145,7 @@ def check_distilled(cfg: ControlsConfig, out: Path, world: int) -> None:
         row = out / name / "stage.json"
         if not row.exists() or read_row(row)["tokens"] != told.get(name):
             raise ValueError(f"{path} is not of the stage {name} as it is now: go on with python distill.py "
-                             f"--resume --out {out}, and the same settings")
+                             f"--resume --out {quote(str(out))}, and the same settings")
 
 
 def add_controls(cfg: ControlsConfig) -> dict:

@@ -5,6 +5,7 @@ processes, refused in one line.
 import json
 import re
 import math
+import shlex
 import shutil
 import signal
 from dataclasses import replace
@@ -524,3 +525,10 @@ def test_options_of_the_run_are_said_once(capsys):
     assert not any(
         flag.endswith(name) for name in (".save_every", ".out", ".log_every", ".wandb") for flag in flags
     )
+
+
+def test_the_command_that_a_report_ends_with_is_right_for_a_folder_with_a_space(job, tmp_path, capsys):
+    distill.distill(job("my student", stages="align", align=loop(1)))
+    command = capsys.readouterr().out.partition("Now: ")[2]
+    assert shlex.split(command) == ["python", "sample.py", "--ckpt", str(tmp_path / "my student"),
+                                    "--prompt", "The "]
