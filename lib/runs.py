@@ -365,7 +365,7 @@ def resume_command() -> str:
     machines = [f"--nnodes={world // local}"] if local < world else []
     start = ["python"] if world == 1 else ["torchrun", *machines, f"--nproc_per_node={local}"]
     script = Path(sys.argv[0])
-    name = ["-m", f"tools.{script.stem}"] if script.parent.name == "tools" else [script.name]
+    name = ["-m", f"tools.{script.stem}"] if script.parent.name == "tools" else [sys.argv[0]]
     return shlex.join([*start, *name, *args, "--resume"])
 
 

@@ -286,3 +286,12 @@ def test_random_numbers_go_on_where_the_checkpoint_left_them(tmp_path, tiny):
     assert not torch.equal(torch.get_rng_state(), state)
     run_fit(tmp_path / "run", tiny.text, steps(1), other)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):
+    """From another folder, too: a script's path stays as it was."""
+    for argv, said in ((["train.py", "--out", "my run"], "python train.py --out 'my run' --resume"),
+                       (["../src/train.py", "--overwrite"], "python ../src/train.py --resume"),
+                       (["/src/tools/demo.py", "--resume"], "python -m tools.demo --resume")):
+        monkeypatch.setattr("sys.argv", argv)
+        assert lib.runs.resume_command() == said
