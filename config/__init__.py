@@ -18,6 +18,7 @@ import io
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 import tomllib
@@ -153,7 +154,7 @@ def cli(cls: type, argv: list[str] | None = None):
     description = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]   # none with python -OO
     box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(box), wide_enough():
             return tyro.cli(cls, args=argv, default=default, description=description)
     except SystemExit as e:
         if not e.code or os.environ.get("RANK", "0") != "0":           # --help; under torchrun one speaks
@@ -163,6 +164,21 @@ def cli(cls: type, argv: list[str] | None = None):
             tables = [cause.arg for cause in chain if isinstance(getattr(cause, "arg", None), str)]
             raise ValueError(": ".join([*filter(None, tables), str(ours)])) from None     # in one line
         raise ValueError(without_frame(box.getvalue()) + "; --help lists all settings") from None
+
+
+@contextlib.contextmanager
+def wide_enough() -> Iterator[None]:
+    """In the block the terminal has at least 40 columns: in fewer tyro's help has a
+    letter a line, and in one it never ends.
+    """
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

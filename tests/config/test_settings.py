@@ -94,6 +94,16 @@ def test_a_missing_preset_names_those_that_exist():
         config.cli(Settings, ["config/nothing-here.toml"])
 
 
+def test_help_can_be_read_in_a_narrow_terminal(monkeypatch, capsys):
+    """A setting of twelve columns had a letter on each line."""
+    monkeypatch.setenv("COLUMNS", "12")
+    with pytest.raises(SystemExit):
+        config.cli(TrainConfig, ["--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    assert any("0.002" in line for line in lines) and sum(len(line) == 1 for line in lines) < 10
+    assert os.environ["COLUMNS"] == "12"
+
+
 def test_an_unknown_flag_is_refused_with_the_nearest_one(capsys):
     with pytest.raises(ValueError) as error:
         config.cli(TrainConfig, ["--learning_rat", "1e-3"])
