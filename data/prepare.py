@@ -60,7 +60,7 @@ import tyro
 from tqdm import tqdm
 
 from data.encode import encode_all
-from data.folder import HALVES, publish, recover, require_replaceable, seal, staging_folder
+from data.folder import HALVES, leftovers, publish, recover, require_replaceable, seal, staging_folder
 from data.records import Example
 from data.shares import is_mixture, parts_of
 from data.sources import MOST_KINDS, PYTHON, How, fetch, read, total_bytes
@@ -340,7 +340,10 @@ def main(argv: list[str] | None = None) -> None:
         meta = prepare(cfg.source, out, cfg.tokenizer, cfg.val_fraction, cfg.overwrite, cfg.split,
                        cfg.column, cfg.workers, cfg.resume)
     except KeyboardInterrupt:
-        print(f"interrupted: nothing half-made is left; run it again to make {out}", file=sys.stderr)
+        line = f"nothing half-made is left; run it again to make {out}"
+        if cfg.resume and leftovers(Path(os.path.realpath(out))):
+            line = f"what is tokenized waits beside {out}; --resume goes on with it"
+        print(f"interrupted: {line}", file=sys.stderr)
         raise KeyboardInterrupt("said") from None
     counts = ", ".join(f"{half} {meta['tokens'][half]:,} tokens in {meta['documents'][half]:,} documents"
                        for half in HALVES)

@@ -4,7 +4,7 @@ import pytest
 
 import data.prepare
 from common import one_line
-from common_data import text_file  # noqa: F401
+from common_data import text_file, write_jsonl  # noqa: F401
 from data.prepare import ensure_prepared, main, prepare
 
 
@@ -93,3 +93,18 @@ def test_a_data_set_without_a_name_is_not_looked_for_where_we_stand(tmp_path, mo
 def test_impossible_settings_are_refused(tmp_path, text_file, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         prepare(text_file, tmp_path / "out", **bad)
+
+
+def test_an_interrupt_of_one_that_is_resumed_says_what_waits(tmp_path, monkeypatch, capsys):
+    """Whoever then left --resume away would lose it."""
+    def broken(*args):
+        raise KeyboardInterrupt
+
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"text number {i}"} for i in range(60)])
+    command = [str(texts), "--out", str(tmp_path / "out"), "--resume"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.prepare.Spool, "write", broken)
+        main(command)
+    assert "what is tokenized waits" in one_line(capsys.readouterr().err)
+    main(command)
+    assert "going on after" in capsys.readouterr().err
