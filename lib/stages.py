@@ -158,9 +158,11 @@ def tell_frames(cfg, loader: Loader) -> None:
     """Say on stderr that stage 3 unlearns the teacher's chat template: the data may be
     of a sister's tokenizer, which has the same ids.
     """
-    enc = load_tokenizer(cfg.teacher)
     theirs = loader.meta.get("frames")                  # text has none, nor have folders of before
-    if getattr(enc, "chat", None) and theirs and theirs != frames_of(enc):
+    if not theirs or not (Path(cfg.teacher) / "tokenizer.json").exists():      # others have no template
+        return
+    enc = load_tokenizer(cfg.teacher)
+    if getattr(enc, "chat", None) and theirs != frames_of(enc):
         print(f"{cfg.finish_data} has another chat template than {cfg.teacher}, or none, and so will the "
               f"student: to keep the teacher's, prepare it with --tokenizer {quote(cfg.teacher)}",
               file=sys.stderr)

@@ -1,14 +1,19 @@
 """A model's own tokenizer goes from script to script, into every folder they write."""
 
+import json
+from pathlib import Path
+
 import pytest
+import tiktoken
 
 import distill
 import train
-from common import TINY, one_line
+from common import TINY, one_line, tiny_model
 from common_bpe import MANUAL, model_folder, save, train as tokenizer_of_the_library  # noqa: F401
 from common_data import write_jsonl
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer, stops
+from lib.folders import save_model
 
 
 def test_training_hands_the_tokenizer_on_to_every_model_folder(tmp_path, model_folder):
@@ -64,3 +69,22 @@ def test_text_of_a_sister_without_the_template_leaves_a_student_its_teachers(tmp
     assert load_tokenizer(out).chat is None
     said = [line for line in capsys.readouterr().err.splitlines() if "chat template" in line]
     assert len(said) == 1 and f"prepare it with --tokenizer {teacher}" in said[0]
+
+
+def test_a_distillation_needs_no_tokenizer_that_would_have_to_be_fetched(tmp_path, tiny, monkeypatch):
+    """The texts are tokenized already, and where one trains there may be no network."""
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    save_model(tiny_model(), tmp_path / "gpt", {"tokenizer": "gpt2"})
+    for name, source in (("text", f"{tiny.text}.txt"), ("sft", f"{tiny.sft}.jsonl")):
+        prepare(Path(source), tmp_path / name)
+        meta = json.loads((tmp_path / name / "meta.json").read_text())
+        meta = {key: value for key, value in meta.items() if key not in ("blocks", "digest")}
+        changed = json.dumps(meta | {"tokenizer": "gpt2"})
+        (tmp_path / name / "meta.json").write_text(changed)
+    distill.main(["--teacher", str(tmp_path / "gpt"), "--data", str(tmp_path / "text"),
+                  "--finish_data", str(tmp_path / "sft"), "--stages", "finish", "--finish.max_steps", "1",
+                  "--finish.batch_size", "1", "--eval_tokens", "64", "--out", str(tmp_path / "rnn")])
+    assert json.loads((tmp_path / "rnn" / "meta.json").read_text())["tokenizer"] == "gpt2"
