@@ -108,9 +108,9 @@ def read_data_meta(folder: str | Path) -> dict:
     path = Path(folder) / "meta.json"
     if not path.parent.exists():
         recover(Path(os.path.realpath(folder)))
-    meta = read_meta(folder)
-    if "kind" not in meta and (path.parent / "config.json").exists():
+    if (path.parent / "config.json").exists() and not (path.parent / "train.bin").exists():
         raise ValueError(f"{folder} is a model folder, not data: name a folder that data.prepare made")
+    meta = read_meta(folder)
     for name, (is_right, rule) in RULES.items():
         if name not in meta and name in NEEDED:
             raise damaged(path, f"it has no {name!r}")

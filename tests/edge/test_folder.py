@@ -216,9 +216,11 @@ def test_what_was_never_prepared_is_not_to_be_moved_away_or_replaced(tmp_path, t
         assert words == [str(place), "--out", "data/NAME"]
         prepare(words[0], tmp_path / "data")
         shutil.rmtree(tmp_path / "data")
-    with pytest.raises(ValueError, match="is a model folder, not data") as e:
-        Loader(model, "train", 1, 4)
-    one_line(e.value)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is a model folder, not data") as e:
+            Loader(model, "train", 1, 4)
+        one_line(e.value)
+        (model / "meta.json").unlink(missing_ok=True)                  # Hugging Face's have none
     with pytest.raises(ValueError, match="my books has no tokenizer: give the folder of a model") as e:
         prepare(text_file, tmp_path / "data", tokenizer=str(books))
     one_line(e.value)
