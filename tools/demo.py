@@ -20,7 +20,7 @@ from distill import DistillConfig, distill
 from lib.folders import on_paper
 from lib.processes import joined, main_first, setup
 from lib.runs import Run
-from lib.stages import check_student
+from lib.stages import check_positions, check_student
 from lib.start import student_shape
 from model import ModelConfig
 from tools.controls import ControlsConfig, add_controls, check_stages
@@ -59,6 +59,8 @@ def demo(cfg: DemoConfig) -> dict:
 def check_early(cfg: DemoConfig) -> None:
     """Raises ValueError for what the stages would refuse when the teacher is there."""
     check_student(cfg, on_paper(student_shape(cfg.teacher_model, cfg.student)))
+    teacher = on_paper(cfg.teacher_model)
+    check_positions(cfg, teacher, teacher, cfg.block_size or teacher.cfg.block_size)
     if "finish" in cfg.named:
         ensure_prepared(cfg.finish_data, folders_of(cfg.data)[0])  # the teacher will have its tokenizer
     for folder in filter(None, (cfg.logit_teacher, cfg.student.aligned)):

@@ -144,6 +144,8 @@ def test_what_cannot_be_is_refused_before_a_teacher_is_trained(small_sources, tm
         (["--out", "new", "--mixer", "a"], "replaces no layer"),
         (["--out", "new", "--freeze", "att.mlp"], "no parameter has 'att.mlp'"),
         (["--out", "new", "--ffn", "swiglu"], "cannot take over"),
+        (["--out", "new", "--teacher_model.positions", "learned", "--block_size", "33"],
+         "block_size = 33: .* learned 32 positions: lower it"),
         (["--out", "new", "--finish_data", "nowhere"], "no data at nowhere"),
         (["--out", "new", "--logit_teacher", "nobody"], "no model at nobody"),
     ):
