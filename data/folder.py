@@ -43,18 +43,15 @@ def read_meta(folder: str | Path) -> dict:
     Raises ValueError if it is missing or is not a JSON object.
     """
     path = Path(folder) / "meta.json"
-    remedy = "make the folder again (data: python -m data.prepare SOURCE --out " \
-             f"{quote(str(folder))} --overwrite)"
+    remedy = f"make the folder again (data: {how_to_make(folder)} --overwrite)"
     try:
         meta = strict_json.read(path)
     except (FileNotFoundError, NotADirectoryError):
         names = {file.name for file in path.parent.iterdir()} if path.parent.is_dir() else set()
         if path.parent.is_file() or names and names.isdisjoint({*FILES, "config.json"}):
-            remedy = f"prepare {folder} first, python -m data.prepare {quote(str(folder))} --out " \
-                     "data/NAME, and name that folder"
+            remedy = f"prepare {folder} first, {how_to_make('data/NAME', str(folder))}, and name that folder"
         elif path.parent.is_dir():
-            remedy = f"restore it, or move {folder} away and make it again (data: python -m data.prepare " \
-                     f"SOURCE --out {quote(str(folder))})"
+            remedy = f"restore it, or move {folder} away and make it again (data: {how_to_make(folder)})"
         raise ValueError(f"{path} does not exist: {remedy}") from None
     except ValueError as error:  # bad JSON and bad UTF-8 alike
         raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
@@ -164,8 +161,12 @@ def require_whole(path: Path, meta: dict) -> None:
 
 
 def damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} is missing or damaged ({what}): run python -m data.prepare SOURCE "
-                      f"--out {quote(str(path.parent))} --overwrite")
+    return ValueError(f"{path} is missing or damaged ({what}): run {how_to_make(path.parent)} --overwrite")
+
+
+def how_to_make(folder: str | Path, source: str = "SOURCE") -> str:
+    """The command that prepares a data folder, as a shell takes it."""
+    return f"python -m data.prepare {quote(source)} --out {quote(str(folder))}"
 
 
 # ------------------------------------------------------------------------------------------
@@ -214,8 +215,8 @@ class Column:
         what = f"token {value} outside the vocabulary of {self.limit}"
         if self.path.name.endswith(".mask.bin"):
             what = f"{value}, which is neither 0 nor 1,"
-        return (f"{what} in {self.path} at position {at}: prepare again with python -m data.prepare "
-                f"SOURCE --out {quote(str(self.path.parent))} --overwrite")
+        return (f"{what} in {self.path} at position {at}: prepare again with "
+                f"{how_to_make(self.path.parent)} --overwrite")
 
 
 def read_index(path: Path, n_tokens: int, rows: int, meta: dict) -> np.ndarray:

@@ -47,7 +47,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from shlex import quote
 from typing import Literal, NamedTuple
 
 if not __package__:  # run as `python data/prepare.py`: make the repository importable
@@ -60,7 +59,8 @@ import tyro
 from tqdm import tqdm
 
 from data.encode import encode_all
-from data.folder import HALVES, leftovers, publish, recover, require_replaceable, seal, staging_folder
+from data.folder import (HALVES, how_to_make, leftovers, publish, recover, require_replaceable, seal,
+                         staging_folder)
 from data.records import Example
 from data.shares import is_mixture, parts_of
 from data.sources import MOST_KINDS, PYTHON, How, fetch, read, total_bytes
@@ -204,8 +204,7 @@ def ensure_prepared(folder: str | Path, tokenizer: str = "bytes") -> None:
     if folder.exists():
         return
     if folder.name not in EMBEDDED:
-        raise ValueError(f"no data at {folder}: run python -m data.prepare SOURCE --out "
-                         f"{quote(str(folder))}")
+        raise ValueError(f"no data at {folder}: run {how_to_make(folder)}")
     print(f"{folder} is missing: preparing it", flush=True)
     prepare(folder.name, folder, tokenizer)
 
