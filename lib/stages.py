@@ -149,20 +149,22 @@ def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: 
     if "finish" in cfg.named:
         loaders["finish"] = load(cfg.finish_data, "train", cfg.finish, seed + 2, finish_T)
         loaders["finish_val"] = load(cfg.finish_data, "val", cfg.finish, seed + 2, finish_T)
-        if rank == 0:
-            tell_frames(cfg, loaders["finish"])
+    if rank == 0:
+        read = {loaders[name].folder: loaders[name] for name in cfg.named}         # each folder once
+        for loader in read.values():
+            tell_frames(cfg.teacher, loader)
     return loaders
 
 
-def tell_frames(cfg, loader: Loader) -> None:
-    """Say on stderr that stage 3 unlearns the teacher's chat template: the data may be
-    of a sister's tokenizer, which has the same ids.
+def tell_frames(teacher: str, loader: Loader) -> None:
+    """Say on stderr that examples unlearn the teacher's chat template: they may be of a
+    sister's tokenizer, which has the same ids.
     """
     theirs = loader.meta.get("frames")                  # text has none, nor have folders of before
-    if not theirs or not (Path(cfg.teacher) / "tokenizer.json").exists():      # others have no template
+    if not theirs or not (Path(teacher) / "tokenizer.json").exists():  # else the template goes by the name
         return
-    enc = load_tokenizer(cfg.teacher)
+    enc = load_tokenizer(teacher)
     if getattr(enc, "chat", None) and theirs != frames_of(enc):
-        print(f"{cfg.finish_data} has another chat template than {cfg.teacher}, or none, and so will the "
-              f"student: to keep the teacher's, prepare it with --tokenizer {quote(cfg.teacher)}",
+        print(f"{loader.folder} has another chat template than {teacher}, or none, and so will the "
+              f"student: to keep the teacher's, prepare it with --tokenizer {quote(teacher)}",
               file=sys.stderr)

@@ -67,8 +67,11 @@ def test_text_of_a_sister_without_the_template_leaves_a_student_its_teachers(tmp
     assert "chat template" not in capsys.readouterr().err
     distill.main([*job, "--stages", "align,finish", "--resume"])     # examples do teach another form
     assert load_tokenizer(out).chat is None
+    distill.main(["--teacher", teacher, "--data", str(tmp_path / "base-sft"), "--stages", "align",
+                  "--align.max_steps", "1", "--eval_tokens", "200", "--out", str(tmp_path / "of-examples")])
+    assert load_tokenizer(tmp_path / "of-examples").chat is None
     said = [line for line in capsys.readouterr().err.splitlines() if "chat template" in line]
-    assert len(said) == 1 and f"prepare it with --tokenizer {teacher}" in said[0]
+    assert len(said) == 2 and all(f"prepare it with --tokenizer {teacher}" in line for line in said)
 
 
 def test_a_distillation_needs_no_tokenizer_that_would_have_to_be_fetched(tmp_path, tiny, monkeypatch):
