@@ -419,12 +419,12 @@ def read_metrics(path: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int, speaker: Path,
+def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: int, tokenizer: Path,
                     rank: int = 0) -> None:
     """Of a sharded model every process gives its parts, and rank 0 alone writes.
 
-    `speaker` is a folder with the model's tokenizer. Raises ValueError where it cannot
-    be written; the checkpoints before it stay.
+    `tokenizer` is the folder that the model's is copied from. Raises ValueError where
+    it cannot be written; the checkpoints before it stay.
     """
     folder = out / "checkpoints" / f"step_{trainer['step']:07d}"
     unfinished = folder.with_suffix(".tmp")
@@ -440,7 +440,7 @@ def save_checkpoint(out: Path, model: LM, meta: dict, trainer: dict, keep_last: 
     try:
         if is_new:
             save_model(model, unfinished, meta)
-            copy_tokenizer(speaker, unfinished)
+            copy_tokenizer(tokenizer, unfinished)
             trainer |= {"optimizer": save_optimizer(trainer["optimizer"], unfinished, rank)}
             torch.save(trainer, unfinished / "trainer.pt")
             os.replace(unfinished, folder)
