@@ -161,8 +161,10 @@ def cli(cls: type, argv: list[str] | None = None):
             raise
         chain = list(causes(e))
         if ours := next((cause for cause in chain if isinstance(cause, Refusal)), None):
-            tables = [cause.arg for cause in chain if isinstance(getattr(cause, "arg", None), str)]
-            raise ValueError(": ".join([*filter(None, tables), str(ours)])) from None     # in one line
+            words = [cause.arg for cause in chain if isinstance(getattr(cause, "arg", None), str)]
+            flat = {"", *flat_settings(default).values()}                             # not in any flag
+            tables = [name for name in (word.replace("-", "_") for word in words) if name not in flat]
+            raise ValueError(": ".join([*tables, str(ours)])) from None                   # in one line
         raise ValueError(without_frame(box.getvalue()) + "; --help lists all settings") from None
 
 

@@ -250,6 +250,20 @@ def test_only_switches_are_rewritten_and_values_stay_what_they_are(flags, value)
 
 
 @settings
+class TwoWords:
+    of_two_words: Nested = Nested()
+    flat: Annotated[Nested, OmitArgPrefixes] = Nested()
+
+
+def test_a_refused_value_is_named_as_its_flag_is():
+    """A table whose settings are flags without a prefix has a name no user knows."""
+    for flags, says in ((["--rate", "-1"], "^rate = -1.0"),
+                        (["--of_two_words.rate", "-1"], "^of_two_words: rate = -1.0")):
+        with pytest.raises(ValueError, match=says):
+            config.cli(TwoWords, flags)
+
+
+@settings
 class Texts:
     stop: tuple[str, ...] = ()
     ends_with: tuple[str, ...] = ("z",)
