@@ -118,6 +118,10 @@ def check_free(out: Path, resume: bool, overwrite: bool, writes: Sequence[str], 
                              "--out")
     if foreign == "start.json" and out.name in STAGES and (out.parent / "start.json").exists():
         raise ValueError(f"{out} is a stage of the distillation in {out.parent}: choose another --out")
+    for folder in (out.resolve(), *out.resolve().parents):
+        if folder.name in ("checkpoints", *STAGES) and (folder.parent / "settings.json").exists():
+            raise ValueError(f"{out} is in the run of {folder.parent}, and would go when that is replaced: "
+                             "choose another --out")
     if (out / foreign).exists():
         raise ValueError(f"{out} holds a run of another script: choose another --out")
     present = [name for name in writes if name != "settings.json" and is_full(out / name)]

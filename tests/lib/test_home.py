@@ -407,6 +407,15 @@ def test_a_stage_is_nobody_elses_folder_and_none_comes_after_what_is_built_upon_
     check_order(out, removed, ["match"], ["match"], removed)
 
 
+def test_a_run_does_not_begin_in_what_another_replaces(job, tmp_path, tiny, monkeypatch):  # noqa: F811
+    distill.distill(job("out", stages="match"))
+    before = files(tmp_path)
+    monkeypatch.chdir(tmp_path / "out" / "match")
+    for out in ("checkpoints", "checkpoints/mine", "mine"):
+        refused(lambda: train.main([*FLAGS, "--data", tiny.text, "--out", out]), "choose another --out")
+    assert files(tmp_path) == before
+
+
 def test_a_run_that_came_and_went_meanwhile_is_seen(tmp_path, tiny, monkeypatch):
     """Between a look at the folder and the first step a large model is read."""
     out, begin = tmp_path / "run", lib.runs.Run.begin
