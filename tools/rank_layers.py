@@ -12,6 +12,7 @@ OUT/ranking/ranking.json. Its settings are distill.py's; the student's --mixer i
 layer.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,10 @@ def rank_layers(cfg: RankConfig) -> dict:
     ranking = propose(cfg, out / "align", cfg.by, cfg.keep)
     if setup(cfg.run.device)[0] == 0:
         write_json(out / "ranking.json", ranking)
-        print(f"{out}/ranking.json; attention stays best in {ranking['attention']}: "
-              f"python distill.py --mixer {ranking['mixer']}")
+        command = ["python", "distill.py", "--teacher", cfg.teacher, "--data", cfg.data, "--mixer",
+                   ranking["mixer"]]
+        print(f"{out}/ranking.json; attention stays best in {ranking['attention']}; with your other "
+              "settings: " + shlex.join(command))
     return ranking
 
 

@@ -1,6 +1,7 @@
 """Which layers stay attention: two rules on known costs, and on real models."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from common import T, one_line, tiny_model
 from common_distill import META, loop, rerun
+from config import cli
 from data.loader import Loader
-from distill import StudentConfig, make_student
+from distill import DistillConfig, StudentConfig, make_student
 from lib.folders import save_model
 from lib.hybrid import letters
 from lib.runs import RunConfig
@@ -69,7 +71,10 @@ def test_it_writes_what_it_proposes_and_the_flag_makes_that_student(by, teacher,
     ranking = rank_layers(cfg)
     printed = capsys.readouterr().out
     assert json.loads((out / "ranking" / "ranking.json").read_text()) == ranking
-    assert f"--mixer {ranking['mixer']}" in printed and "RWKV-7" in printed
+    command = printed.rpartition(": python distill.py ")[2]
+    assert "RWKV-7" in printed
+    assert cli(DistillConfig, shlex.split(command)) == DistillConfig(
+        teacher=cfg.teacher, data=cfg.data, student=replace(DistillConfig().student, mixer=ranking["mixer"]))
     assert [mixer.count("a") for mixer in ranking["mixers"]] == [0, 1, 2]
     assert ranking["mixers"][-1] == ranking["mixer"]
     student = make_student(teacher, StudentConfig(mixer=ranking["mixer"]))
