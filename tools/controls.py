@@ -18,7 +18,7 @@ from data.foreign import read_json
 from data.mixture import open_half
 from distill import DistillConfig, distill
 from lib.folders import load_model, open_model
-from lib.home import LENGTHS, check_same, lock
+from lib.home import LENGTHS, check_same, inner, lock
 from lib.processes import joined, main_first, setup
 from lib.report import as_markdown, table_rows, upto_match, write_report
 from lib.runs import RunConfig, read_row
@@ -81,7 +81,9 @@ def run_controls(cfg: ControlsConfig) -> dict:
     rows = {}
     for name in filter(changes.get, cfg.asked):
         change = {"stages": "align,match"} | changes[name]
-        done = distill(narrow(cfg, DistillConfig, **change, run=place(cfg.run, name)))["stages"]
+        run = place(cfg.run, name)
+        with inner(run.out):
+            done = distill(narrow(cfg, DistillConfig, **change, run=run))["stages"]
         rows[name] = together(done)
     teacher = load_model(cfg.teacher).cfg
     by_adamw = replace(cfg.alone, optimizer="adamw")
@@ -117,7 +119,8 @@ def trained_on(cfg: ControlsConfig, t: ModelConfig) -> FitConfig:
 def trained_alone(cfg: ControlsConfig, run: RunConfig, **how) -> dict:
     """Train a model by train.py, and compare it with the teacher as a student is."""
     rank, world, device = setup(cfg.run.device)
-    done = train(TrainConfig(data=cfg.data, run=run, **how))
+    with inner(run.out):
+        done = train(TrainConfig(data=cfg.data, run=run, **how))
     teacher, model = (load_model(folder, device).eval() for folder in (cfg.teacher, run.out))
     val = open_half(cfg.data, "val", 16, cfg.block_size or teacher.cfg.block_size, 0, rank, world)
     scores = measure(teacher, model, val, cfg.eval_tokens, cfg.match.bptt_chunk)
