@@ -7,6 +7,7 @@ so many likeliest.
 """
 
 import json
+import os
 import sys
 
 from tools.rivals import ask, llama_server
@@ -15,12 +16,12 @@ SPACE = 32  # what is generated where only the probabilities matter: a whole cha
 
 
 def main() -> None:
-    answers = {}
+    servers, answers = [], {}
     for file, questions in json.load(sys.stdin).items():
-        server = llama_server(file, threads=1)
-        answers[file] = [answer(server.listening_address, *question) for question in questions]
-        del server
+        servers.append(llama_server(file, threads=1))
+        answers[file] = [answer(servers[-1].listening_address, *question) for question in questions]
     print("\n" + json.dumps(answers), flush=True)
+    os._exit(0)             # a server told to end before its loop has begun would wait for ever
 
 
 def answer(address: str, path: str, job: dict) -> dict:
