@@ -13,7 +13,6 @@ A state of N x N can keep N orthogonal keys per head; attention keeps every key,
 price of a memory that grows. It trains its own models; for others, tools/passkey.py.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from config import at_least, cli, run as run_script, settings, shown
@@ -23,11 +22,12 @@ import torch
 from distill import DistillConfig, StudentConfig, distill
 from lib.folders import fingerprint, load_model, write_json, write_text
 from lib.home import lock, read_settings
-from lib.hybrid import mixer_letters, remembered_bytes
+from lib.hybrid import remembered_bytes
 from lib.owned import check_place, contents
 from lib.processes import setup
 from lib.report import figure
 from lib.runs import RunConfig
+from lib.start import student_shape
 from model import LM, ModelConfig
 from train import FitConfig, TrainConfig, train
 
@@ -64,10 +64,8 @@ class RecallConfig:
         if "r" in self.model.mixers:
             raise ValueError(f"model.mixer = {shown(self.model.mixer)}: the teacher is all attention, so "
                              "omit it")
-        N, H = self.model.att_head_size, self.model.n_head                 # a student's are its teacher's
-        student = replace(self.model, rwkv_head_size=N, rwkv_size=H * N)
         for mixer in self.mixers.split():
-            if "r" not in mixer_letters(student, mixer):
+            if "r" not in student_shape(self.model, StudentConfig(mixer=mixer)).mixers:
                 raise ValueError(f"mixers: {shown(mixer)} replaces no layer: put an r where RWKV-7 is to "
                                  "stand")
         DistillConfig(align=self.align, match=self.match)                  # raises for what no stage can have
