@@ -1,7 +1,7 @@
 """Turn a transformer into an RNN: attention out, RWKV-7 in, trained to do the same.
 
     python distill.py --teacher out/teacher --out out/rwkv    (a teacher: train.py)
-    torchrun --nproc_per_node=8 distill.py                    the same on eight GPUs
+    torchrun --nproc_per_node=8 distill.py                    8 GPUs, 8 times the batch
     python -m tools.demo                                      makes data and teacher too
 
     stage    what trains  teacher                        loss
@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
-from config import at_least, cli, run as run_script, settings
+from config import at_least, cli, run as run_script, settings     # before torch: see config/script.py
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -42,10 +42,10 @@ from lib.preference import dpo_loss
 from lib.processes import joined, setup
 from lib.report import report_stages
 from lib.runs import Run, RunConfig, restore
-from lib.scores import HeldOut, mean_terms
+from lib.scores import LOGITS, HeldOut, mean_terms
 from lib.shard import frozen_copy, in_turn, new_like
-from lib.stages import (check_positions, check_settings, check_student, first_tokens, frozen_parts, introduce,
-                        load_teacher, open_loaders, prepare_data)
+from lib.stages import (calibration_text, check_positions, check_settings, check_student, frozen_parts,
+                        introduce, load_teacher, open_loaders, prepare_data)
 from lib.start import copy_linear, student_shape, tune_mixers
 from model import LM, CausalSelfAttention, ChannelMix, TimeMixer
 from train import FitConfig, cross_entropy_loss, fit
@@ -127,8 +127,8 @@ def wrap(student: LM, teacher: LM | None) -> LM:
         return view
 
     holder, view = VFirstHolder(), shallow(student)
-    depth = teacher and student.cfg.mixers.rfind("r") + 1      # aligning stops at the last RWKV layer
-    view.blocks = nn.ModuleList(map(shallow, student.blocks[: depth or None]))
+    depth = student.cfg.mixers.rfind("r") + 1 if teacher else None     # aligning stops at the last RWKV layer
+    view.blocks = nn.ModuleList(map(shallow, student.blocks[:depth]))
     for i, block in enumerate(view.blocks):
         if isinstance(block.att, TimeMixer):
             block.att = AttentionWrapper(block.att, teacher and teacher.blocks[i].att, holder)
@@ -149,7 +149,7 @@ class StudentConfig:
     rwkv_rope: bool = False
     untie_head: bool = False       # a head of its own where the teacher's is the embedding
     transfer: bool = True          # mixers start from attention's weights; without: official, but for decay
-    # Defaults that need no text; DistillConfig has some, and sets lookback and True.
+    # These defaults need no text; DistillConfig's, lookback and True, look at some.
     # spread: channels remember 2 to block_size tokens; lookback: attention's reach
     decay: Literal["spread", "official", "lookback"] = "spread"
     calibrate: bool = False        # refit output maps by least squares to what attention gives on a batch
@@ -198,7 +198,7 @@ def transfer(m: TimeMixer, t: CausalSelfAttention) -> None:
     if not m.first:
         m.v0.fill_(-4.0)           # value residual: 2 %
     if m.cfg.gate:
-        # g = sigmoid(x g1) g2 = 1: with g1 = 0 sigmoids are 1/2, g2.s columns sum to 2.
+        # g = sigmoid(x g1) g2 = 1: with g1 = 0 sigmoids are 1/2, g2's columns sum to 2.
         # Equal rows would get equal gradients; what tells them apart sums to 0.
         noise = nn.init.orthogonal_(torch.empty_like(m.g2))
         m.g1.zero_()
@@ -274,7 +274,7 @@ def match_loss(student: LM, batch: Batch, state: tuple | None = None, *, teacher
         teacher_ce = (F.cross_entropy(t.float(), y, reduction="none") * mask).sum()
         return kl, ce, teacher_ce
 
-    n = kl_chunk or max(256, 2**24 // V)
+    n = kl_chunk or max(256, LOGITS // V)
     flat = (x.flatten(0, 1).split(n) for x in (hs, ht, batch.y, batch.mask))      # (n, C) and (n,)
     pieces = list(zip(*flat))
     again = partial(checkpoint, sums, use_reentrant=False) if len(pieces) > 1 else sums
@@ -312,7 +312,7 @@ class DistillConfig:
                                   eval_every=None)
     block_size: int | None = at_least(1, None)         # tokens per sequence; None = the teacher's
     finish_block_size: int | None = at_least(1, None)  # None = block_size
-    eval_tokens: int | None = at_least(1, 65536)       # of the held-out half; None = all
+    eval_tokens: int | None = at_least(1, 65536)       # of the held-out text; None = all
     run: Annotated[RunConfig, OmitArgPrefixes] = RunConfig(out="out/rwkv")
 
     def __post_init__(self):
@@ -343,7 +343,7 @@ class Stage:
 
 def open_stage(name: str, cfg: DistillConfig, student: LM, teacher: LM, logit_teacher: LM,
                kind: str) -> Stage:
-    """A row of the table, made when its turn comes: DPO compares with what is then."""
+    """A row of the table, made in its turn: DPO's reference is the student by then."""
     if name == "align":
         return Stage(partial(align_loss, kind=cfg.align_kind), teacher, trains=(".att.student.",))
     if name == "match":
@@ -367,7 +367,7 @@ def distill(cfg: DistillConfig) -> dict:
     T = cfg.block_size or teacher.cfg.block_size
     check_positions(cfg, teacher, logit_teacher, T)
     torch.manual_seed(cfg.run.seed)
-    student = make_student(teacher, cfg.student, first_tokens(cfg, teacher, T), T).to(device)
+    student = make_student(teacher, cfg.student, calibration_text(cfg, teacher, T), T).to(device)
     check_student(cfg, student)
     loaders = open_loaders(cfg, student, logit_teacher, T, rank, world)
     meta = {"tokenizer": loaders["val"].meta["tokenizer"], "teacher": cfg.teacher, "data": cfg.data}

@@ -167,8 +167,8 @@ class TimeMixer(nn.Module):
             r, k, kk = (rotate(z.transpose(1, 2), start, freq).transpose(1, 2) for z in (r, k, kk))
 
         y, S = wkv7(r, w, k, v, kk, a, S, min_w=MIN_LOG_DECAY)
-        y = self.ln_x(y.reshape(B * T, self.H * self.N)).view_as(y)
-        y = (y + (r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)     # bonus: past state and norm
+        y = self.ln_x(y.reshape(B * T, self.H * self.N)).view_as(y)           # head by head, (B, T, H, N)
+        y = (y + (r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)     # bonus: beside state and norm
         if self.cfg.gate:
             y = y * (torch.sigmoid(x_g @ self.g1) @ self.g2)
         return self.output(y), v_first, (x[:, -1].clone(), S, start + T)  # clone: a view would hold all of x
@@ -201,9 +201,8 @@ def empty(*shape: int) -> nn.Parameter:
 
 def leave_out(m: TimeMixer, cfg) -> None:
     """What a recipe does without becomes zeros that are neither trained nor saved."""
-    names = set() if cfg.token_shift else {"x_r", "x_w", "x_k", "x_v", "x_a", "x_g"}
-    names |= (set() if cfg.bonus else {"r_k"}) | (set() if cfg.gate else {"x_g", "g1", "g2"})
-    for name in names:
+    off = {"token_shift": "x_r x_w x_k x_v x_a x_g", "bonus": "r_k", "gate": "x_g g1 g2"}
+    for name in {x for switch, names in off.items() if not getattr(cfg, switch) for x in names.split()}:
         zeros = torch.zeros_like(getattr(m, name).data)
         delattr(m, name)
         m.register_buffer(name, zeros, persistent=False)
@@ -313,7 +312,7 @@ class ModelConfig:
     """GPT-2, Llama and RWKV-7 are settings of it; a student has its teacher's."""
 
     vocab_size: int = at_least(1, 257)         # the byte tokenizer's: 256 bytes and <|endoftext|>
-    block_size: int = at_least(1, 256)         # tokens per sequence; a limit only to learned positions
+    block_size: int = at_least(1, 256)         # tokens per sequence; attention's limit with learned positions
     n_layer: int = at_least(1, 2, below=2**24)
     n_embd: int = at_least(1, 128)
     mixer: Annotated[str, Suppress] = "a"      # a letter per layer, repeated: a = attention, r = RWKV-7

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Annotated
 
-from config import at_least, cli, run as run_script, settings
+from config import at_least, cli, hush, run as run_script, settings     # before torch: see config/script.py
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +24,7 @@ from tyro.conf import OmitArgPrefixes
 
 from data.tokenizer import read_prompt
 from lib.decode import Decoder
-from lib.session import Ending, Session, SessionConfig, first_tokens, hush, read_only, report, room, session
+from lib.session import Ending, Session, SessionConfig, first_tokens, read_only, report, room, session
 from lib.states import process, repeat
 from model import LM, State
 
@@ -68,8 +68,8 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
            generator: torch.Generator | None = None) -> Tensor:
     """One token (B,) from each row of logits (B, V).
 
-    top_k first, then top_p; both count in the full distribution. top_p keeps the
-    smallest set of likeliest tokens whose probability reaches it, and at least one.
+    top_k first, then top_p, whose probabilities are those among all V tokens: it keeps
+    the fewest likeliest tokens that together reach it, and at least one.
     """
     largest = logits.float().amax(-1, keepdim=True)
     if not largest.isfinite().all():

@@ -6,8 +6,8 @@
     python train.py --mixer r --ffn channelmix      RWKV-7 instead of attention
     python train.py --mixer r --ffn channelmix --block_size 16384 --bptt_chunk 1024
 
-`fit` is the one loop of this project. Distillation (distill.py) is three more calls of
-it, each with another loss:
+`fit` is the one loop of this project; each stage of a distillation (distill.py) is one
+more call of it. Whatever is trained, its loss is a function of this form:
 
     loss_fn(model, batch, state) -> ({"loss": ..., ...}, state)    SUMS over the targets
 
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from config import at_least, cli, run as run_script, settings
+from config import at_least, cli, run as run_script, settings     # before torch: see config/script.py
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -63,8 +63,8 @@ class FitConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"    # of learning rate and weight decay
     weight_decay: float = at_least(0.0, 0.1)
     weight_decay_end: float | None = at_least(0.0, None)    # None = constant
-    att_weight_decay: float | None = at_least(0.0, None)    # of the mixers' matrices
-    ffn_weight_decay: float | None = at_least(0.0, None)    # of the feed-forward layers' matrices
+    att_weight_decay: float | None = at_least(0.0, None)    # of the mixers' matrices; None = weight_decay
+    ffn_weight_decay: float | None = at_least(0.0, None)    # of the feed-forward layers'; None = weight_decay
     rwkv_lr_multiplier: float = at_least(0.0, 1.0)          # on the learning rate of all in RWKV mixers
     beta1: float = at_least(0.0, 0.9, below=1.0)
     beta2: float = at_least(0.0, 0.99, below=1.0)
@@ -86,9 +86,9 @@ class FitConfig:
 def param_groups(model: nn.Module, cfg: FitConfig) -> list[dict]:
     """The optimizer's groups by the official RWKV-7 rule.
 
-    Decay only on the matrices of projections, embedding and head (names in .weight, two
-    dimensions); `w0`, the decay of the state, learns twice as fast; all in RWKV mixers
-    by rwkv_lr_multiplier. Muon is for the blocks' matrices.
+    Weight decay only on the matrices of projections, embedding and head (names in
+    .weight, two dimensions); `w0`, the decay of the state, learns twice as fast; all in
+    RWKV mixers by rwkv_lr_multiplier. Muon is for the blocks' matrices.
     """
     in_rwkv = {id(p) for m in model.modules() if isinstance(m, TimeMixer) for p in m.parameters()}
     groups: dict[tuple, list] = {}
@@ -152,7 +152,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, run
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
     groups, betas = param_groups(model, cfg), (cfg.beta1, cfg.beta2)
-    optimizer = Muon(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.eps, fused=True)
+    optimizer = Muon(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.eps, fused=True)  # or AdamW, by group
     at = run.resume(optimizer, loader)                     # step, tokens, seconds
     last = {"loss": math.nan}
     module = data_parallel(Step(model, loss_fn), loader.W, device, run.cfg.compile)
@@ -171,7 +171,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, run
             at.step += 1
             at.tokens += loader.W * sum(batch.x.numel() for batch in batches)
 
-            row = meter.note(norm, losses, lr)             # every log_every steps, else None
+            row = meter.note(norm, losses, lr)             # when it is time to look, else None
             if row is None:
                 continue
             if validate and (meter.ends or meter.due(cfg.eval_every)):
@@ -182,7 +182,7 @@ def fit(model: nn.Module, loss_fn: Callable, loader: Loader, cfg: FitConfig, run
             last |= row
             if meter.save_due():
                 run.save(optimizer, at, loader)
-            meter.go_on()                                  # not after Ctrl-C
+            meter.continue_or_stop()                       # restarts the clock; after Ctrl-C it raises
     return last | {"step": at.step, "tokens": at.tokens, "minutes": at.seconds / 60}
 
 
@@ -218,7 +218,7 @@ class TrainConfig:
     data: str = "data/pydoc"      # a folder made by data/prepare.py; the embedded ones are made where missing
     init: str | None = None       # start from this model folder instead of random weights
     mixer: str | None = None      # which layers are RWKV-7: r, ra, all, first:2, ... (lib/hybrid.py)
-    eval_tokens: int = at_least(1, 65536)    # of the held-out half, while training; at the end all of it
+    eval_tokens: int = at_least(1, 65536)    # of the held-out text, while training; at the end all of it
     model: Annotated[ModelConfig, OmitArgPrefixes] = ModelConfig()
     fit: Annotated[FitConfig, OmitArgPrefixes] = FitConfig()
     run: Annotated[RunConfig, OmitArgPrefixes] = RunConfig(out="out/teacher")
@@ -238,21 +238,21 @@ def train(cfg: TrainConfig) -> dict:
     with main_first(rank):
         ensure_prepared(cfg.data, cfg.init or "bytes")
     how = (cfg.fit, shape.block_size, cfg.run.seed, rank, world)
-    train_half, val_half = (open_loader(cfg.data, half, *how) for half in ("train", "val"))
-    if train_half.kind == "preference":
+    train_loader, val_loader = (open_loader(cfg.data, split, *how) for split in ("train", "val"))
+    if train_loader.kind == "preference":
         raise ValueError(f"{cfg.data} holds preferences, not text: give them to distill.py, --finish_data")
     if start:
-        check_vocabulary(start, start, train_half)
-        same_tokenizer(train_half, cfg.init)
+        check_vocabulary(start, start, train_loader)
+        same_tokenizer(train_loader, cfg.init)
     torch.manual_seed(cfg.run.seed)
-    model = start or new_model(replace(shape, vocab_size=rows(shape, train_half)), device, cfg.run.shard)
-    meta = {"tokenizer": train_half.meta["tokenizer"], "data": cfg.data}
+    model = start or new_model(replace(shape, vocab_size=rows(shape, train_loader)), device, cfg.run.shard)
+    meta = {"tokenizer": train_loader.meta["tokenizer"], "data": cfg.data}
     run.begin(model, meta, cfg, describe(model.cfg, shape.block_size))
 
     def validate(max_tokens: int | None = cfg.eval_tokens) -> dict[str, float]:
-        return {"val_loss": mean_loss(model, val_half, max_tokens, cfg.fit.bptt_chunk)}
+        return {"val_loss": mean_loss(model, val_loader, max_tokens, cfg.fit.bptt_chunk)}
 
-    result = fit(model, cross_entropy_loss, train_half, cfg.fit, run, validate)
+    result = fit(model, cross_entropy_loss, train_loader, cfg.fit, run, validate)
     result |= validate(None)
     line = "held-out loss {val_loss:.4f} nats per token after {tokens:,} tokens and {minutes:.1f} minutes"
     run.say(f"{cfg.run.out}: {line.format(**result)}")

@@ -6,8 +6,8 @@ One matrix S per head is read, partly erased and written once per token:
 
 Read right to left: S r looks a value up under the key r; v k^T writes the value v
 under the key k; S kk is the value now stored under kk, and subtracting (S kk)(kk * a)^T
-erases a share a of it (a = 1: all of it, the delta rule); e^w fades each column. A
-matrix of constant size stands where attention keeps every key and value of the past.
+erases a share a of it (a = 1, w = 0: all of it, the delta rule); e^w fades each column.
+A matrix of constant size stands where attention keeps every key and value of the past.
 
     r   receptance: the key that is read                           (B, T, H, N)
     w   log decay, <= 0, natural logarithm                         (B, T, H, N)

@@ -20,7 +20,7 @@ from data.shares import Turns, is_mixture, parts_of
 ALIKE = ("kind", "tokenizer", "vocab_size", "dtype", "format")
 
 
-def open_half(data: str | Path, split: str, *how, **more) -> Loader:
+def open_split(data: str | Path, split: str, *how, **more) -> Loader:
     """The loader of a data folder, or of a mixture of several."""
     return (Mixture if is_mixture(data) else Loader)(data, split, *how, **more)
 

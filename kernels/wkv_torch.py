@@ -12,9 +12,9 @@ e^{w_i}, z = -kk and b = kk * a:
     y    = r~ S0^T + tril(r~ b~^T) U + tril(r~ k~^T) v
     S_L  = (S0 + U^T b~ + v^T k~) diag(W_L)
 
-The rows of U are what each token erases. U depends on S0 linearly, U = P S0^T + G, with
-P and G known for every chunk at once. Only the two small products that make U and S_L
-from them walk through the chunks in order.
+Row t of U is S_{t-1} z_t, minus what token t finds under its kk. U depends on S0
+linearly, U = P S0^T + G, with P and G known for every chunk at once. Only the two small
+products that make U and S_L from them walk through the chunks in order.
 """
 
 import torch

@@ -14,7 +14,6 @@ Names beyond model.py's: nu = sigmoid(v0 + x_v v1 v2), how much of v_first goes 
 stored = S kk, what S holds at kk.
 """
 
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from kernels.matvec import Matvec
 from lib.processes import using_threads
 from lib.states import tensors, tree_map
-from model import LM, Block, State, TimeMixer
+from model import MIN_LOG_DECAY, LM, Block, State, TimeMixer
 
 
 class Decoder:
@@ -169,7 +168,7 @@ def time_mix(p: SimpleNamespace, s: SimpleNamespace, x: Tensor, v_first: Tensor 
     s.k.mul_(torch.addcmul(p.k_1, s.a, p.k_a))            # k (1 + (a - 1) k_a)
     # S <- S diag(e^w) - (S kk)(kk * a)^T + v k^T, y = S r; in rows, S kk is kk^T S^T
     torch.bmm(s.kk_row, S.flatten(0, 1).mT, out=s.stored_row)
-    S = S * s.w.mul_(p.minus).exp_()
+    S = S * s.w.mul_(p.min_log_decay).exp_()
     S.addcmul_(s.stored, s.kk.mul_(s.a), value=-1).addcmul_(s.v_column, s.k)
     torch.bmm(s.r_row, S.flatten(0, 1).mT, out=s.y_row)
     s.v.mul_(s.r.mul_(s.k).mul_(p.r_k).sum(-1, keepdim=True))    # the bonus
@@ -203,7 +202,7 @@ def weights(block: Block, dtype: torch.dtype | None) -> SimpleNamespace:
         H=m.H, N=m.N, kind=cfg.ffn,
         ln1=norm(block.ln1), ln2=norm(block.ln2), ln_x=norm(m.ln_x),
         **receptance_key_value(m, dtype), **low_rank_maps(m, dtype),
-        minus=m.w0.new_tensor(-math.exp(-0.5)),           # a tensor: a number costs a microsecond more
+        min_log_decay=m.w0.new_tensor(MIN_LOG_DECAY),      # a tensor: a number costs a microsecond more
         k_k=m.k_k.view(head).clone(), k_a=m.k_a.view(head).clone(), k_1=1 - m.k_a.view(head),
         r_k=m.r_k.view(head).clone(),
         output=Matvec(m.output.weight, m.output.bias, dtype),

@@ -5,11 +5,10 @@ first checkpoint is whole; until then that one lives in OUT/.new. settings.json 
 what a run was started with, and a resumed one goes on with the same.
 """
 
-import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.foreign import read_json
@@ -36,7 +35,6 @@ HOW = ("eval_every", "out", "resume", "overwrite", "device", "save_every", "save
 FOLDERS = ("teacher", "logit_teacher", "aligned", "init", "data", "finish_data")     # compared by contents
 FLAT = ("student", "model", "fit", "run")          # their settings are flags without a prefix
 STAGES = ("align", "match", "finish")
-REPEAT = "repeat the settings of its start, or choose another --out"
 OWNERS = {"align": ("align_kind",), "finish": ("dpo_kind", "dpo_beta", "dpo_smoothing", "finish_data"),
           "match": ("kl_kind", "kl_weight", "kl_temperature", "ce_weight", "kl_chunk", "logit_teacher",
                     "freeze")}
@@ -287,22 +285,11 @@ def go_on(out: Path, values: dict) -> dict:
             differences.append(told(name, before, values))
     if differences:
         raise ValueError(f"{out} was started with {'; '.join(sorted(differences)[:5])}: a resumed run may "
-                         f"only train longer, and be watched and saved in another way; {REPEAT}")
+                         "only train longer, and be watched and saved in another way; repeat the settings "
+                         f"of its start, or move {out} away to begin anew")
     for stage in longer:
         (out / stage / "stage.json").unlink()
     return values
-
-
-@contextlib.contextmanager
-def inner(folder: Path | str) -> Iterator[None]:
-    """In the block a tool's own run writes `folder`, which no --out names: where it was
-    started with other settings, another --out would not help.
-    """
-    try:
-        yield
-    except ValueError as e:
-        remedy = f"repeat the settings of its start, or remove {folder}, and it begins anew"
-        raise ValueError(str(e).replace(REPEAT, remedy)) from None
 
 
 def check_same(out: Path, settings: dict, world: int, mixers: str) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from data.foreign import read_json
 from data.loader import Batch, Loader
-from data.mixture import open_half
+from data.mixture import open_split
 from lib.folders import write_json, write_text
 from lib.hybrid import remembered_bytes
 from lib.home import FORMER
@@ -91,7 +91,7 @@ def report_stages(run: Run, teacher: LM, rows: list[dict], cfg, val: Loader) -> 
     one: the last stage may teach it something else.
     """
     described = "match" if "match" in cfg.named else cfg.named[-1]
-    train = open_half(cfg.data, "train", 1, val.T, 0, val.rank, val.W)
+    train = open_split(cfg.data, "train", 1, val.T, 0, val.rank, val.W)
     student = load_like(teacher, run.out / described).eval()
     report = make_report(teacher, student, train, val, cfg.eval_tokens, cfg.match.bptt_chunk)
     report["student"]["stage"] = described

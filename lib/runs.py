@@ -38,6 +38,7 @@ from lib.shard import checkpoint_blocks, is_sharded, load_optimizer, load_weight
 from lib.states import tree_map
 from model import LM
 
+
 @settings
 class RunConfig:
     """Where a run writes, and how often. None means off."""
@@ -74,7 +75,7 @@ class Progress:
     tokens: int = 0         # inputs read, over all processes
     seconds: float = 0.0    # of training
     loss: float = math.inf  # the mean over log_every steps, when that many were last full
-    part: float = 0.0       # the sum of the losses since then, however often it was looked
+    part: float = 0.0       # the sum of the losses since then
     parts: int = 0          # of so many steps
 
     def fraction(self, cfg) -> float:
@@ -304,7 +305,7 @@ class Meter:
     def save_due(self) -> bool:
         return bool(self.ends or self.stops or self.late) or self.due(self.run.cfg.save_every)
 
-    def go_on(self) -> None:
+    def continue_or_stop(self) -> None:
         """Start the clock again: evaluation and saving are not training time.
 
         After Ctrl-C it says how to resume, and raises KeyboardInterrupt.
@@ -464,8 +465,8 @@ def publish(folder: Path, out: Path) -> None:
 
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    whole = [p for p in (out / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
-    return sorted(whole, key=lambda p: int(p.name[5:]))
+    complete = [p for p in (out / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+    return sorted(complete, key=lambda p: int(p.name[5:]))
 
 
 def last_checkpoint(out: Path) -> Path | None:

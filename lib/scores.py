@@ -13,6 +13,7 @@ from lib.shard import is_sharded
 from model import LM
 
 LOGITS = 2**24  # of one model that exist at once
+QUICK = 16384   # tokens that a look while training reads, at most
 
 
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:
@@ -81,7 +82,7 @@ def mean_terms(loss_fn: Callable, model: LM, loader: Loader, max_tokens: int | N
             terms, state = loss_fn(model, piece, state)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
-        pairs = (batch.mask.sum(1).chunk(2)[0] > 0).sum()
+        pairs = (batch.mask.sum(1).chunk(2)[0] > 0).sum()     # the chosen rows, which come first
         count += pairs if loader.kind == "preference" else batch.mask.sum()
     return {name: (global_sum(value) / global_sum(count)).item() for name, value in sums.items()}
 
@@ -162,7 +163,7 @@ class HeldOut:
 
     def quick(self) -> dict[str, float]:
         """On few tokens, renamed: in metrics.jsonl "kl" is the training loss's."""
-        few = min(self.max_tokens or 16384, 16384)
+        few = min(self.max_tokens or QUICK, QUICK)
         row = measure(self.teacher, self.student, self.loader, few, self.chunk)
         return {key if key == "val_loss" else f"val_{key}": value for key, value in row.items()}
 

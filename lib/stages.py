@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Loader
-from data.mixture import open_half
+from data.mixture import open_split
 from data.prepare import ensure_prepared
 from data.tokenizer import frames_of, load_tokenizer
 from lib.folders import check_vocabulary, same_tokenizer
@@ -65,15 +65,15 @@ def prepare_data(cfg, rank: int) -> None:
             ensure_prepared(cfg.finish_data, cfg.teacher)
 
 
-def first_tokens(cfg, teacher: LM, T: int) -> Tensor | None:
+def calibration_text(cfg, teacher: LM, T: int) -> Tensor | None:
     """Training text (B, T), the same in every process, for a student that looks: LOOK
     tokens, for wide models 16 for each channel, or as many rows as there are.
     """
     if not cfg.student.looks:
         return None
     n = max(LOOK, 16 * teacher.cfg.n_head * teacher.cfg.att_head_size)
-    there = min(int(part.different_rows() / part.share) for part in open_half(cfg.data, "train", 1, T).parts)
-    loader = open_half(cfg.data, "train", max(1, min(n // T, there)), T, cfg.run.seed)
+    there = min(int(part.different_rows() / part.share) for part in open_split(cfg.data, "train", 1, T).parts)
+    loader = open_split(cfg.data, "train", max(1, min(n // T, there)), T, cfg.run.seed)
     check_vocabulary(teacher, teacher, loader)
     same_tokenizer(loader, cfg.teacher)
     return loader.step(0)[0][0].x.to(teacher.emb.weight.device)
@@ -133,7 +133,7 @@ def open_loaders(cfg, student: LM, logit_teacher: LM, T: int, rank: int, world: 
     models cannot read.
     """
     def load(data: str, half: str, loop, seed: int, T: int = T) -> Loader:
-        loader = open_half(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
+        loader = open_split(data, half, loop.batch_size, T, seed, rank, world, loop.accum)
         if loader.kind == "preference" and loop is not cfg.finish:
             raise ValueError(f"{data} holds preferences, not text: they are for stage 3, --finish_data")
         check_vocabulary(logit_teacher, student, loader)

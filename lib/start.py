@@ -3,7 +3,6 @@ another's.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from lib.hybrid import mixer_letters
 from lib.processes import part_of
 from lib.shard import gathered, in_turn, load_like
-from model import LM, CausalSelfAttention, ModelConfig, TimeMixer
+from model import MIN_LOG_DECAY, LM, CausalSelfAttention, ModelConfig, TimeMixer
 
 LOOK = 4096  # tokens whose inputs and outputs of all layers exist at once
 
@@ -73,7 +72,7 @@ def spread_decay(m: TimeMixer, longest: int | Tensor) -> Tensor:
     """
     longest = torch.as_tensor(longest, device=m.w0.device).expand(m.H)[:, None]    # (H, 1)
     n = 2 * (longest / 2) ** torch.linspace(0, 1, m.N, device=m.w0.device)         # (H, N)
-    share = -torch.log1p(-1 / n) * math.exp(0.5)   # = sigmoid(w0), as w = -e^-0.5 sigmoid(w0)
+    share = torch.log1p(-1 / n) / MIN_LOG_DECAY    # = sigmoid(w0), as w = -e^-0.5 sigmoid(w0)
     share = share.clamp(max=0.99)                  # RWKV-7 forgets no faster than e^-0.607, n = 2.2
     return torch.logit(share).view(1, 1, -1)
 

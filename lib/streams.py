@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.loader import Loader, require_rows
-from data.mixture import open_half
+from data.mixture import open_split
 from data.shares import is_mixture
 from lib.states import tree_map
 from model import State
@@ -22,7 +22,7 @@ def open_loader(folder: str, half: str, fit, T: int, seed: int, rank: int, world
     """
     how = (half, fit.batch_size, T, seed, rank, world, fit.accum)
     if not fit.bptt_truncate or half != "train":
-        return open_half(folder, *how)
+        return open_split(folder, *how)
     if is_mixture(folder):
         raise ValueError(f"{folder} is a mixture, whose rows do not go on from step to step: streams "
                          "(bptt_truncate) are for one folder")

@@ -15,10 +15,10 @@ from shlex import quote
 from config import at_least, cli, narrow, run as run_script, settings, shown
 
 from data.foreign import read_json
-from data.mixture import open_half
+from data.mixture import open_split
 from distill import DistillConfig, distill
 from lib.folders import load_model, open_model
-from lib.home import LENGTHS, check_same, inner, lock
+from lib.home import LENGTHS, check_same, lock
 from lib.processes import joined, main_first, setup
 from lib.report import as_markdown, table_rows, upto_match, write_report
 from lib.runs import RunConfig, read_row
@@ -82,8 +82,7 @@ def run_controls(cfg: ControlsConfig) -> dict:
     for name in filter(changes.get, cfg.asked):
         change = {"stages": "align,match"} | changes[name]
         run = place(cfg.run, name)
-        with inner(run.out):
-            done = distill(narrow(cfg, DistillConfig, **change, run=run))["stages"]
+        done = distill(narrow(cfg, DistillConfig, **change, run=run))["stages"]
         rows[name] = together(done)
     teacher = load_model(cfg.teacher).cfg
     by_adamw = replace(cfg.alone, optimizer="adamw")
@@ -119,10 +118,9 @@ def trained_on(cfg: ControlsConfig, t: ModelConfig) -> FitConfig:
 def trained_alone(cfg: ControlsConfig, run: RunConfig, **how) -> dict:
     """Train a model by train.py, and compare it with the teacher as a student is."""
     rank, world, device = setup(cfg.run.device)
-    with inner(run.out):
-        done = train(TrainConfig(data=cfg.data, run=run, **how))
+    done = train(TrainConfig(data=cfg.data, run=run, **how))
     teacher, model = (load_model(folder, device).eval() for folder in (cfg.teacher, run.out))
-    val = open_half(cfg.data, "val", 16, cfg.block_size or teacher.cfg.block_size, 0, rank, world)
+    val = open_split(cfg.data, "val", 16, cfg.block_size or teacher.cfg.block_size, 0, rank, world)
     scores = measure(teacher, model, val, cfg.eval_tokens, cfg.match.bptt_chunk)
     return {key: done[key] for key in ("tokens", "minutes")} | scores
 

@@ -18,7 +18,6 @@ from data.prepare import ensure_prepared
 from data.shares import folders_of
 from distill import DistillConfig, distill
 from lib.folders import on_paper
-from lib.home import inner
 from lib.processes import joined, main_first, setup
 from lib.runs import Run
 from lib.stages import check_positions, check_student
@@ -76,8 +75,7 @@ def train_teacher(cfg: DemoConfig) -> None:
     place = Path(cfg.teacher)
     unfinished = place.with_name(place.name + ".partial")
     run = replace(cfg.run, out=str(unfinished), resume=unfinished.exists(), overwrite=False)
-    with inner(unfinished):
-        train(TrainConfig(data=cfg.data, model=cfg.teacher_model, fit=cfg.teacher_fit, run=run))
+    train(TrainConfig(data=cfg.data, model=cfg.teacher_model, fit=cfg.teacher_fit, run=run))
     if not dist.is_initialized() or dist.get_rank() == 0:
         unfinished.rename(place)
     if dist.is_initialized():

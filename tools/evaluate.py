@@ -16,7 +16,7 @@ inputs. Past the training length: tools/passkey.py. Associative recall: tools/re
 from pathlib import Path
 
 from config import at_least, cli, run, settings
-from data.mixture import open_half
+from data.mixture import open_split
 from lib.folders import check_vocabulary, load_model, same_tokenizer
 from lib.owned import check_place, contents
 from lib.processes import pick_device
@@ -30,7 +30,7 @@ class EvaluateConfig:
     data: str = "data/pydoc"
     batch_size: int = at_least(1, 16, below=2**20)
     block_size: int | None = at_least(1, None, below=2**31)      # None = the teacher's
-    max_tokens: int | None = at_least(1, None)     # of the held-out half; None = all
+    max_tokens: int | None = at_least(1, None)     # of the held-out text; None = all
     device: str = "auto"
     out: str | None = None                         # folder for report.json, .md and .png; None = print only
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = load_model(cfg.teacher, device).eval()
     student = load_model(cfg.student, device).eval() if cfg.student else None
     T = cfg.block_size or teacher.cfg.block_size
-    train, val = (open_half(cfg.data, half, cfg.batch_size, T) for half in ("train", "val"))
+    train, val = (open_split(cfg.data, half, cfg.batch_size, T) for half in ("train", "val"))
     check_vocabulary(teacher, student or teacher, val)
     same_tokenizer(val, cfg.teacher, cfg.student or cfg.teacher)
     report = make_report(teacher, student, train, val, cfg.max_tokens)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if student:
         print(as_markdown(report))
     else:
-        print(f"{cfg.teacher}: {report['teacher']['val_loss']:.4f} nats per token on the held-out half of "
+        print(f"{cfg.teacher}: {report['teacher']['val_loss']:.4f} nats per token on the held-out text of "
               f"{cfg.data}, {T} tokens at a time")
 
 

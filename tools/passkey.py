@@ -169,7 +169,7 @@ class PasskeyConfig:
     data: str = "data/pydoc"
     batch_size: int = at_least(1, 16, below=2**20)
     block_size: int | None = at_least(1, None, below=2**31)      # None = the teacher's
-    max_tokens: int | None = at_least(1, None)     # of the held-out half, for the loss; None = all
+    max_tokens: int | None = at_least(1, None)     # of the held-out text, for the loss; None = all
     longest: int | None = at_least(1, 8, below=2**16)            # up to so many times block_size; None = off
     passkey: int | None = at_least(1, 16, below=90001)           # different numbers; None = off
     depths: int = at_least(2, 3, below=101)        # places to tell the number, from the start to the end

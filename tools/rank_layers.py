@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 from config import at_least, cli, narrow, run as run_script, settings
 from tyro.conf import Suppress
 
-from data.mixture import open_half
+from data.mixture import open_split
 from distill import DistillConfig, distill
 from lib.folders import load_model, open_model, write_json
 from lib.hybrid import letters
@@ -60,7 +60,7 @@ def propose(cfg: DistillConfig, aligned: Path, by: str, keep: int) -> dict:
     """Measure what a rule asks for; `aligned` is a student that keeps no attention."""
     rank, world, device = setup(cfg.run.device)
     teacher, student = (load_model(folder, device).eval() for folder in (cfg.teacher, aligned))
-    val = open_half(cfg.data, "val", cfg.match.batch_size, cfg.block_size or teacher.cfg.block_size, 0, rank,
+    val = open_split(cfg.data, "val", cfg.match.batch_size, cfg.block_size or teacher.cfg.block_size, 0, rank,
                  world)
 
     def score(attention: set[int]) -> dict:

@@ -17,7 +17,7 @@ from common_bpe import CHATML, save, train as train_bpe
 from common_data import numbered, preference, rows, supervised, write_jsonl  # noqa: F401   (fixtures)
 from common_train import job, teacher, wait_for  # noqa: F401   (fixtures)
 from data.loader import Loader
-from data.mixture import Mixture, open_half
+from data.mixture import Mixture, open_split
 from data.prepare import prepare
 from data.shares import Turns, folders_of, is_mixture, parts_of
 from distill import distill
@@ -30,7 +30,7 @@ SHARES = [["0.7", "0.3"], ["1", "1", "1"], ["5", "3", "2", "0.01"], ["0.999", "0
 
 
 def text(folder: Path, first: int, n: int, n_val: int = 90) -> Path:
-    """Whose tokens are first, first + 1, ...; the held-out half's the same."""
+    """Whose tokens are first, first + 1, ...; the held-out text's the same."""
     folder.mkdir()
     for half, size in (("train", n), ("val", n_val)):
         np.arange(first, first + size, dtype=np.uint16).tofile(folder / f"{half}.bin")
@@ -146,7 +146,7 @@ def test_a_folder_is_a_folder_whatever_its_name(tmp_path):
     for name in ("a:0.5", "a,b", "a:1,b:1"):
         folder = numbered(tmp_path / name, 100)
         assert not is_mixture(folder) and folders_of(folder) == [str(folder)]
-        assert type(open_half(folder, "train", 1, 8)) is Loader
+        assert type(open_split(folder, "train", 1, 8)) is Loader
     assert not is_mixture("data/none") and not is_mixture("s3://bucket/a") and is_mixture("data/none:1")
 
 

@@ -155,7 +155,7 @@ def test_some_controls_are_run_and_those_of_before_stay(job):
     cfg = job("out", stages="align,match", align=loop(2), match=loop(2))
     distill(cfg)
     first = add_controls(controls_of(cfg, only=SCRATCH))["controls"]
-    with pytest.raises(ValueError, match="learning_rate = .*remove .*/controls/RWKV-7-from-scratch") as error:
+    with pytest.raises(ValueError, match="learning_rate = .*move .*/RWKV-7-from-scratch away") as error:
         add_controls(controls_of(cfg, only=SCRATCH, scratch_rate=1e-3))
     assert "--out" not in one_line(error.value)            # of which there is but one
     both = add_controls(controls_of(cfg, only="rotating heads"))["controls"]

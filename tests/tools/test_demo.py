@@ -179,7 +179,7 @@ def test_half_a_teacher_never_teaches_and_goes_on(small_sources, tmp_path, monke
         tools.demo.main([*FLAGS, "--teacher_fit.max_steps", "2"])
     partial = tmp_path / "out" / "teacher.partial"
     assert partial.exists() and not (tmp_path / "out" / "teacher").exists()
-    with pytest.raises(ValueError, match=r"n_layer = 2, not 3: .* or remove out/teacher\.partial") as error:
+    with pytest.raises(ValueError, match=r"n_layer = 2, not 3: .* move out/teacher\.partial away") as error:
         tools.demo.main([*FLAGS, "--teacher_fit.max_steps", "3", "--teacher_model.n_layer", "3"])
     assert "--out" not in one_line(error.value)            # which says where the student goes
     tools.demo.main([*FLAGS, "--teacher_fit.max_steps", "3"])
