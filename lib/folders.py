@@ -30,6 +30,15 @@ from model import LM, ModelConfig
 
 TENSORS_PER_LAYER = 8      # at least: two norms, q, k, v, o, and two of the feed-forward layer
 LARGEST_HEADER = 2**24     # bytes of names and shapes in a .safetensors file: 150,000 tensors
+# What a new model must have, else these settings would do nothing. A student has its
+# teacher's ranks and theta, so they are not among them.
+NEEDS = {
+    "--mixer with an r": (lambda shape: "r" in shape.mixers,
+                          ("gate", "group_norm", "token_shift", "bonus", "rwkv_rope", "rwkv_size")),
+    "--rope_scaling linear or llama3": (lambda shape: shape.rope_scaling != "default", ("rope_factor",)),
+    "--rope_scaling llama3": (lambda shape: shape.rope_scaling == "llama3",
+                              ("rope_low", "rope_high", "rope_original")),
+}
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
@@ -349,12 +358,17 @@ def read_tensor(file: str | Path, name: str) -> Tensor:
 # Do model and data belong together?
 
 def check_start(cfg, shape: ModelConfig) -> None:
-    """Raises ValueError where a TrainConfig describes another model than --init has, or
-    one that its loop cannot train.
+    """Raises ValueError where a TrainConfig describes another model than --init has, a
+    new one with settings of what it has not, or one that its loop cannot train.
     """
     same = replace(cfg.shape, vocab_size=shape.vocab_size) == replace(shape, mixer=shape.mixers)
     if cfg.init and not same and (cfg.mixer or cfg.model != ModelConfig()):
         raise ValueError(f"--init takes the model of {cfg.init} as it is: omit flags that describe another")
+    for need, (is_met, names) in NEEDS.items():
+        idle = [name for name in names if getattr(shape, name) != getattr(ModelConfig(), name)]
+        if idle and not cfg.init and not is_met(shape):
+            raise ValueError(f"{idle[0]} = {getattr(shape, idle[0])}: without {need} it would do nothing; "
+                             "omit it, or give that too")
     if cfg.fit.bptt_truncate and "a" in shape.mixers:
         raise ValueError("bptt_truncate: attention's state would grow without end; it is for --mixer r alone")
 

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from common import random_batch, tiny_model
 from common_model import GPT, RWKV, VARIANTS, every_variant, lively, one_line_error, text
-from lib.folders import checksum_of_config, expected_shapes, load_model, save_model, stored_shapes
+from lib.folders import (check_start, checksum_of_config, expected_shapes, load_model, save_model,
+                         stored_shapes)
 from model import LM, ModelConfig
+from train import TrainConfig
 
 
 @every_variant
@@ -257,3 +259,22 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path):
     one_line_error(lambda: load_model(tmp_path / "nothing"), "nothing", "config.json is missing")
     (tmp_path / "file").write_text("x")
     one_line_error(lambda: load_model(tmp_path / "file"), "file")
+
+
+@pytest.mark.parametrize("settings, needs, given", [
+    ({"rope_factor": 4.0}, "rope_factor = 4.0: without --rope_scaling linear or llama3",
+     {"rope_scaling": "linear"}),
+    ({"rope_scaling": "linear", "rope_original": 64}, "rope_original = 64: without --rope_scaling llama3",
+     {"rope_scaling": "llama3"}),
+    ({"gate": False}, "gate = False: without --mixer with an r", {"mixer": "ar"}),
+    ({"rwkv_rope": True}, "rwkv_rope = True: without --mixer with an r", {"mixer": "r"}),
+])
+def test_a_setting_that_would_do_nothing_is_refused_and_taken_with_what_it_needs(settings, needs, given):
+    """It did nothing, without a word. A model that is there is taken as it is."""
+    idle = TrainConfig(model=ModelConfig(**settings))
+    with pytest.raises(ValueError, match=needs) as error:
+        check_start(idle, idle.shape)
+    assert "\n" not in str(error.value)
+    whole = TrainConfig(model=ModelConfig(**settings | given))
+    check_start(whole, whole.shape)
+    check_start(TrainConfig(init="out/gpt"), idle.shape)
