@@ -17,7 +17,7 @@ import torch.distributed as dist
 from data.prepare import ensure_prepared
 from data.shares import folders_of
 from distill import DistillConfig, distill
-from lib.folders import on_paper
+from lib.folders import on_paper, open_model
 from lib.processes import joined, main_first, setup
 from lib.runs import Run
 from lib.stages import check_positions, check_student
@@ -48,6 +48,8 @@ def demo(cfg: DemoConfig) -> dict:
         if rank == 0:
             print(f"{cfg.teacher} is missing: training a teacher first", flush=True)
         train_teacher(cfg)
+    else:
+        check_teacher(cfg)
     report = distill(cfg)
     if cfg.controls:
         rate = cfg.teacher_fit.learning_rate
@@ -66,6 +68,17 @@ def check_early(cfg: DemoConfig) -> None:
     for folder in filter(None, (cfg.logit_teacher, cfg.student.aligned)):
         if not Path(folder).exists():
             raise ValueError(f"no model at {folder}: train or import it first")
+
+
+def check_teacher(cfg: DemoConfig) -> None:
+    """Raises ValueError where --teacher_model describes another model than is there."""
+    if cfg.teacher_model == ModelConfig():                 # nothing was asked for
+        return
+    there = open_model(cfg.teacher)[0].cfg
+    for name, value in vars(cfg.teacher_model).items():
+        if name not in ("vocab_size", "mixer") and value != getattr(there, name):      # the data's; no flag
+            raise ValueError(f"{cfg.teacher} is there already, with {name} = {getattr(there, name)}, not "
+                             f"{value}: omit --teacher_model, or name a new --teacher")
 
 
 def train_teacher(cfg: DemoConfig) -> None:

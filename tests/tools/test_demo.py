@@ -11,9 +11,9 @@ import data.prepare
 import distill
 import tools.demo
 import tools.evaluate
-from common import metrics, one_line
+from common import metrics, one_line, tiny_model
 from common_distill import weights
-from lib.folders import load_model
+from lib.folders import load_model, save_model
 
 SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "block_size": 32}
 FLAGS = [f"--teacher_model.{name}={size}" for name, size in SMALL.items()]
@@ -185,3 +185,19 @@ def test_half_a_teacher_never_teaches_and_goes_on(small_sources, tmp_path, monke
     tools.demo.main([*FLAGS, "--teacher_fit.max_steps", "3"])
     assert not partial.exists()
     assert [row["step"] for row in metrics(tmp_path / "out" / "teacher")] == [2, 3]
+
+
+def test_a_shape_for_a_teacher_that_is_there_already_is_refused(small_sources, tmp_path, monkeypatch):
+    """It was left aside without a word, and the student was the old teacher's."""
+    taught = []
+    monkeypatch.setattr(tools.demo, "distill", lambda cfg: taught.append(cfg.teacher))
+    save_model(tiny_model(mixer="aa"), tmp_path / "out" / "teacher", {"tokenizer": "bytes"})
+    with pytest.raises(ValueError, match="out/teacher is there already, with .* a new --teacher") as e:
+        tools.demo.main(["--device", "cpu", "--teacher_model.n_layer", "1"])
+    one_line(e.value)
+    assert not taught
+    tools.demo.main(["--device", "cpu"])                   # who asks for none takes what is there
+    assert taught == ["out/teacher"]
+    same = {"n_layer": 2, "n_embd": 32, "n_head": 2, "rwkv_head_size": 16, "block_size": 16}
+    tools.demo.main(["--device", "cpu", *(f"--teacher_model.{name}={size}" for name, size in same.items())])
+    assert len(taught) == 2
