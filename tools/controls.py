@@ -1,6 +1,6 @@
 """Controls of a distillation: the same student tokens without each of its ideas.
 
-    python -m tools.controls config/results.toml --out out/results-0
+    python -m tools.controls config/results.toml --out out/results/costly-0
 
 Its settings are those of the distillation in OUT, which has run; the rows go to
 OUT/controls, a folder each, and into its report. What is there goes on or is read back.

@@ -1,6 +1,6 @@
 """Loss against bytes: a student, and the same RWKV-7 from scratch, at several budgets.
 
-    python -m tools.curve config/results.toml --out out/results-0
+    python -m tools.curve config/results.toml --out out/results/costly-0
 
 Every point is a run of its own, trained to the end of its schedule: the student's
 stages and the control "RWKV-7 from scratch" with a share of the steps each. OUT has the
