@@ -127,8 +127,8 @@ def wrap(student: LM, teacher: LM | None) -> LM:
         return view
 
     holder, view = VFirstHolder(), shallow(student)
-    depth = student.cfg.mixers.rfind("r") + 1 if teacher else None     # aligning stops at the last RWKV layer
-    view.blocks = nn.ModuleList(map(shallow, student.blocks[:depth]))
+    depth = student.cfg.mixers.rfind("r") + 1 if teacher else 0        # aligning stops at the last RWKV layer
+    view.blocks = nn.ModuleList(map(shallow, student.blocks[: depth or None]))       # 0: all of them
     for i, block in enumerate(view.blocks):
         if isinstance(block.att, TimeMixer):
             block.att = AttentionWrapper(block.att, teacher and teacher.blocks[i].att, holder)
