@@ -157,7 +157,7 @@ class TimeMixer(nn.Module):
             v = torch.lerp(v, v_first.to(v.dtype), share.to(v.dtype))
 
         heads = (self.H, self.N)
-        r = self.r_norm(r.unflatten(-1, heads))                                           # (B, T, H, N)
+        r = self.r_norm(r.unflatten(-1, heads)).to(v.dtype)      # (B, T, H, N); autocast's norms give float32
         k = self.k_norm(k.unflatten(-1, heads)).flatten(2)
         kk = F.normalize((k * self.k_k).unflatten(-1, heads).float(), dim=-1, eps=1e-12)   # removal key
         k = k * (1 + (a - 1) * self.k_a)                                                  # write key

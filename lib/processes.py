@@ -36,9 +36,13 @@ def pick_device(device: str = "auto", local: int = 0) -> torch.device:
     On the CPU it also sets how memory is freed.
     """
     gpu = torch.cuda.is_available()
-    if device not in ("auto", "cpu") and not (gpu and device.startswith("cuda")):
+    if device not in ("auto", "cpu") and not (gpu and re.fullmatch(r"cuda(:\d+)?", device)):
         raise ValueError(f"device = {device!r}: choose auto, cpu"
                          + (" or cuda" if gpu else "; there is no CUDA here"))
+    number = device.partition(":")[2] or str(local)
+    if gpu and device != "cpu" and int(number) >= torch.cuda.device_count():
+        raise ValueError(f"device = {device!r}: there is no GPU {number} here, of "
+                         f"{torch.cuda.device_count()}: name another, or start fewer processes")
     if gpu and device in ("auto", "cuda"):
         return torch.device(f"cuda:{local}")
     keep_memory()

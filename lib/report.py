@@ -16,7 +16,7 @@ from lib.hybrid import remembered_bytes
 from lib.home import FORMER
 from lib.runs import Run, read_metrics
 from lib.scores import averages, compare, loss_by_position, readable
-from lib.shard import load_like
+from lib.shard import load_like, precision_of
 from lib.start import LOOK, attention_io
 from model import LM, CausalSelfAttention, TimeMixer
 
@@ -45,7 +45,8 @@ def layer_errors(teacher: LM, student: LM, batch: Batch) -> list[dict]:
     for (i, (x, t)), teacher_block, student_block in layers:
         if not isinstance(student_block.att, TimeMixer):
             continue
-        s, v_first, _ = student_block.att(x, v_first, None)
+        with precision_of(student, x):
+            s, v_first, _ = student_block.att(x, v_first, None)
         if isinstance(teacher_block.att, CausalSelfAttention):
             error = (t - s).square().sum() / t.square().sum()
             cosine = F.cosine_similarity(t, s, dim=-1).mean()

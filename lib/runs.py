@@ -511,12 +511,12 @@ def load_trainer(folder: Path) -> dict:
         with zipfile.ZipFile(folder / "trainer.pt") as parts:
             if damaged := parts.testzip():                 # torch writes checksums, and does not read them
                 raise ValueError(damaged)
-        trainer = torch.load(folder / "trainer.pt", weights_only=True)
+        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)    # of any device
         needed = {key: trainer[key] for key in ("step", "tokens", "seconds", "optimizer", "rng")}
         # checkpoints of before lack some
         former = {"states": None, "threads": None, "loss": math.inf, "part": 0.0, "parts": 0}
         return needed | {key: trainer.get(key, missing) for key, missing in former.items()}
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
     except Exception as e:  # torch raises many kinds here; each means the same to the user
         raise ValueError(

@@ -101,6 +101,13 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, ShardedLM)
 
 
+def precision_of(model: nn.Module, x: Tensor):
+    """Around a call of one of the model's parts on x, past its forward: a sharded one
+    gathers its weights in bfloat16 on GPUs.
+    """
+    return mixed_precision(x) if is_sharded(model) else contextlib.nullcontext()
+
+
 def cut(module: nn.Module, device: torch.device, half: bool) -> nn.Module:
     """Make the module a unit of FSDP, on the device; `half`: gathered in bfloat16."""
     from torch.distributed.device_mesh import init_device_mesh             # slow to import: two seconds

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib.hybrid import mixer_letters
 from lib.processes import part_of
-from lib.shard import gathered, in_turn, load_like
+from lib.shard import gathered, in_turn, load_like, precision_of
 from model import MIN_LOG_DECAY, LM, CausalSelfAttention, ModelConfig, TimeMixer
 
 LOOK = 4096  # tokens whose inputs and outputs of all layers exist at once
@@ -117,7 +117,7 @@ def look_at_teacher(teacher: LM, student: LM, tokens: Tensor, decay: bool, outpu
             v_first = None
             for i, (x, target) in attention_io(teacher, row).items():
                 if i in fits:
-                    with fits[i].listening(target):
+                    with fits[i].listening(target), precision_of(student, x):
                         _, v_first, _ = mixers[i](x, v_first, None)
         for fit in fits.values():
             fit.solve()
@@ -140,7 +140,7 @@ class LeastSquares:
     @contextlib.contextmanager
     def listening(self, target: Tensor) -> Iterator[None]:
         """Note what m reads and gives meanwhile, beside what it should give."""
-        hook = self.m.register_forward_hook(lambda m, args, out: self.note(args[0], target - out))
+        hook = self.m.register_forward_hook(lambda m, args, out: self.note(args[0], target.float() - out))
         yield
         hook.remove()
 

@@ -1,11 +1,12 @@
 """Several processes: the first that fails says it for all."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import lib.processes
 from common import TINY, one_line, start
-from lib.processes import joined
+from lib.processes import joined, pick_device
 
 
 @pytest.fixture
@@ -65,3 +66,14 @@ def test_a_refusal_of_rank_0_is_one_line_of_two_processes(tmp_path):
     lines = [line for line in err.splitlines() if "train.py: " in line]
     assert run.returncode == 1 and len(lines) == 1 and "holds another run" in lines[0], err
     assert err.count("Traceback") <= 1 and "peer" not in err, err
+
+
+@pytest.mark.parametrize("device, local", [("cuda:x", 0), ("cudax", 0), ("cuda:2", 0), ("cuda", 2),
+                                           ("auto", 2)])
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, device, local):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device = "):
+        pick_device(device, local)
+    assert pick_device("cuda:1", 5) == torch.device("cuda:1") and pick_device("cpu", 5).type == "cpu"
+    assert pick_device("auto", 1) == torch.device("cuda:1")

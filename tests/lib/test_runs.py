@@ -119,6 +119,15 @@ def test_a_damaged_checkpoint_is_named_on_resume(tmp_path, tiny, trained_once, n
     assert (newest(out).parent / "step_0000002" / "trainer.pt").exists()
 
 
+def test_a_checkpoint_of_a_gpu_is_resumed_without_one(tmp_path, tiny, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        run_fit(out, tiny.text, steps(2))
+    run_fit(out, tiny.text, steps(4))
+    assert [row["step"] for row in metrics(out)][-1] == 4
+
+
 def test_resuming_with_a_model_of_another_shape_is_refused(tmp_path, tiny):
     out = tmp_path / "run"
     run_fit(out, tiny.text, steps(2))
