@@ -81,8 +81,7 @@ def run_controls(cfg: ControlsConfig) -> dict:
     rows = {}
     for name in filter(changes.get, cfg.asked):
         change = {"stages": "align,match"} | changes[name]
-        run = place(cfg.run, name)
-        done = distill(narrow(cfg, DistillConfig, **change, run=run))["stages"]
+        done = distill(narrow(cfg, DistillConfig, **change, run=place(cfg.run, name)))["stages"]
         rows[name] = together(done)
     teacher = load_model(cfg.teacher).cfg
     by_adamw = replace(cfg.alone, optimizer="adamw")
